@@ -1,0 +1,2 @@
+def accelerate_torchvision():
+    pass

@@ -1,0 +1,2 @@
+def explain(fn, *args):
+    pass

@@ -1,0 +1,145 @@
+// What every kernel needs: aligned scratch, row-major transposition, the split of work into tiles.
+//
+// The kernels are plain C++17 on at::vec::Vectorized and OpenMP, so one source serves AVX2, AVX-512, NEON, SVE and a
+// compiler that vectorizes nothing.  They know nothing of Inductor.
+#ifndef INDUCTOR_VISION_BASE_H
+#define INDUCTOR_VISION_BASE_H
+
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+#include <omp.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <type_traits>
+
+namespace inductor_vision {
+
+using at::vec::Vectorized;
+
+constexpr int64_t kCacheLine = 64;  // bytes; also the row of a weight panel (gemm.h)
+
+inline int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+inline int64_t round_up(int64_t a, int64_t b) {
+  return divide_up(a, b) * b;
+}
+
+// The type that sums are kept in: float for float, bf16 and fp16, double for double.
+template <typename scalar_t>
+using accumulate_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+
+// Uninitialized memory, aligned to a cache line, released at the end of the scope.
+template <typename T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count) : data_(allocate(count)) {}
+  T* get() const {
+    return data_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(void* p) const {
+      std::free(p);
+    }
+  };
+  static T* allocate(int64_t count) {
+    const int64_t bytes = round_up(std::max<int64_t>(count, 1) * static_cast<int64_t>(sizeof(T)), kCacheLine);
+    void* p = std::aligned_alloc(kCacheLine, static_cast<size_t>(bytes));
+    if (p == nullptr) {
+      throw std::bad_alloc();
+    }
+    return static_cast<T*>(p);
+  }
+  std::unique_ptr<T, Free> data_;
+};
+
+// Vectorized<accumulate_t> from as many consecutive elements of any floating type.
+template <typename scalar_t>
+inline Vectorized<accumulate_t<scalar_t>> load(const scalar_t* p) {
+  using acc_t = accumulate_t<scalar_t>;
+  if constexpr (std::is_same_v<scalar_t, acc_t>) {
+    return Vectorized<acc_t>::loadu(p);
+  } else {
+    return at::vec::convert<acc_t>(Vectorized<scalar_t>::loadu(p, Vectorized<acc_t>::size()));
+  }
+}
+
+// The reverse, to any floating type.
+template <typename acc_t, typename value_t>
+inline void store_as(const Vectorized<acc_t>& value, value_t* p) {
+  if constexpr (std::is_same_v<value_t, acc_t>) {
+    value.store(p);
+  } else {
+    at::vec::convert<value_t>(value).store(p, Vectorized<acc_t>::size());
+  }
+}
+
+// dst[n * ld_dst + m] = src[m * ld_src + n] for m < rows, n < columns.
+template <typename T>
+inline void transpose(const T* src, int64_t ld_src, T* dst, int64_t ld_dst, int64_t rows, int64_t columns) {
+#if defined(CPU_CAPABILITY_AVX512)
+  constexpr int64_t block = kCacheLine / static_cast<int64_t>(sizeof(T));
+  constexpr bool any_size = !std::is_same_v<T, double>;  // at::vec's transposition masks the rest itself
+#elif defined(CPU_CAPABILITY_AVX2)
+  constexpr int64_t block = 8;
+  constexpr bool any_size = false;
+#else
+  constexpr int64_t block = 8;
+  constexpr bool any_size = false;
+#endif
+  for (int64_t m = 0; m < rows; m += block) {
+    for (int64_t n = 0; n < columns; n += block) {
+      const int64_t tile_rows = std::min(block, rows - m);
+      const int64_t tile_columns = std::min(block, columns - n);
+      const T* from = src + m * ld_src + n;
+      T* to = dst + n * ld_dst + m;
+      if constexpr (any_size) {
+        at::vec::transpose_mxn<T>(
+            from, ld_src, to, ld_dst, static_cast<int>(tile_rows), static_cast<int>(tile_columns));
+        continue;
+      }
+#if defined(CPU_CAPABILITY_AVX2)
+      if constexpr (std::is_same_v<T, float>) {
+        if (tile_rows == block && tile_columns == block) {
+          at::vec::transpose_mxn<float, block, block>(from, ld_src, to, ld_dst);
+          continue;
+        }
+      }
+#endif
+      for (int64_t i = 0; i < tile_rows; ++i) {
+        for (int64_t j = 0; j < tile_columns; ++j) {
+          to[j * ld_dst + i] = from[i * ld_src + j];
+        }
+      }
+    }
+  }
+}
+
+// How `count` units are cut into tiles of at most `limit`, evenly, with as many tiles as keep all threads busy.
+// The cut depends on the number of threads; what is computed for a unit must not depend on the cut.
+struct Tiling {
+  int64_t count;
+  int64_t tiles;
+
+  Tiling(int64_t count, int64_t limit, int64_t threads) : count(count), tiles(divide_up(count, limit)) {
+    tiles = std::min(count, round_up(tiles, threads));
+  }
+  int64_t begin(int64_t tile) const {
+    return count * tile / tiles;
+  }
+  int64_t largest() const {
+    return tiles == 0 ? 0 : divide_up(count, tiles);
+  }
+};
+
+}  // namespace inductor_vision
+
+#endif  // INDUCTOR_VISION_BASE_H

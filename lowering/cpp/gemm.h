@@ -1,0 +1,176 @@
+// A register-blocked matrix product on packed weights: C[rows, 16 * panels] += A[rows, K] * B[panels, K, 16].
+//
+//   A      row-major, `lda` elements between rows; K may be cut in `runs` of `run` consecutive elements that lie
+//          `run_stride` apart (a run: the channels of one group at one tap)
+//   B      packed: a panel holds kPanel output columns, one cache line for each k; panels lie `panel_stride` apart
+//   C      row-major, `ldc` elements between rows; read, added to and written back
+//
+// Each element of C is one chain of fused multiply-adds over k, in order of k, whatever the block it falls in: the
+// result does not depend on how rows are cut into tiles.
+#ifndef INDUCTOR_VISION_GEMM_H
+#define INDUCTOR_VISION_GEMM_H
+
+#include <cstring>
+
+#include "base.h"
+
+namespace inductor_vision {
+
+// Output columns in a panel: 16 floats or 8 doubles.
+template <typename acc_t>
+constexpr int64_t kPanel = kCacheLine / static_cast<int64_t>(sizeof(acc_t));
+
+// Rows and panels of C that one call of the micro-kernel keeps in registers.
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int kMicroRows = 12;  // 12 x 2 accumulators of 32 registers
+constexpr int kMicroPanels = 2;
+#else
+constexpr int kMicroRows = 6;  // 6 x 2 accumulators of 16 registers (AVX2), 6 x 4 of 32 (NEON)
+constexpr int kMicroPanels = 1;
+#endif
+constexpr int kRowStep = kMicroRows / 3;  // tiles are padded to a multiple of this many rows
+
+// A[row, k0 : k0 + K] of one matrix product, K cut in runs.
+template <typename value_t>
+struct Rows {
+  const value_t* data;
+  int64_t lda;
+  int64_t runs;
+  int64_t run;
+  int64_t run_stride;
+};
+
+// B: K x kPanel elements a panel.
+template <typename value_t>
+struct Panels {
+  const value_t* data;
+  int64_t panel_stride;
+};
+
+template <typename acc_t, int kRows, int kPanels>
+inline void micro_kernel(const Rows<acc_t>& a, const Panels<acc_t>& b, acc_t* c, int64_t ldc) {
+  using Vec = Vectorized<acc_t>;
+  constexpr int kVec = static_cast<int>(kPanel<acc_t> / Vec::size());  // vectors in a panel's row
+  constexpr int kColumns = kPanels * kVec;
+  Vec sum[kRows][kColumns];
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kColumns; ++j) {
+      sum[i][j] = Vec::loadu(c + i * ldc + j * Vec::size());
+    }
+  }
+  const acc_t* panel = b.data;
+  for (int64_t r = 0; r < a.runs; ++r) {
+    const acc_t* row = a.data + r * a.run_stride;
+    for (int64_t k = 0; k < a.run; ++k) {
+      Vec column[kColumns];
+#pragma GCC unroll 8
+      for (int j = 0; j < kColumns; ++j) {
+        column[j] = Vec::loadu(panel + (j / kVec) * b.panel_stride + (j % kVec) * Vec::size());
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; ++i) {
+        const Vec value(row[i * a.lda + k]);
+#pragma GCC unroll 8
+        for (int j = 0; j < kColumns; ++j) {
+          sum[i][j] = at::vec::fmadd(value, column[j], sum[i][j]);
+        }
+      }
+      panel += kPanel<acc_t>;
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kColumns; ++j) {
+      sum[i][j].store(c + i * ldc + j * Vec::size());
+    }
+  }
+}
+
+#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
+#define INDUCTOR_VISION_BF16_DOT 1
+// bf16 A and B, fp32 C: k runs over pairs, B holds [K / 2][kPanel][2].
+template <typename acc_t, int kRows, int kPanels>
+inline void micro_kernel(const Rows<at::BFloat16>& a, const Panels<at::BFloat16>& b, float* c, int64_t ldc) {
+  __m512 sum[kRows][kPanels];
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kPanels; ++j) {
+      sum[i][j] = _mm512_loadu_ps(c + i * ldc + j * kPanel<float>);
+    }
+  }
+  const at::BFloat16* panel = b.data;
+  for (int64_t r = 0; r < a.runs; ++r) {
+    const at::BFloat16* row = a.data + r * a.run_stride;
+    for (int64_t k = 0; k < a.run; k += 2) {
+      __m512bh column[kPanels];
+#pragma GCC unroll 8
+      for (int j = 0; j < kPanels; ++j) {
+        column[j] = (__m512bh)_mm512_loadu_si512(panel + j * b.panel_stride);
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; ++i) {
+        int32_t pair;
+        std::memcpy(&pair, row + i * a.lda + k, sizeof(pair));
+        const __m512bh value = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 8
+        for (int j = 0; j < kPanels; ++j) {
+          sum[i][j] = _mm512_dpbf16_ps(sum[i][j], value, column[j]);
+        }
+      }
+      panel += 2 * kPanel<float>;
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kPanels; ++j) {
+      _mm512_storeu_ps(c + i * ldc + j * kPanel<float>, sum[i][j]);
+    }
+  }
+}
+#else
+#define INDUCTOR_VISION_BF16_DOT 0
+#endif
+
+// One column of micro-tiles: all rows, kPanels panels.  `rows` is a multiple of kRowStep.
+template <typename acc_t, int kPanels, typename value_t>
+inline void gemm_panels(Rows<value_t> a, const Panels<value_t>& b, acc_t* c, int64_t ldc, int64_t rows) {
+  int64_t i = 0;
+  const value_t* first = a.data;
+  for (; i + kMicroRows <= rows; i += kMicroRows) {
+    a.data = first + i * a.lda;
+    micro_kernel<acc_t, kMicroRows, kPanels>(a, b, c + i * ldc, ldc);
+  }
+  a.data = first + i * a.lda;
+  if (rows - i == 2 * kRowStep) {
+    micro_kernel<acc_t, 2 * kRowStep, kPanels>(a, b, c + i * ldc, ldc);
+  } else if (rows - i == kRowStep) {
+    micro_kernel<acc_t, kRowStep, kPanels>(a, b, c + i * ldc, ldc);
+  }
+}
+
+// C[rows, panels * kPanel] += A * B.  `rows` is a multiple of kRowStep.
+template <typename acc_t, typename value_t>
+inline void gemm(
+    const Rows<value_t>& a, Panels<value_t> b, int64_t panels, acc_t* c, int64_t ldc, int64_t rows) {
+  int64_t p = 0;
+  const value_t* first = b.data;
+  for (; p + kMicroPanels <= panels; p += kMicroPanels) {
+    b.data = first + p * b.panel_stride;
+    gemm_panels<acc_t, kMicroPanels>(a, b, c + p * kPanel<acc_t>, ldc, rows);
+  }
+  if constexpr (kMicroPanels > 1) {
+    for (; p < panels; ++p) {
+      b.data = first + p * b.panel_stride;
+      gemm_panels<acc_t, 1>(a, b, c + p * kPanel<acc_t>, ldc, rows);
+    }
+  }
+}
+
+}  // namespace inductor_vision
+
+#endif  // INDUCTOR_VISION_GEMM_H

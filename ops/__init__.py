@@ -1,0 +1,1 @@
+"""What each operator means: public function, module, argument checks, aten decomposition, gradient."""

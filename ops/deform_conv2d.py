@@ -1,0 +1,482 @@
+"""Deformable convolution, v1 and v2: https://arxiv.org/abs/1703.06211, https://arxiv.org/abs/1811.11168."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
+from torch.nn.modules.utils import _pair
+
+from .registry import define_op, serves_torchvision
+
+
+def deform_conv2d(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    mask: Tensor | None = None,
+) -> Tensor:
+    r"""Deformable convolution; a drop-in for :func:`torchvision.ops.deform_conv2d`.
+
+    Each tap :math:`(i, j)` of the kernel samples the input where ``offset`` moves it to, and is scaled by ``mask``:
+
+    .. math::
+        \text{out}[b, o, p, q] = \text{bias}[o] + \sum_{c, i, j} \text{weight}[o, c, i, j] \cdot
+            \text{mask}[b, ij, p, q] \cdot \text{input}[b, c](y, x)
+
+        y = p \cdot \text{stride} - \text{padding} + i \cdot \text{dilation} + \text{offset}[b, 2ij, p, q]
+
+    and :math:`x` likewise with ``offset[b, 2ij + 1]``; :math:`ij` counts taps row by row. Coordinates are in input
+    pixels, pixel centres at integers, and :math:`(y, x)` is interpolated bilinearly. Pixels outside the image count as
+    zero; a point with :math:`y \le -1`, :math:`y \ge H`, :math:`x \le -1`, :math:`x \ge W` or NaN is zero.
+
+    Args:
+        input: ``[B, C, H, W]``, float32, float64, bfloat16 or float16; the low precisions are computed in float32.
+        offset: ``[B, 2 * offset_groups * kH * kW, Ho, Wo]``, (y, x) for each tap. The channels of ``input`` are split
+            into ``offset_groups`` equal groups, each with offsets (and mask) of its own.
+        weight: ``[O, C // groups, kH, kW]``.
+        bias: ``[O]``.
+        stride, padding, dilation: one number, or one for each of height and width.
+        mask: ``[B, offset_groups * kH * kW, Ho, Wo]``; none means ones (version 1 of the operator).
+
+    Returns:
+        ``[B, O, Ho, Wo]`` with :math:`H_o = \lfloor (H + 2\,\text{padding} - \text{dilation}\,(kH - 1) - 1) /
+        \text{stride} \rfloor + 1`, in the memory format of ``input``.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not go together. The message says what was expected.
+    """
+    return _op(input, offset, weight, bias, _pair(stride), _pair(padding), _pair(dilation), mask)
+
+
+class DeformConv2d(nn.Module):
+    """Deformable convolution with weights of its own; a drop-in for :class:`torchvision.ops.DeformConv2d`.
+
+    See :func:`deform_conv2d`. Parameters are initialized as :class:`torch.nn.Conv2d` does.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+            if channels % groups != 0:
+                raise ValueError(f"{name} must be divisible by groups, got {name}={channels}, groups={groups}")
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = _pair(kernel_size)
+        self.stride = _pair(stride)
+        self.padding = _pair(padding)
+        self.dilation = _pair(dilation)
+        self.groups = groups
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *self.kernel_size))
+        self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.weight[0].numel())
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
+        """See :func:`deform_conv2d`."""
+        return deform_conv2d(
+            input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask
+        )
+
+    def extra_repr(self) -> str:
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        for name, default in (("padding", (0, 0)), ("dilation", (1, 1)), ("groups", 1)):
+            if getattr(self, name) != default:
+                text += f", {name}={getattr(self, name)}"
+        return text if self.bias is not None else text + ", bias=False"
+
+
+_FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """Height or width of a convolution's output."""
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def _check(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    mask: Tensor | None,
+) -> tuple[int, int]:
+    """Raise RuntimeError unless the arguments go together; the output's height and width."""
+
+    def check(condition: bool, message: str) -> None:
+        torch._check(condition, lambda: f"deform_conv2d: {message}")
+
+    for name, tensor in (("input", input), ("offset", offset), ("weight", weight), ("mask", mask)):
+        if tensor is not None:
+            check(tensor.dim() == 4, f"{name} must have 4 dimensions, got shape {tuple(tensor.shape)}")
+    check(
+        input.dtype in _FLOAT_DTYPES,
+        f"input must be one of {', '.join(map(str, _FLOAT_DTYPES))}, got {input.dtype}",
+    )
+    for name, tensor in (("offset", offset), ("weight", weight), ("bias", bias), ("mask", mask)):
+        if tensor is not None:
+            check(tensor.dtype == input.dtype, f"{name} must have input's dtype {input.dtype}, got {tensor.dtype}")
+            check(
+                tensor.device == input.device, f"{name} must be on input's device {input.device}, got {tensor.device}"
+            )
+    for name, pair, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        check(len(pair) == 2, f"{name} must be a number or a pair, got {tuple(pair)}")
+        check(min(pair) >= least, f"{name} must be at least {least}, got {tuple(pair)}")
+
+    batch, channels, height, width = input.shape
+    out_channels, group_channels, kernel_height, kernel_width = weight.shape
+    taps = kernel_height * kernel_width
+    check(
+        out_channels > 0 and group_channels > 0 and taps > 0,
+        f"weight must not be empty, got shape {tuple(weight.shape)}",
+    )
+    check(height > 0 and width > 0, f"input must have a positive height and width, got shape {tuple(input.shape)}")
+    check(
+        channels > 0 and channels % group_channels == 0,
+        f"input's channels must be a positive multiple of weight.shape[1] = {group_channels}, got {channels}",
+    )
+    groups = channels // group_channels
+    check(
+        out_channels % groups == 0,
+        f"weight.shape[0] must be divisible by groups = {channels} // {group_channels} = {groups}, got {out_channels}",
+    )
+    check(
+        bias is None or tuple(bias.shape) == (out_channels,),
+        f"bias must have shape ({out_channels},), got {None if bias is None else tuple(bias.shape)}",
+    )
+
+    out_height = output_size(height, kernel_height, stride[0], padding[0], dilation[0])
+    out_width = output_size(width, kernel_width, stride[1], padding[1], dilation[1])
+    check(
+        out_height > 0 and out_width > 0,
+        f"the kernel does not fit into the padded input: the output would be {out_height} x {out_width}",
+    )
+    offset_channels = offset.shape[1]
+    check(
+        offset_channels > 0 and offset_channels % (2 * taps) == 0,
+        f"offset.shape[1] must be a positive multiple of 2 * {kernel_height} * {kernel_width} = {2 * taps}, "
+        f"got {offset_channels}",
+    )
+    offset_groups = offset_channels // (2 * taps)
+    check(
+        channels % offset_groups == 0,
+        f"input's channels must be divisible by the {offset_groups} offset groups, got {channels}",
+    )
+    for name, tensor, expected in (("offset", offset, offset_channels), ("mask", mask, offset_groups * taps)):
+        if tensor is not None:
+            shape = (batch, expected, out_height, out_width)
+            check(
+                all(got == want for got, want in zip(tensor.shape, shape)),
+                f"{name} must have shape {shape}, got {tuple(tensor.shape)}",
+            )
+    return out_height, out_width
+
+
+def _fake(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    mask: Tensor | None,
+) -> Tensor:
+    size = _check(input, offset, weight, bias, stride, padding, dilation, mask)
+    out = input.new_empty((input.shape[0], weight.shape[0], *size))
+    return out.contiguous(memory_format=suggest_memory_format(input))
+
+
+class _Sampling:
+    """Where each tap samples, and what it finds there.
+
+    Shapes: ``B`` batch, ``G`` offset groups, ``D`` channels of an offset group, ``K`` taps, ``P`` output pixels.
+    """
+
+    def __init__(
+        self,
+        input: Tensor,
+        offset: Tensor,
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+    ) -> None:
+        batch, channels, height, width = input.shape
+        out_height, out_width = offset.shape[2:]
+        taps = kernel[0] * kernel[1]
+        groups = offset.shape[1] // (2 * taps)
+
+        def undisplaced(axis: int, length: int) -> Tensor:  # [k, length]
+            i = torch.arange(kernel[axis], device=input.device, dtype=input.dtype) * dilation[axis] - padding[axis]
+            p = torch.arange(length, device=input.device, dtype=input.dtype) * stride[axis]
+            return i[:, None] + p
+
+        offset = offset.reshape(batch, groups, kernel[0], kernel[1], 2, out_height, out_width)
+        y = offset[:, :, :, :, 0] + undisplaced(0, out_height)[:, None, :, None]  # [B, G, kH, kW, Ho, Wo]
+        x = offset[:, :, :, :, 1] + undisplaced(1, out_width)[:, None, :]
+        shape = (batch, groups, 1, taps, out_height * out_width)
+        y, x = y.reshape(shape), x.reshape(shape)  # [B, G, 1, K, P]
+
+        # NaN fails the test, and the test comes before the conversion to an integer.
+        self.inside = (y > -1) & (y < height) & (x > -1) & (x < width)
+        # At exactly -1 a sample is zero while its derivative is not, so the corners have a range of their own.
+        near = (y >= -1) & (y <= height) & (x >= -1) & (x <= width)
+        y, x = y.where(near, -2), x.where(near, -2)
+        top, left = y.floor(), x.floor()
+        bottom_weight, right_weight = y - top, x - left
+        self.weight_y = (1 - bottom_weight, bottom_weight)
+        self.weight_x = (1 - right_weight, right_weight)
+        self.rows = (top.long(), top.long() + 1)
+        self.columns = (left.long(), left.long() + 1)
+        self.image = input.reshape(batch, groups, channels // groups, height * width)
+        self.height, self.width = height, width
+
+    def corner(self, i: int, j: int) -> tuple[Tensor, Tensor]:
+        """Position in the flattened image of a corner, and whether it is in the image. [B, G, 1, K, P]"""
+        row, column = self.rows[i], self.columns[j]
+        exists = (row >= 0) & (row < self.height) & (column >= 0) & (column < self.width)
+        position = row.clamp(0, self.height - 1) * self.width + column.clamp(0, self.width - 1)
+        return position, exists
+
+    def value(self, i: int, j: int) -> Tensor:
+        """The input at a corner, zero outside the image (never 0 * value: that would keep NaN). [B, G, D, K, P]"""
+        position, exists = self.corner(i, j)
+        shape = (*self.image.shape[:3], *position.shape[3:])
+        index = position.expand(shape).flatten(3)
+        return self.image.gather(3, index).view(shape).where(exists, 0)
+
+    def values(self) -> Tensor:
+        """The bilinear interpolation, without mask. [B, G, D, K, P]"""
+        (wy0, wy1), (wx0, wx1) = self.weight_y, self.weight_x
+        value = (wy0 * wx0) * self.value(0, 0)
+        value = value + (wy0 * wx1) * self.value(0, 1)
+        value = value + (wy1 * wx0) * self.value(1, 0)
+        value = value + (wy1 * wx1) * self.value(1, 1)
+        return value.where(self.inside, 0)
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _decomposition(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    mask: Tensor | None,
+) -> Tensor:
+    out_height, out_width = _check(input, offset, weight, bias, stride, padding, dilation, mask)
+    dtype, memory_format = input.dtype, suggest_memory_format(input)
+    input, offset, weight = (t.to(_compute_dtype(dtype)) for t in (input, offset, weight))
+    batch, channels = input.shape[:2]
+    out_channels, group_channels, kernel_height, kernel_width = weight.shape
+    groups, taps, pixels = channels // group_channels, kernel_height * kernel_width, out_height * out_width
+
+    columns = _Sampling(input, offset, (kernel_height, kernel_width), stride, padding, dilation).values()
+    if mask is not None:
+        columns = columns * mask.to(columns.dtype).reshape(batch, -1, 1, taps, pixels)  # [B, G, D, K, P]
+    columns = columns.reshape(batch, groups, group_channels * taps, pixels)
+    filters = weight.reshape(groups, out_channels // groups, group_channels * taps)
+    out = (filters @ columns).reshape(batch, out_channels, out_height, out_width)
+    if bias is not None:
+        out = out + bias.to(out.dtype)[:, None, None]
+    return out.to(dtype).contiguous(memory_format=memory_format)
+
+
+_op = define_op(
+    "deform_conv2d(Tensor input, Tensor offset, Tensor weight, Tensor? bias, SymInt[2] stride, SymInt[2] padding, "
+    "SymInt[2] dilation, Tensor? mask) -> Tensor",
+    family="deform_conv2d",
+    decomposition=_decomposition,
+    fake=_fake,
+)
+
+
+def _fake_backward(
+    grad: Tensor,
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    mask: Tensor | None,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    _check(input, offset, weight, bias, stride, padding, dilation, mask)
+    return tuple(
+        input.new_empty(tensor.shape) if want and tensor is not None else input.new_empty(0)
+        for tensor, want in zip((input, offset, weight, bias, mask), wanted)
+    )
+
+
+def _decomposition_backward(
+    grad: Tensor,
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    mask: Tensor | None,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """Gradients of input, offset, weight, bias and mask; an empty tensor for each that is not wanted.
+
+    At the kinks of the interpolation, integer coordinates, the derivative by the offset is the one to the right, as in
+    torchvision; at exactly -1 too, where the sample itself is still zero.
+    """
+    out_height, out_width = _check(input, offset, weight, bias, stride, padding, dilation, mask)
+    dtype = input.dtype
+    grad, input, offset, weight = (t.to(_compute_dtype(dtype)) for t in (grad, input, offset, weight))
+    batch, channels, height, width = input.shape
+    out_channels, group_channels, kernel_height, kernel_width = weight.shape
+    groups, taps, pixels = channels // group_channels, kernel_height * kernel_width, out_height * out_width
+    sampling = _Sampling(input, offset, (kernel_height, kernel_width), stride, padding, dilation)
+    values = sampling.values()  # [B, G, D, K, P]
+    scale = torch.ones((), dtype=grad.dtype, device=grad.device)
+    if mask is not None:
+        scale = mask.to(grad.dtype).reshape(batch, -1, 1, taps, pixels)  # [B, G, 1, K, P]
+
+    grad = grad.reshape(batch, groups, out_channels // groups, pixels)
+    filters = weight.reshape(groups, out_channels // groups, group_channels * taps)
+    grad_columns = (filters.transpose(1, 2) @ grad).reshape(values.shape)  # [B, G, D, K, P]
+    results = [input.new_empty(0)] * 5
+
+    if wanted[0]:
+        results[0] = torch.zeros_like(sampling.image)
+        for i in (0, 1):
+            for j in (0, 1):
+                position, exists = sampling.corner(i, j)
+                share = sampling.weight_y[i] * sampling.weight_x[j]
+                reached = exists & sampling.inside & (share > 0)
+                update = (grad_columns * scale * share).where(reached, 0)
+                results[0] = results[0].scatter_add(3, position.expand(update.shape).flatten(3), update.flatten(3))
+    if wanted[1]:
+        v = [[sampling.value(i, j) for j in (0, 1)] for i in (0, 1)]
+        (wy0, wy1), (wx0, wx1) = sampling.weight_y, sampling.weight_x
+        slope_y = (v[1][0] - v[0][0]) * wx0 + (v[1][1] - v[0][1]) * wx1
+        slope_x = (v[0][1] - v[0][0]) * wy0 + (v[1][1] - v[1][0]) * wy1
+        slopes = [(grad_columns * scale * slope).sum(2) for slope in (slope_y, slope_x)]  # [B, G, K, P]
+        results[1] = torch.stack(slopes, dim=3)
+    if wanted[2]:
+        columns = (values * scale).reshape(batch, groups, group_channels * taps, pixels)
+        results[2] = (grad @ columns.transpose(2, 3)).sum(0)
+    if wanted[3] and bias is not None:
+        results[3] = grad.sum((0, 3))
+    if wanted[4] and mask is not None:
+        results[4] = (grad_columns * values).sum(2)
+    shapes = [t.shape if t is not None else (0,) for t in (input, offset, weight, bias, mask)]
+    return tuple(
+        result.reshape(shape if want else (0,)).to(dtype) for result, shape, want in zip(results, shapes, wanted)
+    )
+
+
+_op_backward = define_op(
+    "deform_conv2d_backward(Tensor grad, Tensor input, Tensor offset, Tensor weight, Tensor? bias, SymInt[2] stride, "
+    "SymInt[2] padding, SymInt[2] dilation, Tensor? mask, bool[5] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    family="deform_conv2d",
+    decomposition=_decomposition_backward,
+    fake=_fake_backward,
+    autocast=False,
+)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    input, offset, weight, bias, ctx.stride, ctx.padding, ctx.dilation, mask = inputs
+    ctx.save_for_backward(input, offset, weight, bias, mask)
+
+
+def _autograd(ctx, grad):
+    input, offset, weight, bias, mask = ctx.saved_tensors
+    needed = ctx.needs_input_grad
+    wanted = [needed[0], needed[1], needed[2], needed[3], needed[7]]
+    grads = _op_backward(
+        grad, input, offset, weight, bias, ctx.stride, ctx.padding, ctx.dilation, mask, wanted
+    )
+    grads = [g if want else None for g, want in zip(grads, wanted)]
+    return (*grads[:4], None, None, None, grads[4])
+
+
+torch.library.register_autograd(_op.overload, _autograd, setup_context=_setup_context)
+
+
+@serves_torchvision("deform_conv2d")
+def _torchvision(
+    input: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    bias: Tensor,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    dilation_h: int,
+    dilation_w: int,
+    groups: int,
+    offset_groups: int,
+    use_mask: bool,
+) -> Tensor:
+    stride, padding, dilation = (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w)
+    return _op(input, offset, weight, bias, stride, padding, dilation, mask if use_mask else None)
+
+
+@serves_torchvision("_deform_conv2d_backward")
+def _torchvision_backward(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    bias: Tensor,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    dilation_h: int,
+    dilation_w: int,
+    groups: int,
+    offset_groups: int,
+    use_mask: bool,
+) -> tuple[Tensor, ...]:
+    stride, padding, dilation = (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w)
+    wanted = [True, True, True, True, use_mask]
+    grad_input, grad_offset, grad_weight, grad_bias, grad_mask = _op_backward(
+        grad, input, offset, weight, bias, stride, padding, dilation, mask if use_mask else None, wanted
+    )
+    if not use_mask:  # torchvision passes a stand-in of shape [B, 1] and wants its gradient
+        grad_mask = torch.zeros_like(mask)
+    return grad_input, grad_weight, grad_offset, grad_mask, grad_bias

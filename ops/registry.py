@@ -1,0 +1,111 @@
+"""Defines custom operators, and knows which ones there are.
+
+An operator of this package is, to PyTorch, a custom op in the namespace ``inductor_vision``:
+
+* its *decomposition*, an aten program, is what eager mode runs on every device;
+* its *fake kernel* says what comes out, and raises what eager mode would raise;
+* :mod:`inductor_vision.lowering` may say how Inductor turns it into one fused kernel.
+
+:func:`define_op` registers the first two and an autocast rule; autograd is added by the file that defines the op, with
+:func:`torch.library.register_autograd`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..paths import record_path
+
+NAMESPACE = "inductor_vision"
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionOp:
+    """One operator: what it is called, what it means, and the name of the files that are about it."""
+
+    name: str
+    family: str  # stem of ops/<family>.py, lowering/<family>.py, lowering/cpp/<family>.h
+    decomposition: Callable[..., Any]
+
+    @property
+    def overload(self) -> torch._ops.OpOverload:
+        return getattr(getattr(torch.ops, NAMESPACE), self.name).default
+
+    def __call__(self, *args: Any) -> Any:
+        return self.overload(*args)
+
+
+OPS: dict[str, VisionOp] = {}
+
+# torchvision's operator -> the same call in terms of this package's operators, see `serves_torchvision`.
+TORCHVISION: dict[str, Callable[..., Any]] = {}
+
+
+def define_op(
+    schema: str, *, family: str, decomposition: Callable[..., Any], fake: Callable[..., Any], autocast: bool = True
+) -> VisionOp:
+    """Define ``inductor_vision::<schema>``.
+
+    Args:
+        schema: the operator's schema, without namespace.
+        family: stem of the files about it.
+        decomposition: aten program; runs eagerly and below autograd.
+        fake: shapes, strides and dtypes of the result; raises what the decomposition would raise.
+        autocast: whether autocast computes it in float32 and returns the first argument's dtype, as torchvision does.
+
+    Raises:
+        ValueError: an operator of that name exists.
+    """
+    name = schema.partition("(")[0]
+    if name in OPS:
+        raise ValueError(f"operator {name!r} is defined twice; defined are: {', '.join(sorted(OPS))}")
+    op = VisionOp(name, family, decomposition)
+    qualified = f"{NAMESPACE}::{name}"
+
+    def eager(*args: Any) -> Any:
+        record_path(name, "eager", "the call was not compiled; the aten decomposition ran")
+        return decomposition(*args)
+
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, eager, "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified, fake, lib=_library)
+    if autocast:
+        for device in ("CPU", "CUDA"):
+            _library.impl(name, _in_float32(op, device), f"Autocast{device}")
+    OPS[name] = op
+    return op
+
+
+def _in_float32(op: VisionOp, device: str) -> Callable[..., Any]:
+    key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))
+
+    def cast(value: Any) -> Any:
+        low = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+        return value.float() if low else value
+
+    def autocast(*args: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(key):
+            return op(*map(cast, args)).to(args[0].dtype)
+
+    return autocast
+
+
+def serves_torchvision(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Declare a function that computes ``torch.ops.torchvision.<name>``, argument for argument, with these operators.
+
+    :func:`inductor_vision.accelerate_torchvision` puts it to use.
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        if name in TORCHVISION:
+            raise ValueError(f"torchvision::{name} is served twice")
+        TORCHVISION[name] = function
+        return function
+
+    return register

@@ -1,0 +1,52 @@
+"""Which path each operator call took: a C++ template, the lowered decomposition, or eager mode."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Iterator
+
+logger = logging.getLogger("inductor_vision")
+
+
+@dataclasses.dataclass(frozen=True)
+class Path:
+    """The path one call took.
+
+    Attributes:
+        op: the operator's name.
+        kind: ``"template"``, ``"decomposition"`` (lowered by Inductor) or ``"eager"``.
+        detail: which template, or why no template.
+    """
+
+    op: str
+    kind: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.op}: {self.kind} ({self.detail})"
+
+
+_recorders: list[list[Path]] = []
+
+
+def record_path(op: str, kind: str, detail: str) -> None:
+    """Log a path and hand it to whoever is inside :func:`recorded_paths`."""
+    if not _recorders and not logger.isEnabledFor(logging.DEBUG):
+        return
+    path = Path(op, kind, detail)
+    logger.log(logging.DEBUG if kind == "eager" else logging.INFO, "%s", path)
+    for recorder in _recorders:
+        recorder.append(path)
+
+
+@contextlib.contextmanager
+def recorded_paths() -> Iterator[list[Path]]:
+    """Collect the paths that calls take inside the ``with`` block."""
+    recorder: list[Path] = []
+    _recorders.append(recorder)
+    try:
+        yield recorder
+    finally:
+        _recorders.remove(recorder)
