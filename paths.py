@@ -33,10 +33,11 @@ _recorders: list[list[Path]] = []
 
 def record_path(op: str, kind: str, detail: str) -> None:
     """Log a path and hand it to whoever is inside :func:`recorded_paths`."""
-    if not _recorders and not logger.isEnabledFor(logging.DEBUG):
+    level = logging.DEBUG if kind == "eager" else logging.INFO  # eager mode would log every call
+    if not _recorders and not logger.isEnabledFor(level):
         return
     path = Path(op, kind, detail)
-    logger.log(logging.DEBUG if kind == "eager" else logging.INFO, "%s", path)
+    logger.log(level, "%s", path)
     for recorder in _recorders:
         recorder.append(path)
 

@@ -1,2 +1,53 @@
-def install_when_inductor_is_imported():
-    pass
+"""Puts the lowerings in place once Inductor is imported, without importing it."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+INDUCTOR_LOWERING = "torch._inductor.lowering"  # every compilation imports it before it does anything
+
+
+class _Loader(importlib.abc.Loader):
+    """Loads Inductor's module as its own loader would, then adds the lowerings."""
+
+    def __init__(self, loader: importlib.abc.Loader) -> None:
+        self.loader = loader
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.loader.exec_module(module)
+        _install()
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != INDUCTOR_LOWERING:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+def _install() -> None:
+    from .registry import install
+
+    install()
+
+
+def install_when_inductor_is_imported() -> None:
+    """Have :func:`inductor_vision.lowering.registry.install` run right after Inductor's lowerings are defined."""
+    if INDUCTOR_LOWERING in sys.modules:
+        _install()
+    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())

@@ -31,6 +31,10 @@ inline int64_t round_up(int64_t a, int64_t b) {
   return divide_up(a, b) * b;
 }
 
+inline int64_t round_down(int64_t a, int64_t b) {
+  return a / b * b;
+}
+
 // The type that sums are kept in: float for float, bf16 and fp16, double for double.
 template <typename scalar_t>
 using accumulate_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;

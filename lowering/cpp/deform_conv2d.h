@@ -56,7 +56,7 @@ struct DeformConv2d {
 // Sizes that are tuned; see lowering/deform_conv2d.py.
 struct DeformBlocking {
   int64_t pixels;  // in a tile, at most
-  int64_t depth;   // samples of a pixel that are buffered, about
+  int64_t depth;   // samples of a pixel that are buffered, at most; no more than kMaxDepth
   int64_t bytes;   // an input that is not channels_last is transposed in whole images of at most so many, or one
 };
 
@@ -68,17 +68,12 @@ struct DeformBlocks {
 
   template <typename scalar_t>
   DeformBlocks(const DeformConv2d<scalar_t>& op, const DeformBlocking& blocking) : taps(1), channels(op.channels) {
-    if (channels > blocking.depth) {
-      const int64_t parts = divide_up(channels, blocking.depth);
-      channels = round_up(divide_up(channels, parts), kPanel<float>);
+    const int64_t depth = std::clamp<int64_t>(round_down(blocking.depth, kPanel<float>), kPanel<float>, kMaxDepth);
+    if (channels > depth) {
+      channels = round_up(divide_up(channels, divide_up(channels, depth)), kPanel<float>);
     } else {
-      const int64_t parts = divide_up(op.taps() * channels, blocking.depth);
-      taps = divide_up(op.taps(), std::min(parts, op.taps()));
+      taps = divide_up(op.taps(), divide_up(op.taps(), depth / channels));
     }
-  }
-  // Elements between the samples of two pixels: not a power of two, whose rows would share cache sets.
-  int64_t lda() const {
-    return round_up(taps * channels, kPanel<float>) + kPanel<float>;
   }
 };
 
@@ -153,7 +148,7 @@ inline void locate(
     DeformSample<scalar_t>* samples) {
   using acc_t = accumulate_t<scalar_t>;
   using Vec = Vectorized<acc_t>;
-  using index_t = at::vec::int_same_size_t<acc_t>;
+  using index_t = ::at::vec::int_same_size_t<acc_t>;
   constexpr int64_t kLanes = Vec::size();
   const int64_t channel = offset_group * op.taps() + tap;
   const int64_t mask_at = channel * op.mask.channel;
@@ -163,7 +158,7 @@ inline void locate(
   const acc_t tap_x = static_cast<acc_t>(tap % op.kernel_width * op.dilation_width);
   const Vec lowest(-1), height(static_cast<acc_t>(op.height)), width(static_cast<acc_t>(op.width));
   const Vec zero(0), one(1), outside(-2);
-  const uint64_t rows = static_cast<uint64_t>(op.height), columns = static_cast<uint64_t>(op.width);
+  const uint64_t last_row = static_cast<uint64_t>(op.height - 1), last_column = static_cast<uint64_t>(op.width - 1);
 
   for (int64_t first = 0; first < count; first += kLanes) {
     const int64_t n = std::min(kLanes, count - first);
@@ -185,23 +180,30 @@ inline void locate(
     (bottom * left).store(weights[2]);
     (bottom * right).store(weights[3]);
     alignas(kCacheLine) index_t y_index[kLanes], x_index[kLanes];
-    at::vec::convert_to_int_of_same_size(Vec::blendv(outside, y0, inside)).store(y_index);
-    at::vec::convert_to_int_of_same_size(Vec::blendv(outside, x0, inside)).store(x_index);
+    ::at::vec::convert_to_int_of_same_size(Vec::blendv(outside, y0, inside)).store(y_index);
+    ::at::vec::convert_to_int_of_same_size(Vec::blendv(outside, x0, inside)).store(x_index);
 
     for (int64_t i = 0; i < n; ++i) {
       const DeformPixel<scalar_t>& pixel = pixels[first + i];
       DeformSample<scalar_t>& sample = samples[first + i];
       const int64_t row = y_index[i], column = x_index[i];
-      // One unsigned comparison tests both ends; `outside` fails it for both rows and both columns.
-      const bool has_top = static_cast<uint64_t>(row) < rows, has_bottom = static_cast<uint64_t>(row + 1) < rows;
-      const bool has_left = static_cast<uint64_t>(column) < columns;
-      const bool has_right = static_cast<uint64_t>(column + 1) < columns;
       const int64_t corner = row * input.row + column * input.column;
-      const auto at = [&](bool exists, int64_t position) { return exists ? pixel.image + position : zeros; };
-      sample.corner[0] = at(has_top && has_left, corner);
-      sample.corner[1] = at(has_top && has_right, corner + input.column);
-      sample.corner[2] = at(has_bottom && has_left, corner + input.row);
-      sample.corner[3] = at(has_bottom && has_right, corner + input.row + input.column);
+      // One unsigned comparison tests both ends of a range; `outside` fails it for both rows and both columns.
+      if (static_cast<uint64_t>(row) < last_row && static_cast<uint64_t>(column) < last_column) {
+        sample.corner[0] = pixel.image + corner;
+        sample.corner[1] = pixel.image + (corner + input.column);
+        sample.corner[2] = pixel.image + (corner + input.row);
+        sample.corner[3] = pixel.image + (corner + input.row + input.column);
+      } else {
+        const bool has_top = static_cast<uint64_t>(row) <= last_row;
+        const bool has_bottom = static_cast<uint64_t>(row + 1) <= last_row;
+        const bool has_left = static_cast<uint64_t>(column) <= last_column;
+        const bool has_right = static_cast<uint64_t>(column + 1) <= last_column;
+        sample.corner[0] = has_top && has_left ? pixel.image + corner : zeros;
+        sample.corner[1] = has_top && has_right ? pixel.image + (corner + input.column) : zeros;
+        sample.corner[2] = has_bottom && has_left ? pixel.image + (corner + input.row) : zeros;
+        sample.corner[3] = has_bottom && has_right ? pixel.image + (corner + input.row + input.column) : zeros;
+      }
       for (int k = 0; k < 4; ++k) {
         sample.weight[k] = weights[k][i];
       }
@@ -213,34 +215,45 @@ inline void locate(
   }
 }
 
-// A sample broadcast to vectors, to be taken at many channels.
+// A sample held in registers, to be taken at many channels.
 template <typename scalar_t>
 struct Interpolation {
   using acc_t = accumulate_t<scalar_t>;
   using Vec = Vectorized<acc_t>;
-  const DeformSample<scalar_t>& sample;
-  Vec weight[4];
-  Vec mask;
+  const scalar_t *corner0, *corner1, *corner2, *corner3;
+  Vec weight0, weight1, weight2, weight3, mask;
 
   explicit Interpolation(const DeformSample<scalar_t>& s)
-      : sample(s), weight{Vec(s.weight[0]), Vec(s.weight[1]), Vec(s.weight[2]), Vec(s.weight[3])}, mask(s.mask) {}
+      : corner0(s.corner[0]),
+        corner1(s.corner[1]),
+        corner2(s.corner[2]),
+        corner3(s.corner[3]),
+        weight0(s.weight[0]),
+        weight1(s.weight[1]),
+        weight2(s.weight[2]),
+        weight3(s.weight[3]),
+        mask(s.mask) {}
 
   // At Vec::size() channels from c on.
-  Vec vector(int64_t c) const {
-    Vec value = weight[0] * load(sample.corner[0] + c);
-    value = at::vec::fmadd(weight[1], load(sample.corner[1] + c), value);
-    value = at::vec::fmadd(weight[2], load(sample.corner[2] + c), value);
-    value = at::vec::fmadd(weight[3], load(sample.corner[3] + c), value);
+  Vec at(int64_t c) const {
+    Vec value = weight0 * load(corner0 + c);
+    value = ::at::vec::fmadd(weight1, load(corner1 + c), value);
+    value = ::at::vec::fmadd(weight2, load(corner2 + c), value);
+    value = ::at::vec::fmadd(weight3, load(corner3 + c), value);
     return value * mask;
   }
-  acc_t scalar(int64_t c) const {
-    acc_t value = sample.weight[0] * static_cast<acc_t>(sample.corner[0][c]);
-    for (int k = 1; k < 4; ++k) {
-      value = std::fma(sample.weight[k], static_cast<acc_t>(sample.corner[k][c]), value);
-    }
-    return value * sample.mask;
-  }
 };
+
+// The same at one channel.
+template <typename scalar_t>
+inline accumulate_t<scalar_t> interpolate_channel(const DeformSample<scalar_t>& sample, int64_t c) {
+  using acc_t = accumulate_t<scalar_t>;
+  acc_t value = sample.weight[0] * static_cast<acc_t>(sample.corner[0][c]);
+  for (int k = 1; k < 4; ++k) {
+    value = std::fma(sample.weight[k], static_cast<acc_t>(sample.corner[k][c]), value);
+  }
+  return value * sample.mask;
+}
 
 // out[c - begin] = the sample at channels [begin, end), in the type that the matrix product takes.
 template <typename scalar_t, typename value_t>
@@ -249,10 +262,10 @@ inline void interpolate(const DeformSample<scalar_t>& sample, int64_t begin, int
   const Interpolation<scalar_t> interpolation(sample);
   int64_t c = begin;
   for (; c + Vectorized<acc_t>::size() <= end; c += Vectorized<acc_t>::size()) {
-    store_as(interpolation.vector(c), out + (c - begin));
+    store_as(interpolation.at(c), out + (c - begin));
   }
   for (; c < end; ++c) {
-    out[c - begin] = static_cast<value_t>(interpolation.scalar(c));
+    out[c - begin] = static_cast<value_t>(interpolate_channel(sample, c));
   }
 }
 
@@ -275,7 +288,7 @@ inline void depthwise_vectors(
     for (int u = 0; u < U; ++u) {
       const int64_t at = c + u * Vec::size();
       const Vec w = kShared ? Vec(weight[tap]) : Vec::loadu(weight + tap * channels + at);
-      total[u] = at::vec::fmadd(w, interpolation.vector(at), total[u]);
+      total[u] = ::at::vec::fmadd(w, interpolation.at(at), total[u]);
     }
   }
 #pragma GCC unroll 8
@@ -300,7 +313,7 @@ inline void depthwise_pixel(
   for (; c < end; ++c) {
     for (int64_t tap = 0; tap < taps; ++tap) {
       const acc_t w = kShared ? weight[tap] : weight[tap * channels + c];
-      sum[c] = std::fma(w, Interpolation<scalar_t>(samples[tap * sample_stride]).scalar(c), sum[c]);
+      sum[c] = std::fma(w, interpolate_channel(samples[tap * sample_stride], c), sum[c]);
     }
   }
 }
@@ -342,7 +355,7 @@ class DeformTile {
         padded_(round_up(pixels, kMicroRows)),
         pixels_(padded_),
         samples_(padded_ * (kKernel == DeformKernel::gemm ? 1 : op.taps())),
-        depth_(kKernel == DeformKernel::gemm ? padded_ * blocks.lda() : 0),
+        depth_(kKernel == DeformKernel::gemm ? padded_ * kRowDistance : 0),
         zeros_(op.channels),
         sums_(padded_ * columns()) {
     std::fill_n(zeros_.get(), op.channels, scalar_t(0));
@@ -398,7 +411,7 @@ class DeformTile {
           // The channels of this group that are in the block; all of them, unless the block is a single tap.
           const int64_t from = std::max(c, g * group_inputs), to = std::min(c_end, (g + 1) * group_inputs);
           const int64_t panel = op_.taps() * group_inputs * kPanel<acc_t>;
-          const Rows<weight_t> a{depth_.get() + (from - c), blocks_.lda(), t_end - t, to - from, c_end - c};
+          const Rows<weight_t> a{depth_.get() + (from - c), t_end - t, to - from, c_end - c};
           const Panels<weight_t> b{
               weight_ + g * (group_columns() / kPanel<acc_t>)*panel +
                   (t * group_inputs + from - g * group_inputs) * kPanel<acc_t>,
@@ -426,7 +439,7 @@ class DeformTile {
         locate(op_, input, pixels_.get(), count_, rows, g, tap, zeros_.get(), samples_.get());
         weight_t* out = depth_.get() + (tap - t) * (c_end - c) + (from - c);
         for (int64_t p = 0; p < rows; ++p) {
-          interpolate(samples_.get()[p], from, to, out + p * blocks_.lda());
+          interpolate(samples_.get()[p], from, to, out + p * kRowDistance);
         }
       }
     }

@@ -1,6 +1,6 @@
 // A register-blocked matrix product on packed weights: C[rows, 16 * panels] += A[rows, K] * B[panels, K, 16].
 //
-//   A      row-major, `lda` elements between rows; K may be cut in `runs` of `run` consecutive elements that lie
+//   A      row-major, kRowDistance elements between rows; K may be cut in `runs` of `run` consecutive elements that lie
 //          `run_stride` apart (a run: the channels of one group at one tap)
 //   B      packed: a panel holds kPanel output columns, one cache line for each k; panels lie `panel_stride` apart
 //   C      row-major, `ldc` elements between rows; read, added to and written back
@@ -30,11 +30,15 @@ constexpr int kMicroPanels = 1;
 #endif
 constexpr int kRowStep = kMicroRows / 3;  // tiles are padded to a multiple of this many rows
 
+// A row of A holds at most so many elements, and rows lie a little further apart: a constant, so that one register
+// addresses all rows, and not a power of two, whose rows would share cache sets.
+constexpr int64_t kMaxDepth = 256;
+constexpr int64_t kRowDistance = kMaxDepth + 16;
+
 // A[row, k0 : k0 + K] of one matrix product, K cut in runs.
 template <typename value_t>
 struct Rows {
   const value_t* data;
-  int64_t lda;
   int64_t runs;
   int64_t run;
   int64_t run_stride;
@@ -71,7 +75,7 @@ inline void micro_kernel(const Rows<acc_t>& a, const Panels<acc_t>& b, acc_t* c,
       }
 #pragma GCC unroll 16
       for (int i = 0; i < kRows; ++i) {
-        const Vec value(row[i * a.lda + k]);
+        const Vec value(row[i * kRowDistance + k]);
 #pragma GCC unroll 8
         for (int j = 0; j < kColumns; ++j) {
           sum[i][j] = at::vec::fmadd(value, column[j], sum[i][j]);
@@ -114,7 +118,7 @@ inline void micro_kernel(const Rows<at::BFloat16>& a, const Panels<at::BFloat16>
 #pragma GCC unroll 16
       for (int i = 0; i < kRows; ++i) {
         int32_t pair;
-        std::memcpy(&pair, row + i * a.lda + k, sizeof(pair));
+        std::memcpy(&pair, row + i * kRowDistance + k, sizeof(pair));
         const __m512bh value = (__m512bh)_mm512_set1_epi32(pair);
 #pragma GCC unroll 8
         for (int j = 0; j < kPanels; ++j) {
@@ -142,10 +146,10 @@ inline void gemm_panels(Rows<value_t> a, const Panels<value_t>& b, acc_t* c, int
   int64_t i = 0;
   const value_t* first = a.data;
   for (; i + kMicroRows <= rows; i += kMicroRows) {
-    a.data = first + i * a.lda;
+    a.data = first + i * kRowDistance;
     micro_kernel<acc_t, kMicroRows, kPanels>(a, b, c + i * ldc, ldc);
   }
-  a.data = first + i * a.lda;
+  a.data = first + i * kRowDistance;
   if (rows - i == 2 * kRowStep) {
     micro_kernel<acc_t, 2 * kRowStep, kPanels>(a, b, c + i * ldc, ldc);
   } else if (rows - i == kRowStep) {

@@ -1,0 +1,286 @@
+"""deform_conv2d as one C++ kernel: see cpp/deform_conv2d.h."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .inductor import DTYPE_TO_CPP, CppTemplateKernel, V, config, ir, lowerings, pick_vec_isa, prune_tensors
+from .registry import Template, template_for
+from .template import RowsTemplate, accumulate_dtype
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+
+@dataclasses.dataclass(frozen=True)
+class Convolution:
+    """What is known of a call when it is compiled: all but batch and image size."""
+
+    channels: int
+    out_channels: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    offset_groups: int
+    dtype: torch.dtype
+
+    @property
+    def taps(self) -> int:
+        return self.kernel[0] * self.kernel[1]
+
+    @property
+    def depthwise(self) -> bool:
+        return self.channels == self.out_channels == self.groups
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocking:
+    """DeformBlocking in cpp/deform_conv2d.h."""
+
+    pixels: int
+    depth: int
+    transposed_bytes: int = 4 << 20
+
+
+MAX_DEPTH = 256  # kMaxDepth in cpp/gemm.h
+PANEL_BYTES = 64  # kPanel in cpp/gemm.h
+
+
+def default_blocking(convolution: Convolution) -> Blocking:
+    """A tile whose samples and sums take half of the second-level cache."""
+    cache = torch.cpu.get_capabilities().get("l2_cache_size", 0) or 512 << 10
+    sums = convolution.out_channels * accumulate_dtype(convolution.dtype).itemsize
+    if convolution.depthwise:
+        samples = convolution.taps * 56  # sizeof(DeformSample)
+        most = 32
+    else:
+        samples = MAX_DEPTH * accumulate_dtype(convolution.dtype).itemsize
+        most = 96
+    return Blocking(pixels=max(12, min(most, cache // 2 // (samples + 2 * sums))), depth=MAX_DEPTH)
+
+
+def bf16_dot_products() -> bool:
+    """Whether the kernel is compiled with INDUCTOR_VISION_BF16_DOT (cpp/gemm.h)."""
+    isa = pick_vec_isa()
+    native = config.cpp.march is None or "avx512bf16" in isa.build_arch_flags()
+    return bool(isa) and isa.bit_width() == 512 and torch.cpu._is_avx512_bf16_supported() and native
+
+
+def _refusal(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    mask: Tensor | None,
+) -> str | None:
+    static = (*weight.shape, *stride, *padding, *dilation, input.shape[1], offset.shape[1])
+    if not all(isinstance(number, int) for number in static):
+        return "only batch and image size may be dynamic; the weight's shape, the channels and the geometry must not"
+    return None
+
+
+def _lower(
+    input: ir.TensorBox,
+    offset: ir.TensorBox,
+    weight: ir.TensorBox,
+    bias: ir.TensorBox | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    mask: ir.TensorBox | None,
+) -> tuple[ir.TensorBox, str]:
+    out_channels, group_channels, *kernel = (int(n) for n in weight.get_size())
+    channels = int(input.get_size()[1])
+    convolution = Convolution(
+        channels=channels,
+        out_channels=out_channels,
+        kernel=tuple(kernel),
+        stride=tuple(map(int, stride)),
+        padding=tuple(map(int, padding)),
+        dilation=tuple(map(int, dilation)),
+        groups=channels // group_channels,
+        offset_groups=int(offset.get_size()[1]) // (2 * kernel[0] * kernel[1]),
+        dtype=input.get_dtype(),
+    )
+    node = V.graph.current_node
+    image, channels_last = _image(input, node.meta["val"])
+    packed, kind = _pack(convolution, weight, node.args[2].meta["val"].stride(0) == 0)
+    size = ir.convert_shape_to_inductor(node.meta["val"].shape)
+    optional = [ir.ExternKernel.realize_input(t) if t is not None else None for t in (mask, bias)]
+    template = DeformConv2dTemplate(
+        convolution, default_blocking(convolution), kind, image, ir.ExternKernel.realize_input(offset), packed,
+        mask=optional[0], bias=optional[1], size=size, channels_last=channels_last,
+    )  # fmt: skip
+    return template.output(), template.path
+
+
+def _image(input: ir.TensorBox, result: Tensor) -> tuple[ir.IRNode, bool]:
+    """The input, realized with neighbouring channels or neighbouring columns, and whether to write channels_last.
+
+    Where the input's layout is still free it becomes channels_last, which costs its producer nothing. The result then
+    has the memory format that it has in eager mode; an input that others have made channels_last passes that on, so
+    that a network that Inductor runs channels_last stays so.
+    """
+    eager_channels_last = _channels_last(list(result.stride()), list(result.shape))
+    if _layout_is_free(input):
+        return ir.ExternKernel.realize_input(ir.ExternKernel.require_channels_last(input)), eager_channels_last
+    image = ir.ExternKernel.realize_input(input)
+    strides = image.get_layout().stride
+    if _channels_last(strides, image.get_size()):
+        return image, True
+    if not V.graph.sizevars.statically_known_equals(strides[3], 1):
+        image = ir.ExternKernel.realize_input(ir.ExternKernel.require_contiguous(image))
+    return image, eager_channels_last
+
+
+def _layout_is_free(x: ir.TensorBox) -> bool:
+    box = x.data
+    if not isinstance(box, ir.StorageBox):
+        return False
+    return not isinstance(box.data, ir.Buffer) or isinstance(box.data.get_layout(), ir.FlexibleLayout)
+
+
+def _channels_last(strides: Sequence[Any], size: Sequence[Any]) -> bool:
+    """Whether the channels of a pixel are neighbours (and are not the only thing that is)."""
+    known_equal = V.graph.sizevars.statically_known_equals
+    return known_equal(strides[1], 1) and not (known_equal(strides[3], 1) and not known_equal(size[3], 1))
+
+
+def _pack(convolution: Convolution, weight: ir.TensorBox, shared: bool) -> tuple[ir.IRNode, str]:
+    """The weight as the kernel wants it, and the DeformKernel that wants it so.
+
+    A constant is packed now, once; anything else at every call, by a kernel that Inductor generates.
+    """
+    dtype = convolution.dtype
+    if convolution.depthwise:
+        kind = "shared" if shared and convolution.groups > 1 else "depthwise"
+    else:
+        kind = "gemm"
+    dots = dtype == torch.bfloat16 and kind == "gemm" and bf16_dot_products()
+    dots = dots and convolution.channels // convolution.groups % 2 == 0
+    packed_dtype = torch.bfloat16 if dots else accumulate_dtype(dtype)
+
+    node = ir.InputsKernel.unwrap_storage_for_input(weight)
+    if node.get_name() in V.graph.constants:
+        layout = node.get_layout()
+        constant = V.graph.constants[node.get_name()].as_strided(layout.size, layout.stride, layout.offset)
+        packed = V.graph.add_tensor_constant(pack(convolution, kind, packed_dtype, constant, _call_aten).contiguous())
+        prune_tensors([weight], [packed])
+    else:
+        packed = ir.ExternKernel.require_contiguous(pack(convolution, kind, packed_dtype, weight, _call_lowering))
+    return ir.ExternKernel.realize_input(packed), kind
+
+
+def _call_aten(op: Any, *args: Any) -> Any:
+    return op(*args)
+
+
+def _call_lowering(op: Any, *args: Any) -> Any:
+    return lowerings[op](*args)
+
+
+def pack(convolution: Convolution, kind: str, dtype: torch.dtype, weight: Any, call: Callable[..., Any]) -> Any:
+    """``weight`` [O, Cg, kH, kW] in the order of DeformKernel (cpp/deform_conv2d.h), of any strides.
+
+    Written once for tensors (``call`` runs the operator) and for Inductor's IR (``call`` lowers it).
+    """
+    view, permute = aten.view.default, aten.permute.default
+    groups, taps = convolution.groups, convolution.taps
+    inputs, outputs = convolution.channels // groups, convolution.out_channels // groups
+    if kind == "shared":
+        weight = call(aten.slice.Tensor, weight, 0, 0, 1)
+    weight = call(prims.convert_element_type.default, weight, dtype)
+    if kind == "shared":
+        return call(aten.reshape.default if call is _call_aten else view, weight, [taps])
+    if call is _call_aten:
+        weight = weight.contiguous()
+    if kind == "depthwise":
+        return call(permute, call(view, weight, [convolution.channels, taps]), [1, 0])  # [K, C]
+    lanes = PANEL_BYTES // accumulate_dtype(convolution.dtype).itemsize
+    panels = -(-outputs // lanes)
+    weight = call(view, weight, [groups, outputs, inputs, taps])
+    weight = call(aten.constant_pad_nd.default, weight, [0, 0, 0, 0, 0, panels * lanes - outputs])
+    if dtype == torch.bfloat16:
+        weight = call(view, weight, [groups, panels, lanes, inputs // 2, 2, taps])
+        return call(permute, weight, [0, 1, 5, 3, 2, 4])  # [G, panels, K, Cg / 2, lanes, 2]
+    weight = call(view, weight, [groups, panels, lanes, inputs, taps])
+    return call(permute, weight, [0, 1, 4, 3, 2])  # [G, panels, K, Cg, lanes]
+
+
+class DeformConv2dTemplate(RowsTemplate):
+    """See cpp/deform_conv2d.h."""
+
+    header = "deform_conv2d.h"
+    name = "deform_conv2d"
+
+    def __init__(
+        self,
+        convolution: Convolution,
+        blocking: Blocking,
+        kind: str,
+        image: ir.IRNode,
+        offset: ir.IRNode,
+        weight: ir.IRNode,
+        *,
+        mask: ir.IRNode | None,
+        bias: ir.IRNode | None,
+        size: Sequence[Any],
+        channels_last: bool,
+    ) -> None:
+        optional = [t for t in (mask, bias) if t is not None]
+        super().__init__([image, offset, weight, *optional], convolution.dtype, size, channels_last)
+        self.convolution = convolution
+        self.blocking = blocking
+        self.kind = kind
+        self.has_mask, self.has_bias = mask is not None, bias is not None
+
+    @property
+    def path(self) -> str:
+        precision = "bf16 dot products" if self.inputs[2].get_dtype() == torch.bfloat16 else "fused"
+        return f"{'GEMM' if self.kind == 'gemm' else self.kind} kernel, {precision}, {self.blocking}"
+
+    def call(self, kernel: CppTemplateKernel, inputs: Sequence[ir.IRNode], store: str) -> str:
+        image, offset, weight, *optional = inputs
+        mask = optional.pop(0) if self.has_mask else None
+        bias = optional.pop(0) if self.has_bias else None
+        c = self.convolution
+
+        def pointer(node: ir.IRNode | None) -> str:
+            return "nullptr" if node is None else f"&{kernel.index(node, [0] * len(node.get_size()))}"
+
+        def view(node: ir.IRNode | None) -> str:
+            strides = ["0"] * 4 if node is None else [kernel.stride(node, d) for d in range(4)]
+            return f"{{{', '.join([pointer(node), *strides])}}}"
+
+        def size(node: ir.IRNode, dims: Sequence[int]) -> str:
+            return ", ".join(kernel.size(node, d) for d in dims)
+
+        numbers = [*c.kernel, *c.stride, *c.padding, *c.dilation, c.groups, c.offset_groups]
+        arguments = [
+            view(image),
+            view(offset),
+            view(mask),
+            pointer(bias),
+            size(image, (0, 1, 2, 3)),
+            str(c.out_channels),
+            size(offset, (2, 3)),
+            *map(str, numbers),
+        ]
+        blocking = ", ".join(str(n) for n in dataclasses.astuple(self.blocking))
+        template = f"{str(self.channels_last).lower()}, inductor_vision::DeformKernel::{self.kind}"
+        return f"""
+    const inductor_vision::DeformConv2d<{DTYPE_TO_CPP[c.dtype]}> op{{{", ".join(arguments)}}};
+    inductor_vision::deform_conv2d<{template}>(op, {pointer(weight)}, {{{blocking}}},
+        {store});"""
+
+
+template_for("deform_conv2d", Template(_refusal, _lower))

@@ -1,0 +1,31 @@
+"""All that is used of Inductor's private parts, checked on torch 2.13. A new release of torch is this file's work."""
+
+from __future__ import annotations
+
+from torch._inductor import config, ir
+from torch._inductor.codegen.cpp import get_export_declaration
+from torch._inductor.codegen.cpp_gemm_template import gen_2d_view_of_epilogue_buf, prune_tensors
+from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel, parse_expr_with_index_symbols
+from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
+from torch._inductor.cpu_vec_isa import VecISA, pick_vec_isa
+from torch._inductor.lowering import lowerings
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch._inductor.utils import Placeholder
+from torch._inductor.virtualized import V
+
+__all__ = [
+    "DTYPE_TO_CPP",
+    "CppTemplateKernel",
+    "Placeholder",
+    "V",
+    "VecISA",
+    "cache_dir",
+    "config",
+    "get_export_declaration",
+    "gen_2d_view_of_epilogue_buf",
+    "ir",
+    "lowerings",
+    "parse_expr_with_index_symbols",
+    "pick_vec_isa",
+    "prune_tensors",
+]

@@ -1,0 +1,144 @@
+"""Tells Inductor about this package's operators.
+
+Each operator has an entry among Inductor's decompositions. While a graph is traced for Inductor it decides, call by
+call: the operator stays as it is where a template takes the call, and is replaced by its decomposition everywhere
+else. What stays has an entry among Inductor's lowerings, which makes the template.
+
+A family's templates are in ``lowering/<family>.py``, which is imported when the first call needs it, and declares them
+with :func:`template_for`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import importlib.util
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.compiler.config
+
+from ..ops.registry import OPS, TORCHVISION, VisionOp
+from ..paths import record_path
+from ..version import __version__
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """A template for one operator.
+
+    Attributes:
+        refusal: from the operator's arguments (fake tensors), why the template cannot take them; None if it can.
+        lower: from the operator's arguments (Inductor IR), the result (Inductor IR) and a name for the path taken.
+    """
+
+    refusal: Callable[..., str | None]
+    lower: Callable[..., tuple[Any, str]]
+
+
+_templates: dict[str, Template] = {}
+
+
+def template_for(op: str, template: Template) -> None:
+    """Declare the template of an operator.
+
+    Raises:
+        ValueError: the operator has one, or there is no such operator.
+    """
+    if op in _templates:
+        raise ValueError(f"operator {op!r} has two templates")
+    if op not in OPS:
+        raise ValueError(f"no operator {op!r}; defined are: {', '.join(sorted(OPS))}")
+    _templates[op] = template
+
+
+def _template(op: VisionOp) -> Template | None:
+    module = f"{__package__}.{op.family}"
+    if importlib.util.find_spec(module) is not None:
+        importlib.import_module(module)
+    return _templates.get(op.name)
+
+
+def _decompose_or_keep(op: VisionOp) -> Callable[..., Any]:
+    def decompose(*args: Any, **kwargs: Any) -> Any:
+        template = _template(op)
+        refusal = "this operator has no template" if template is None else _refusal(template, *args, **kwargs)
+        if refusal is None:
+            return NotImplemented
+        record_path(op.name, "decomposition", refusal)
+        return op.decomposition(*args, **kwargs)
+
+    return decompose
+
+
+def _refusal(template: Template, *args: Any, **kwargs: Any) -> str | None:
+    from torch._inductor import config
+
+    device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+    if device.type != "cpu":
+        return f"the templates are C++ for the CPU, the tensors are on {device}"
+    if config.cpu_backend != "cpp":
+        return f"torch._inductor.config.cpu_backend is {config.cpu_backend!r}, not 'cpp'"
+    return template.refusal(*args, **kwargs)
+
+
+def _lower(op: VisionOp) -> Callable[..., Any]:
+    def lower(*args: Any, **kwargs: Any) -> Any:
+        template = _template(op)
+        assert template is not None, op.name
+        result, path = template.lower(*args, **kwargs)
+        record_path(op.name, "template", path)
+        return result
+
+    return lower
+
+
+def install() -> None:
+    """Register every operator with Inductor. Runs once, when Inductor's own lowerings are defined."""
+    from torch._inductor.decomposition import decompositions, fast_random_decomps
+    from torch._inductor.lowering import register_lowering
+
+    for op in OPS.values():
+        decompositions[op.overload] = _decompose_or_keep(op)
+        register_lowering(op.overload, type_promotion_kind=None)(_lower(op))
+    serve_torchvision()
+    fast_random_decomps.cache_clear()  # it holds a copy of the table
+    tag_caches()
+
+
+_accelerated = False
+
+
+def serve_torchvision() -> None:
+    """Give torchvision's operators to these, where :func:`inductor_vision.accelerate_torchvision` was called."""
+    if not _accelerated:
+        return
+    from torch._inductor.decomposition import decompositions, fast_random_decomps
+
+    for name, function in TORCHVISION.items():
+        decompositions[getattr(torch.ops.torchvision, name).default] = function
+    fast_random_decomps.cache_clear()
+
+
+def source_digest() -> str:
+    """Of all sources that decide what is compiled: a changed kernel must not be answered from a cache."""
+    package = pathlib.Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for folder, pattern in (("ops", "*.py"), ("lowering", "*.py"), ("lowering/cpp", "*.h")):
+        for path in sorted((package / folder).glob(pattern)):
+            digest.update(path.name.encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+TAG = f"inductor_vision-{__version__}-{source_digest()}"
+
+
+def tag_caches() -> None:
+    """Make this package's version and sources part of the key of Inductor's caches on disk, beside a user's tag."""
+    tag = torch.compiler.config.cache_key_tag
+    if TAG not in tag:
+        torch.compiler.config.cache_key_tag = f"{tag}+{TAG}" if tag else TAG
