@@ -1,2 +1,62 @@
-def explain(fn, *args):
-    pass
+"""Says which path each operator call of a function takes under ``torch.compile``, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .paths import Path, recorded_paths
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What :func:`explain` found; ``str()`` of it is a report.
+
+    Attributes:
+        paths: the path of each operator call, in the order of compilation; calls that were not compiled come as
+            ``"eager"``, in the order of execution.
+    """
+
+    paths: list[Path]
+
+    def __str__(self) -> str:
+        if not self.paths:
+            return "no operator of inductor_vision was called"
+        width = max(len(path.op) for path in self.paths)
+        return "\n".join(f"{path.op:{width}}  {path.kind}: {path.detail}" for path in self.paths)
+
+
+def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Compile and run ``fn(*args, **kwargs)`` once, and say which path each call of this package's operators took.
+
+    A call takes one of three paths, the fastest first:
+
+    * ``template``: a C++ kernel of this package, fused with its neighbours;
+    * ``decomposition``: the operator's aten program, lowered by Inductor; the detail says why no template took it;
+    * ``eager``: the call was not compiled, because of a graph break or a function that compilation skips.
+
+    The compilation is a fresh one: caches on disk, and what ``fn`` was compiled to before, are left alone.
+
+    Args:
+        fn: a function or module, as you would give it to :func:`torch.compile`; not compiled yet.
+        args, kwargs: what to call it with.
+
+    Returns:
+        An :class:`Explanation`.
+    """
+    from torch._inductor import config
+
+    with recorded_paths() as paths, config.patch(force_disable_caches=True):
+        compiled = torch.compile(fn, backend=_fresh_inductor)
+        compiled(*args, **kwargs)
+    return Explanation(list(paths))
+
+
+def _fresh_inductor(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+    """Inductor under another name: Dynamo shares no compiled code between backends."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(graph, example_inputs)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .inductor import DTYPE_TO_CPP, CppTemplateKernel, V, config, ir, lowerings, pick_vec_isa, prune_tensors
+from .layout import channels_last_strides, feeds_channels_last_convolution
 from .registry import Template, template_for
 from .template import RowsTemplate, accumulate_dtype
 
@@ -112,7 +113,7 @@ def _lower(
         dtype=input.get_dtype(),
     )
     node = V.graph.current_node
-    image, channels_last = _image(input, node.meta["val"])
+    image, channels_last = _image(input, node)
     packed, kind = _pack(convolution, weight, node.args[2].meta["val"].stride(0) == 0)
     size = ir.convert_shape_to_inductor(node.meta["val"].shape)
     optional = [ir.ExternKernel.realize_input(t) if t is not None else None for t in (mask, bias)]
@@ -123,36 +124,32 @@ def _lower(
     return template.output(), template.path
 
 
-def _image(input: ir.TensorBox, result: Tensor) -> tuple[ir.IRNode, bool]:
+def _image(input: ir.TensorBox, node: torch.fx.Node) -> tuple[ir.IRNode, bool]:
     """The input, realized with neighbouring channels or neighbouring columns, and whether to write channels_last.
 
-    Where the input's layout is still free it becomes channels_last, which costs its producer nothing. The result then
-    has the memory format that it has in eager mode; an input that others have made channels_last passes that on, so
-    that a network that Inductor runs channels_last stays so.
+    Where the input's layout is still free it becomes channels_last, which costs its producer nothing. The result has
+    the memory format that it has in eager mode, unless the input is channels_last by others' choice, or Inductor runs
+    a convolution behind this one channels_last: in a network that Inductor lays out so, nothing is transposed.
     """
-    eager_channels_last = _channels_last(list(result.stride()), list(result.shape))
+    result = node.meta["val"]
+    channels_last = channels_last_strides(result.stride(), result.shape) or feeds_channels_last_convolution(node)
     if _layout_is_free(input):
-        return ir.ExternKernel.realize_input(ir.ExternKernel.require_channels_last(input)), eager_channels_last
+        return ir.ExternKernel.realize_input(ir.ExternKernel.require_channels_last(input)), channels_last
     image = ir.ExternKernel.realize_input(input)
     strides = image.get_layout().stride
-    if _channels_last(strides, image.get_size()):
+    if channels_last_strides(strides, image.get_size()):
         return image, True
     if not V.graph.sizevars.statically_known_equals(strides[3], 1):
         image = ir.ExternKernel.realize_input(ir.ExternKernel.require_contiguous(image))
-    return image, eager_channels_last
+    return image, channels_last
 
 
 def _layout_is_free(x: ir.TensorBox) -> bool:
+    """Whether it is yet to be decided in which order x is written."""
     box = x.data
     if not isinstance(box, ir.StorageBox):
         return False
     return not isinstance(box.data, ir.Buffer) or isinstance(box.data.get_layout(), ir.FlexibleLayout)
-
-
-def _channels_last(strides: Sequence[Any], size: Sequence[Any]) -> bool:
-    """Whether the channels of a pixel are neighbours (and are not the only thing that is)."""
-    known_equal = V.graph.sizevars.statically_known_equals
-    return known_equal(strides[1], 1) and not (known_equal(strides[3], 1) and not known_equal(size[3], 1))
 
 
 def _pack(convolution: Convolution, weight: ir.TensorBox, shared: bool) -> tuple[ir.IRNode, str]:

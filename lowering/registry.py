@@ -15,6 +15,7 @@ import hashlib
 import importlib
 import importlib.util
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch.compiler.config
 from ..ops.registry import OPS, TORCHVISION, VisionOp
 from ..paths import record_path
 from ..version import __version__
+from .hook import INDUCTOR_LOWERING
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +106,7 @@ def install() -> None:
     for op in OPS.values():
         decompositions[op.overload] = _decompose_or_keep(op)
         register_lowering(op.overload, type_promotion_kind=None)(_lower(op))
-    serve_torchvision()
+    _serve_torchvision()
     fast_random_decomps.cache_clear()  # it holds a copy of the table
     tag_caches()
 
@@ -112,12 +114,19 @@ def install() -> None:
 _accelerated = False
 
 
-def serve_torchvision() -> None:
-    """Give torchvision's operators to these, where :func:`inductor_vision.accelerate_torchvision` was called."""
-    if not _accelerated:
-        return
+def accelerate_torchvision() -> None:
+    """See :func:`inductor_vision.accelerate_torchvision`; takes effect now, or once Inductor is imported."""
+    global _accelerated
+    _accelerated = True
+    if INDUCTOR_LOWERING in sys.modules:
+        _serve_torchvision()
+
+
+def _serve_torchvision() -> None:
     from torch._inductor.decomposition import decompositions, fast_random_decomps
 
+    if not _accelerated:
+        return
     for name, function in TORCHVISION.items():
         decompositions[getattr(torch.ops.torchvision, name).default] = function
     fast_random_decomps.cache_clear()

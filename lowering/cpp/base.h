@@ -67,7 +67,7 @@ class Scratch {
 
 // Vectorized<accumulate_t> from as many consecutive elements of any floating type.
 template <typename scalar_t>
-inline Vectorized<accumulate_t<scalar_t>> load(const scalar_t* p) {
+inline Vectorized<accumulate_t<scalar_t>> load_vector(const scalar_t* p) {
   using acc_t = accumulate_t<scalar_t>;
   if constexpr (std::is_same_v<scalar_t, acc_t>) {
     return Vectorized<acc_t>::loadu(p);
@@ -78,7 +78,7 @@ inline Vectorized<accumulate_t<scalar_t>> load(const scalar_t* p) {
 
 // The reverse, to any floating type.
 template <typename acc_t, typename value_t>
-inline void store_as(const Vectorized<acc_t>& value, value_t* p) {
+inline void store_vector(const Vectorized<acc_t>& value, value_t* p) {
   if constexpr (std::is_same_v<value_t, acc_t>) {
     value.store(p);
   } else {

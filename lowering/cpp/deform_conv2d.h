@@ -236,10 +236,10 @@ struct Interpolation {
 
   // At Vec::size() channels from c on.
   Vec at(int64_t c) const {
-    Vec value = weight0 * load(corner0 + c);
-    value = ::at::vec::fmadd(weight1, load(corner1 + c), value);
-    value = ::at::vec::fmadd(weight2, load(corner2 + c), value);
-    value = ::at::vec::fmadd(weight3, load(corner3 + c), value);
+    Vec value = weight0 * load_vector(corner0 + c);
+    value = ::at::vec::fmadd(weight1, load_vector(corner1 + c), value);
+    value = ::at::vec::fmadd(weight2, load_vector(corner2 + c), value);
+    value = ::at::vec::fmadd(weight3, load_vector(corner3 + c), value);
     return value * mask;
   }
 };
@@ -262,7 +262,7 @@ inline void interpolate(const DeformSample<scalar_t>& sample, int64_t begin, int
   const Interpolation<scalar_t> interpolation(sample);
   int64_t c = begin;
   for (; c + Vectorized<acc_t>::size() <= end; c += Vectorized<acc_t>::size()) {
-    store_as(interpolation.at(c), out + (c - begin));
+    store_vector(interpolation.at(c), out + (c - begin));
   }
   for (; c < end; ++c) {
     out[c - begin] = static_cast<value_t>(interpolate_channel(sample, c));
