@@ -47,6 +47,9 @@ class Scratch {
   T* get() const {
     return data_.get();
   }
+  T& operator[](int64_t i) const {
+    return data_.get()[i];
+  }
 
  private:
   struct Free {
@@ -138,9 +141,6 @@ struct Tiling {
   }
   int64_t begin(int64_t tile) const {
     return count * tile / tiles;
-  }
-  int64_t largest() const {
-    return tiles == 0 ? 0 : divide_up(count, tiles);
   }
 };
 

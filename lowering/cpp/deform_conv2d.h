@@ -29,6 +29,11 @@ template <typename scalar_t>
 struct View4d {
   const scalar_t* data;
   int64_t image, channel, row, column;
+
+  // A pixel's first channel.
+  const scalar_t* at(int64_t b, int64_t y, int64_t x) const {
+    return data + (b * image + y * row + x * column);
+  }
 };
 
 template <typename scalar_t>
@@ -77,22 +82,24 @@ struct DeformBlocks {
   }
 };
 
-// Where a tap samples one pixel: four corners, their weights, the mask.  A corner that is not in the image points to
-// zeros, never to a value times zero: 0 * NaN is NaN.
+// Where a tap samples kLanes pixels: four corners each, their weights, the mask.  A corner that is not in the image
+// points to zeros, never to a value times zero: 0 * NaN is NaN.
 template <typename scalar_t>
-struct DeformSample {
-  const scalar_t* corner[4];
-  accumulate_t<scalar_t> weight[4];
-  accumulate_t<scalar_t> mask;
+struct DeformSamples {
+  using acc_t = accumulate_t<scalar_t>;
+  static constexpr int64_t kLanes = Vectorized<acc_t>::size();
+  const scalar_t* corner[4][kLanes];
+  alignas(kCacheLine) acc_t weight[4][kLanes];
+  alignas(kCacheLine) acc_t mask[kLanes];
 };
 
-// One output pixel: its image, where its offsets and masks begin, and the point that tap (0, 0) samples undisplaced.
+// Output pixels: their image, where their offsets and masks are, and the point that tap (0, 0) samples undisplaced.
 template <typename scalar_t>
-struct DeformPixel {
-  const scalar_t* image;
-  const scalar_t* offset;
-  const scalar_t* mask;
-  accumulate_t<scalar_t> y, x;
+struct DeformPixels {
+  Scratch<const scalar_t*> image, offset, mask;
+  Scratch<accumulate_t<scalar_t>> y, x;
+
+  explicit DeformPixels(int64_t count) : image(count), offset(count), mask(count), y(count), x(count) {}
 };
 
 // Steps through output pixels in memory order.
@@ -122,96 +129,91 @@ struct PixelCursor {
 template <typename scalar_t>
 inline void list_pixels(
     const DeformConv2d<scalar_t>& op, const View4d<scalar_t>& input, int64_t first_image, int64_t begin, int64_t end,
-    DeformPixel<scalar_t>* pixels) {
+    DeformPixels<scalar_t>& pixels) {
   using acc_t = accumulate_t<scalar_t>;
   PixelCursor at(begin, op.out_height, op.out_width);
-  for (int64_t p = begin; p < end; ++p, at.advance(1)) {
-    DeformPixel<scalar_t>& pixel = *pixels++;
-    pixel.image = input.data + (at.image - first_image) * input.image;
-    pixel.offset = op.offset.data + at.image * op.offset.image + at.row * op.offset.row + at.column * op.offset.column;
-    pixel.mask = op.mask.data == nullptr
-        ? nullptr
-        : op.mask.data + at.image * op.mask.image + at.row * op.mask.row + at.column * op.mask.column;
-    pixel.y = static_cast<acc_t>(at.row * op.stride_height - op.padding_height);
-    pixel.x = static_cast<acc_t>(at.column * op.stride_width - op.padding_width);
+  for (int64_t p = 0; p < end - begin; ++p, at.advance(1)) {
+    pixels.image[p] = input.data + (at.image - first_image) * input.image;
+    pixels.offset[p] = op.offset.at(at.image, at.row, at.column);
+    pixels.mask[p] = op.mask.data == nullptr ? nullptr : op.mask.at(at.image, at.row, at.column);
+    pixels.y[p] = static_cast<acc_t>(at.row * op.stride_height - op.padding_height);
+    pixels.x[p] = static_cast<acc_t>(at.column * op.stride_width - op.padding_width);
   }
 }
 
-// Where one tap samples each of `count` pixels; empty samples from there up to `padded`.
+// One number of each of n <= Vec::size() pixels, `at` elements behind where the pixel's numbers begin.
+template <typename scalar_t>
+inline Vectorized<accumulate_t<scalar_t>> load_pixels(const scalar_t* const* pixels, int64_t at, int64_t n) {
+  using acc_t = accumulate_t<scalar_t>;
+  constexpr int64_t kLanes = Vectorized<acc_t>::size();
+  if (n == kLanes && pixels[kLanes - 1] == pixels[0] + (kLanes - 1)) {
+    return load_vector(pixels[0] + at);
+  }
+  alignas(kCacheLine) acc_t values[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) {
+    values[i] = static_cast<acc_t>(pixels[i][at]);
+  }
+  return Vectorized<acc_t>::loadu(values);
+}
+
+// Where one tap samples the n <= Vec::size() pixels from `first` on.
 //
 // A point is in the image where -1 < y < H and -1 < x < W.  NaN fails that test, and it is made before the conversion
 // to an integer: no offset can lead out of bounds.
 template <typename scalar_t>
 inline void locate(
-    const DeformConv2d<scalar_t>& op, const View4d<scalar_t>& input, const DeformPixel<scalar_t>* pixels,
-    int64_t count, int64_t padded, int64_t offset_group, int64_t tap, const scalar_t* zeros,
-    DeformSample<scalar_t>* samples) {
+    const DeformConv2d<scalar_t>& op, const View4d<scalar_t>& input, const DeformPixels<scalar_t>& pixels,
+    int64_t first, int64_t n, int64_t offset_group, int64_t tap, const scalar_t* zeros,
+    DeformSamples<scalar_t>& samples) {
   using acc_t = accumulate_t<scalar_t>;
   using Vec = Vectorized<acc_t>;
   using index_t = ::at::vec::int_same_size_t<acc_t>;
   constexpr int64_t kLanes = Vec::size();
   const int64_t channel = offset_group * op.taps() + tap;
-  const int64_t mask_at = channel * op.mask.channel;
-  const int64_t offset_y_at = 2 * channel * op.offset.channel;
-  const int64_t offset_x_at = offset_y_at + op.offset.channel;
-  const acc_t tap_y = static_cast<acc_t>(tap / op.kernel_width * op.dilation_height);
-  const acc_t tap_x = static_cast<acc_t>(tap % op.kernel_width * op.dilation_width);
+  const int64_t offset_at = 2 * channel * op.offset.channel;
+  const Vec tap_y(static_cast<acc_t>(tap / op.kernel_width * op.dilation_height));
+  const Vec tap_x(static_cast<acc_t>(tap % op.kernel_width * op.dilation_width));
+
+  const scalar_t* const* offsets = pixels.offset.get() + first;
+  const Vec y = Vec::loadu(pixels.y.get() + first) + tap_y + load_pixels(offsets, offset_at, n);
+  const Vec x = Vec::loadu(pixels.x.get() + first) + tap_x + load_pixels(offsets, offset_at + op.offset.channel, n);
   const Vec lowest(-1), height(static_cast<acc_t>(op.height)), width(static_cast<acc_t>(op.width));
+  const Vec inside = (y > lowest) & (y < height) & (x > lowest) & (x < width);
   const Vec zero(0), one(1), outside(-2);
+  const Vec y0 = y.floor(), x0 = x.floor();
+  const Vec bottom = Vec::blendv(zero, y - y0, inside), right = Vec::blendv(zero, x - x0, inside);
+  const Vec top = one - bottom, left = one - right;
+  (top * left).store(samples.weight[0]);
+  (top * right).store(samples.weight[1]);
+  (bottom * left).store(samples.weight[2]);
+  (bottom * right).store(samples.weight[3]);
+  const Vec mask = op.mask.data == nullptr ? one : load_pixels(pixels.mask.get() + first, channel * op.mask.channel, n);
+  mask.store(samples.mask);
+  alignas(kCacheLine) index_t rows[kLanes], columns[kLanes];
+  ::at::vec::convert_to_int_of_same_size(Vec::blendv(outside, y0, inside)).store(rows);
+  ::at::vec::convert_to_int_of_same_size(Vec::blendv(outside, x0, inside)).store(columns);
+
   const uint64_t last_row = static_cast<uint64_t>(op.height - 1), last_column = static_cast<uint64_t>(op.width - 1);
-
-  for (int64_t first = 0; first < count; first += kLanes) {
-    const int64_t n = std::min(kLanes, count - first);
-    alignas(kCacheLine) acc_t ys[kLanes] = {}, xs[kLanes] = {};
-    for (int64_t i = 0; i < n; ++i) {
-      const DeformPixel<scalar_t>& pixel = pixels[first + i];
-      ys[i] = pixel.y + tap_y + static_cast<acc_t>(pixel.offset[offset_y_at]);
-      xs[i] = pixel.x + tap_x + static_cast<acc_t>(pixel.offset[offset_x_at]);
+  for (int64_t i = 0; i < n; ++i) {
+    const scalar_t* image = pixels.image[first + i];
+    const int64_t row = rows[i], column = columns[i];
+    const int64_t corner = row * input.row + column * input.column;
+    // One unsigned comparison tests both ends of a range; `outside` fails it for both rows and both columns.
+    if (static_cast<uint64_t>(row) < last_row && static_cast<uint64_t>(column) < last_column) {
+      samples.corner[0][i] = image + corner;
+      samples.corner[1][i] = image + (corner + input.column);
+      samples.corner[2][i] = image + (corner + input.row);
+      samples.corner[3][i] = image + (corner + input.row + input.column);
+    } else {
+      const bool has_top = static_cast<uint64_t>(row) <= last_row;
+      const bool has_bottom = static_cast<uint64_t>(row + 1) <= last_row;
+      const bool has_left = static_cast<uint64_t>(column) <= last_column;
+      const bool has_right = static_cast<uint64_t>(column + 1) <= last_column;
+      samples.corner[0][i] = has_top && has_left ? image + corner : zeros;
+      samples.corner[1][i] = has_top && has_right ? image + (corner + input.column) : zeros;
+      samples.corner[2][i] = has_bottom && has_left ? image + (corner + input.row) : zeros;
+      samples.corner[3][i] = has_bottom && has_right ? image + (corner + input.row + input.column) : zeros;
     }
-
-    const Vec y = Vec::loadu(ys), x = Vec::loadu(xs);
-    const Vec inside = (y > lowest) & (y < height) & (x > lowest) & (x < width);
-    const Vec y0 = y.floor(), x0 = x.floor();
-    const Vec bottom = Vec::blendv(zero, y - y0, inside), right = Vec::blendv(zero, x - x0, inside);
-    const Vec top = one - bottom, left = one - right;
-    alignas(kCacheLine) acc_t weights[4][kLanes];
-    (top * left).store(weights[0]);
-    (top * right).store(weights[1]);
-    (bottom * left).store(weights[2]);
-    (bottom * right).store(weights[3]);
-    alignas(kCacheLine) index_t y_index[kLanes], x_index[kLanes];
-    ::at::vec::convert_to_int_of_same_size(Vec::blendv(outside, y0, inside)).store(y_index);
-    ::at::vec::convert_to_int_of_same_size(Vec::blendv(outside, x0, inside)).store(x_index);
-
-    for (int64_t i = 0; i < n; ++i) {
-      const DeformPixel<scalar_t>& pixel = pixels[first + i];
-      DeformSample<scalar_t>& sample = samples[first + i];
-      const int64_t row = y_index[i], column = x_index[i];
-      const int64_t corner = row * input.row + column * input.column;
-      // One unsigned comparison tests both ends of a range; `outside` fails it for both rows and both columns.
-      if (static_cast<uint64_t>(row) < last_row && static_cast<uint64_t>(column) < last_column) {
-        sample.corner[0] = pixel.image + corner;
-        sample.corner[1] = pixel.image + (corner + input.column);
-        sample.corner[2] = pixel.image + (corner + input.row);
-        sample.corner[3] = pixel.image + (corner + input.row + input.column);
-      } else {
-        const bool has_top = static_cast<uint64_t>(row) <= last_row;
-        const bool has_bottom = static_cast<uint64_t>(row + 1) <= last_row;
-        const bool has_left = static_cast<uint64_t>(column) <= last_column;
-        const bool has_right = static_cast<uint64_t>(column + 1) <= last_column;
-        sample.corner[0] = has_top && has_left ? pixel.image + corner : zeros;
-        sample.corner[1] = has_top && has_right ? pixel.image + (corner + input.column) : zeros;
-        sample.corner[2] = has_bottom && has_left ? pixel.image + (corner + input.row) : zeros;
-        sample.corner[3] = has_bottom && has_right ? pixel.image + (corner + input.row + input.column) : zeros;
-      }
-      for (int k = 0; k < 4; ++k) {
-        sample.weight[k] = weights[k][i];
-      }
-      sample.mask = pixel.mask == nullptr ? acc_t(1) : static_cast<acc_t>(pixel.mask[mask_at]);
-    }
-  }
-  for (int64_t p = count; p < padded; ++p) {
-    samples[p] = {{zeros, zeros, zeros, zeros}, {0, 0, 0, 0}, 0};
   }
 }
 
@@ -223,16 +225,16 @@ struct Interpolation {
   const scalar_t *corner0, *corner1, *corner2, *corner3;
   Vec weight0, weight1, weight2, weight3, mask;
 
-  explicit Interpolation(const DeformSample<scalar_t>& s)
-      : corner0(s.corner[0]),
-        corner1(s.corner[1]),
-        corner2(s.corner[2]),
-        corner3(s.corner[3]),
-        weight0(s.weight[0]),
-        weight1(s.weight[1]),
-        weight2(s.weight[2]),
-        weight3(s.weight[3]),
-        mask(s.mask) {}
+  Interpolation(const DeformSamples<scalar_t>& s, int64_t i)
+      : corner0(s.corner[0][i]),
+        corner1(s.corner[1][i]),
+        corner2(s.corner[2][i]),
+        corner3(s.corner[3][i]),
+        weight0(s.weight[0][i]),
+        weight1(s.weight[1][i]),
+        weight2(s.weight[2][i]),
+        weight3(s.weight[3][i]),
+        mask(s.mask[i]) {}
 
   // At Vec::size() channels from c on.
   Vec at(int64_t c) const {
@@ -246,81 +248,34 @@ struct Interpolation {
 
 // The same at one channel.
 template <typename scalar_t>
-inline accumulate_t<scalar_t> interpolate_channel(const DeformSample<scalar_t>& sample, int64_t c) {
+inline accumulate_t<scalar_t> interpolate_channel(const DeformSamples<scalar_t>& samples, int64_t i, int64_t c) {
   using acc_t = accumulate_t<scalar_t>;
-  acc_t value = sample.weight[0] * static_cast<acc_t>(sample.corner[0][c]);
+  acc_t value = samples.weight[0][i] * static_cast<acc_t>(samples.corner[0][i][c]);
   for (int k = 1; k < 4; ++k) {
-    value = std::fma(sample.weight[k], static_cast<acc_t>(sample.corner[k][c]), value);
+    value = std::fma(samples.weight[k][i], static_cast<acc_t>(samples.corner[k][i][c]), value);
   }
-  return value * sample.mask;
+  return value * samples.mask[i];
 }
 
-// out[c - begin] = the sample at channels [begin, end), in the type that the matrix product takes.
+// out[c - begin] = sample i at channels [begin, end), in the type that the matrix product takes.
 template <typename scalar_t, typename value_t>
-inline void interpolate(const DeformSample<scalar_t>& sample, int64_t begin, int64_t end, value_t* out) {
-  using acc_t = accumulate_t<scalar_t>;
-  const Interpolation<scalar_t> interpolation(sample);
+inline void interpolate(
+    const DeformSamples<scalar_t>& samples, int64_t i, int64_t begin, int64_t end, value_t* out) {
+  constexpr int64_t kLanes = DeformSamples<scalar_t>::kLanes;
+  const Interpolation<scalar_t> interpolation(samples, i);
   int64_t c = begin;
-  for (; c + Vectorized<acc_t>::size() <= end; c += Vectorized<acc_t>::size()) {
+  for (; c + kLanes <= end; c += kLanes) {
     store_vector(interpolation.at(c), out + (c - begin));
   }
   for (; c < end; ++c) {
-    out[c - begin] = static_cast<value_t>(interpolate_channel(sample, c));
+    out[c - begin] = static_cast<value_t>(interpolate_channel(samples, i, c));
   }
 }
 
-// The same, summed over taps with depthwise weights, for U vectors of channels: sums stay in registers.
-// `weight` holds [taps][channels], or [taps] where one kernel serves all channels.
-template <int U, bool kShared, typename scalar_t>
-inline void depthwise_vectors(
-    const DeformSample<scalar_t>* samples, int64_t sample_stride, int64_t taps, int64_t c,
-    const accumulate_t<scalar_t>* weight, int64_t channels, accumulate_t<scalar_t>* sum) {
-  using acc_t = accumulate_t<scalar_t>;
-  using Vec = Vectorized<acc_t>;
-  Vec total[U];
-#pragma GCC unroll 8
-  for (int u = 0; u < U; ++u) {
-    total[u] = Vec::loadu(sum + c + u * Vec::size());
-  }
-  for (int64_t tap = 0; tap < taps; ++tap) {
-    const Interpolation<scalar_t> interpolation(samples[tap * sample_stride]);
-#pragma GCC unroll 8
-    for (int u = 0; u < U; ++u) {
-      const int64_t at = c + u * Vec::size();
-      const Vec w = kShared ? Vec(weight[tap]) : Vec::loadu(weight + tap * channels + at);
-      total[u] = ::at::vec::fmadd(w, interpolation.at(at), total[u]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int u = 0; u < U; ++u) {
-    total[u].store(sum + c + u * Vec::size());
-  }
-}
-
-template <bool kShared, typename scalar_t>
-inline void depthwise_pixel(
-    const DeformSample<scalar_t>* samples, int64_t sample_stride, int64_t taps, int64_t begin, int64_t end,
-    const accumulate_t<scalar_t>* weight, int64_t channels, accumulate_t<scalar_t>* sum) {
-  using acc_t = accumulate_t<scalar_t>;
-  constexpr int64_t kLanes = Vectorized<acc_t>::size();
-  int64_t c = begin;
-  for (; c + 4 * kLanes <= end; c += 4 * kLanes) {
-    depthwise_vectors<4, kShared>(samples, sample_stride, taps, c, weight, channels, sum);
-  }
-  for (; c + kLanes <= end; c += kLanes) {
-    depthwise_vectors<1, kShared>(samples, sample_stride, taps, c, weight, channels, sum);
-  }
-  for (; c < end; ++c) {
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      const acc_t w = kShared ? weight[tap] : weight[tap * channels + c];
-      sum[c] = std::fma(w, interpolate_channel(samples[tap * sample_stride], c), sum[c]);
-    }
-  }
-}
-
-// Images [first, first + count) as [count, H, W, C] into `out`, shared among the threads of a parallel region.
+// Images [first, first + count) as [count, H, W, C] to `out`, shared among the threads of a parallel region.
 template <typename scalar_t>
-inline void transpose_images(const DeformConv2d<scalar_t>& op, int64_t first, int64_t count, scalar_t* out) {
+inline void transpose_images(
+    const DeformConv2d<scalar_t>& op, int64_t first, int64_t count, const View4d<scalar_t>& out) {
   constexpr int64_t kStrip = 128;  // pixels
   const View4d<scalar_t>& input = op.input;
   const bool flat = input.row == op.width;  // rows follow each other
@@ -330,8 +285,8 @@ inline void transpose_images(const DeformConv2d<scalar_t>& op, int64_t first, in
   for (int64_t task = 0; task < count * rows * strips; ++task) {
     const int64_t image = task / (rows * strips), row = task / strips % rows, column = task % strips * kStrip;
     const scalar_t* from = input.data + (first + image) * input.image + row * input.row + column;
-    scalar_t* to = out + ((image * rows + row) * width + column) * op.channels;
-    transpose(from, input.channel, to, op.channels, op.channels, std::min(kStrip, width - column));
+    scalar_t* to = const_cast<scalar_t*>(out.data) + ((image * rows + row) * width + column) * out.column;
+    transpose(from, input.channel, to, out.column, op.channels, std::min(kStrip, width - column));
   }
 }
 
@@ -347,14 +302,16 @@ template <DeformKernel kKernel, typename scalar_t, typename weight_t>
 class DeformTile {
  public:
   using acc_t = accumulate_t<scalar_t>;
+  static constexpr int64_t kLanes = Vectorized<acc_t>::size();
+  static constexpr bool kShared = kKernel == DeformKernel::shared;
 
   DeformTile(const DeformConv2d<scalar_t>& op, const weight_t* weight, const DeformBlocks& blocks, int64_t pixels)
       : op_(op),
         weight_(weight),
         blocks_(blocks),
-        padded_(round_up(pixels, kMicroRows)),
+        padded_(round_up(round_up(pixels, kMicroRows), kLanes)),
         pixels_(padded_),
-        samples_(padded_ * (kKernel == DeformKernel::gemm ? 1 : op.taps())),
+        samples_(kKernel == DeformKernel::gemm ? 1 : padded_ / kLanes * op.taps()),
         depth_(kKernel == DeformKernel::gemm ? padded_ * kRowDistance : 0),
         zeros_(op.channels),
         sums_(padded_ * columns()) {
@@ -369,7 +326,7 @@ class DeformTile {
   // sums()[p * columns() + o] for the pixels [begin, end).
   void run(const View4d<scalar_t>& input, int64_t first_image, int64_t begin, int64_t end) {
     count_ = end - begin;
-    list_pixels(op_, input, first_image, begin, end, pixels_.get());
+    list_pixels(op_, input, first_image, begin, end, pixels_);
     if constexpr (kKernel == DeformKernel::gemm) {
       run_gemm(input);
     } else {
@@ -430,34 +387,90 @@ class DeformTile {
     }
   }
 
-  // depth[p][tap - t][channel - c]
+  // depth[p][tap - t][channel - c].  A few pixels at a time for all taps, whose corners overlap and so stay in cache.
   void sample_block(const View4d<scalar_t>& input, int64_t rows, int64_t t, int64_t t_end, int64_t c, int64_t c_end) {
     const int64_t offset_channels = op_.channels / op_.offset_groups;
-    for (int64_t tap = t; tap < t_end; ++tap) {
-      for (int64_t g = c / offset_channels; g * offset_channels < c_end; ++g) {
-        const int64_t from = std::max(c, g * offset_channels), to = std::min(c_end, (g + 1) * offset_channels);
-        locate(op_, input, pixels_.get(), count_, rows, g, tap, zeros_.get(), samples_.get());
-        weight_t* out = depth_.get() + (tap - t) * (c_end - c) + (from - c);
-        for (int64_t p = 0; p < rows; ++p) {
-          interpolate(samples_.get()[p], from, to, out + p * kRowDistance);
+    for (int64_t first = 0; first < count_; first += kLanes) {
+      const int64_t n = std::min(kLanes, count_ - first);
+      for (int64_t tap = t; tap < t_end; ++tap) {
+        for (int64_t g = c / offset_channels; g * offset_channels < c_end; ++g) {
+          const int64_t from = std::max(c, g * offset_channels), to = std::min(c_end, (g + 1) * offset_channels);
+          locate(op_, input, pixels_, first, n, g, tap, zeros_.get(), samples_[0]);
+          weight_t* out = depth_.get() + first * kRowDistance + (tap - t) * (c_end - c) + (from - c);
+          for (int64_t i = 0; i < n; ++i) {
+            interpolate(samples_[0], i, from, to, out + i * kRowDistance);
+          }
         }
       }
+    }
+    for (int64_t p = count_; p < rows; ++p) {  // multiplied with the others, and ignored
+      std::fill_n(depth_.get() + p * kRowDistance, (t_end - t) * (c_end - c), weight_t(0));
     }
   }
 
   void run_depthwise(const View4d<scalar_t>& input) {
-    constexpr bool kShared = kKernel == DeformKernel::shared;
     const int64_t offset_channels = op_.channels / op_.offset_groups;
     begin_sums(count_, op_.channels, 0);
     for (int64_t g = 0; g < op_.offset_groups; ++g) {
-      for (int64_t tap = 0; tap < op_.taps(); ++tap) {
-        locate(
-            op_, input, pixels_.get(), count_, count_, g, tap, zeros_.get(), samples_.get() + tap * padded_);
+      for (int64_t first = 0; first < count_; first += kLanes) {
+        const int64_t n = std::min(kLanes, count_ - first);
+        for (int64_t tap = 0; tap < op_.taps(); ++tap) {
+          locate(op_, input, pixels_, first, n, g, tap, zeros_.get(), samples(tap, first));
+        }
       }
-      for (int64_t p = 0; p < count_; ++p) {
-        depthwise_pixel<kShared>(
-            samples_.get() + p, padded_, op_.taps(), g * offset_channels, (g + 1) * offset_channels, weight_,
-            op_.channels, sums_.get() + p * op_.channels);
+      // All pixels for a few channels at a time: the corners of neighbours overlap, and so stay in cache.
+      int64_t c = g * offset_channels;
+      const int64_t end = c + offset_channels;
+      for (; c + 4 * kLanes <= end; c += 4 * kLanes) {
+        depthwise_vectors<4>(c);
+      }
+      for (; c + kLanes <= end; c += kLanes) {
+        depthwise_vectors<1>(c);
+      }
+      for (; c < end; ++c) {
+        depthwise_channel(c);
+      }
+    }
+  }
+
+  // The samples that a tap takes around pixel p of the tile.
+  DeformSamples<scalar_t>& samples(int64_t tap, int64_t p) const {
+    return samples_[tap * (padded_ / kLanes) + p / kLanes];
+  }
+
+  // U vectors of channels from c on, for all pixels; sums stay in registers.
+  template <int U>
+  void depthwise_vectors(int64_t c) {
+    using Vec = Vectorized<acc_t>;
+    for (int64_t p = 0; p < count_; ++p) {
+      acc_t* sum = sums_.get() + p * op_.channels + c;
+      Vec total[U];
+#pragma GCC unroll 8
+      for (int u = 0; u < U; ++u) {
+        total[u] = Vec::loadu(sum + u * kLanes);
+      }
+      for (int64_t tap = 0; tap < op_.taps(); ++tap) {
+        const Interpolation<scalar_t> interpolation(samples(tap, p), p % kLanes);
+        const acc_t* weight = weight_ + (kShared ? tap : tap * op_.channels + c);
+#pragma GCC unroll 8
+        for (int u = 0; u < U; ++u) {
+          const Vec w = kShared ? Vec(*weight) : Vec::loadu(weight + u * kLanes);
+          total[u] = ::at::vec::fmadd(w, interpolation.at(c + u * kLanes), total[u]);
+        }
+      }
+#pragma GCC unroll 8
+      for (int u = 0; u < U; ++u) {
+        total[u].store(sum + u * kLanes);
+      }
+    }
+  }
+
+  void depthwise_channel(int64_t c) {
+    for (int64_t p = 0; p < count_; ++p) {
+      acc_t& sum = sums_[p * op_.channels + c];
+      for (int64_t tap = 0; tap < op_.taps(); ++tap) {
+        const acc_t w = kShared ? weight_[tap] : weight_[tap * op_.channels + c];
+        sum = std::fma(w, interpolate_channel(samples(tap, p), p % kLanes, c), sum);
       }
     }
   }
@@ -467,8 +480,8 @@ class DeformTile {
   const DeformBlocks& blocks_;
   int64_t padded_;
   int64_t count_ = 0;
-  Scratch<DeformPixel<scalar_t>> pixels_;
-  Scratch<DeformSample<scalar_t>> samples_;
+  DeformPixels<scalar_t> pixels_;
+  Scratch<DeformSamples<scalar_t>> samples_;
   Scratch<weight_t> depth_;
   Scratch<scalar_t> zeros_;
   Scratch<acc_t> sums_;
@@ -491,42 +504,45 @@ inline void deform_conv2d(
   const int64_t images = transposed
       ? std::clamp<int64_t>(blocking.bytes / std::max<int64_t>(1, image_pixels * op.channels * sizeof(scalar_t)), 1, op.batch)
       : op.batch;
-  const Scratch<scalar_t> channels_last(transposed ? images * image_pixels * op.channels : 0);
+  // One cache line more than the channels need: pixels a power of two apart would share cache sets.
+  const int64_t distance = op.channels + kCacheLine / static_cast<int64_t>(sizeof(scalar_t));
+  const Scratch<scalar_t> channels_last(transposed ? images * image_pixels * distance : 0);
   View4d<scalar_t> input = op.input;
   if (transposed) {
-    input = {channels_last.get(), image_pixels * op.channels, 1, op.width * op.channels, op.channels};
+    input = {channels_last.get(), image_pixels * distance, 1, op.width * distance, distance};
   }
   const int64_t out_pixels = op.out_height * op.out_width;
-  const Tiling largest(divide_up(images * out_pixels, kMicroRows), divide_up(blocking.pixels, kMicroRows), threads);
+  // Tiles are cut at multiples of kMicroRows, so that only the last has rows that do not fill a micro-tile.
+  const int64_t limit = std::min(divide_up(blocking.pixels, kMicroRows), divide_up(images * out_pixels, kMicroRows));
 
 #pragma omp parallel num_threads(threads)
   {
-    DeformTile<kKernel, scalar_t, weight_t> tile(op, weight, blocks, largest.largest() * kMicroRows);
-    const Scratch<acc_t> by_channel(kChannelsLast ? 0 : largest.largest() * kMicroRows * op.out_channels);
+    DeformTile<kKernel, scalar_t, weight_t> tile(op, weight, blocks, limit * kMicroRows);
+    const Scratch<acc_t> by_channel(kChannelsLast ? 0 : limit * kMicroRows * op.out_channels);
     for (int64_t image = 0; image < op.batch; image += images) {
       const int64_t pixels = std::min(images, op.batch - image) * out_pixels;
       if (transposed) {
-        transpose_images(op, image, std::min(images, op.batch - image), channels_last.get());
+        transpose_images(op, image, std::min(images, op.batch - image), input);
       }
       const int64_t first = image * out_pixels;
-      const Tiling tiling(divide_up(pixels, kMicroRows), divide_up(blocking.pixels, kMicroRows), threads);
+      const Tiling tiling(divide_up(pixels, kMicroRows), limit, threads);
 #pragma omp for schedule(dynamic)
       for (int64_t t = 0; t < tiling.tiles; ++t) {
         const int64_t begin = first + tiling.begin(t) * kMicroRows;
         const int64_t end = first + std::min(tiling.begin(t + 1) * kMicroRows, pixels);
         tile.run(input, image, begin, end);
         const acc_t* sums = tile.sums();
-        int64_t pixel_distance = tile.columns(), distance = tile.columns();
+        int64_t pixel_distance = tile.columns(), channel_distance = tile.columns();
         if constexpr (!kChannelsLast) {
           pixel_distance = 1;
-          distance = end - begin;
-          transpose(tile.sums(), tile.columns(), by_channel.get(), distance, end - begin, op.out_channels);
+          channel_distance = end - begin;
+          transpose(tile.sums(), tile.columns(), by_channel.get(), channel_distance, end - begin, op.out_channels);
           sums = by_channel.get();
         }
         PixelCursor at(begin, op.out_height, op.out_width);
         for (int64_t p = begin; p < end;) {
           const int64_t columns = std::min(op.out_width - at.column, end - p);
-          store(at.image, at.row, at.column, columns, sums + (p - begin) * pixel_distance, distance);
+          store(at.image, at.row, at.column, columns, sums + (p - begin) * pixel_distance, channel_distance);
           at.advance(columns);
           p += columns;
         }
