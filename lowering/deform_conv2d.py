@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,10 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .inductor import DTYPE_TO_CPP, CppTemplateKernel, V, config, ir, lowerings, pick_vec_isa, prune_tensors
+from .inductor import (
+    DTYPE_TO_CPP,
+    CppCodeCache,
+    CppTemplateKernel,
+    V,
+    config,
+    ir,
+    lowerings,
+    pick_vec_isa,
+    prune_tensors,
+)
 from .layout import channels_last_strides, feeds_channels_last_convolution
 from .registry import Template, template_for
-from .template import RowsTemplate, accumulate_dtype
+from .template import RowsTemplate, accumulate_dtype, splice_header
+from .tuning import fastest
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -23,10 +35,10 @@ class Convolution:
 
     channels: int
     out_channels: int
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
     groups: int
     offset_groups: int
     dtype: torch.dtype
@@ -117,8 +129,13 @@ def _lower(
     packed, kind = _pack(convolution, weight, node.args[2].meta["val"].stride(0) == 0)
     size = ir.convert_shape_to_inductor(node.meta["val"].shape)
     optional = [ir.ExternKernel.realize_input(t) if t is not None else None for t in (mask, bias)]
+    blocking = default_blocking(convolution)
+    if config.max_autotune:
+        blocking = tuned_blocking(
+            convolution, kind, packed, image, V.graph.sizevars.optimization_hints(size), channels_last
+        )
     template = DeformConv2dTemplate(
-        convolution, default_blocking(convolution), kind, image, ir.ExternKernel.realize_input(offset), packed,
+        convolution, blocking, kind, image, ir.ExternKernel.realize_input(offset), packed,
         mask=optional[0], bias=optional[1], size=size, channels_last=channels_last,
     )  # fmt: skip
     return template.output(), template.path
@@ -158,10 +175,9 @@ def _pack(convolution: Convolution, weight: ir.TensorBox, shared: bool) -> tuple
     A constant is packed now, once; anything else at every call, by a kernel that Inductor generates.
     """
     dtype = convolution.dtype
+    kind = "gemm"
     if convolution.depthwise:
         kind = "shared" if shared and convolution.groups > 1 else "depthwise"
-    else:
-        kind = "gemm"
     dots = dtype == torch.bfloat16 and kind == "gemm" and bf16_dot_products()
     dots = dots and convolution.channels // convolution.groups % 2 == 0
     packed_dtype = torch.bfloat16 if dots else accumulate_dtype(dtype)
@@ -249,7 +265,6 @@ class DeformConv2dTemplate(RowsTemplate):
         image, offset, weight, *optional = inputs
         mask = optional.pop(0) if self.has_mask else None
         bias = optional.pop(0) if self.has_bias else None
-        c = self.convolution
 
         def pointer(node: ir.IRNode | None) -> str:
             return "nullptr" if node is None else f"&{kernel.index(node, [0] * len(node.get_size()))}"
@@ -258,26 +273,114 @@ class DeformConv2dTemplate(RowsTemplate):
             strides = ["0"] * 4 if node is None else [kernel.stride(node, d) for d in range(4)]
             return f"{{{', '.join([pointer(node), *strides])}}}"
 
-        def size(node: ir.IRNode, dims: Sequence[int]) -> str:
-            return ", ".join(kernel.size(node, d) for d in dims)
+        def size(node: ir.IRNode) -> list[str]:
+            return [kernel.size(node, d) for d in range(4)]
 
-        numbers = [*c.kernel, *c.stride, *c.padding, *c.dilation, c.groups, c.offset_groups]
-        arguments = [
-            view(image),
-            view(offset),
-            view(mask),
-            pointer(bias),
-            size(image, (0, 1, 2, 3)),
-            str(c.out_channels),
-            size(offset, (2, 3)),
-            *map(str, numbers),
-        ]
-        blocking = ", ".join(str(n) for n in dataclasses.astuple(self.blocking))
-        template = f"{str(self.channels_last).lower()}, inductor_vision::DeformKernel::{self.kind}"
-        return f"""
-    const inductor_vision::DeformConv2d<{DTYPE_TO_CPP[c.dtype]}> op{{{", ".join(arguments)}}};
-    inductor_vision::deform_conv2d<{template}>(op, {pointer(weight)}, {{{blocking}}},
-        {store});"""
+        run = run_statement(
+            self.convolution, self.kind, self.channels_last, view(image), view(offset), view(mask), pointer(bias),
+            pointer(weight), size(image), size(offset)[2:],
+        )  # fmt: skip
+        blocking = ", ".join(map(str, dataclasses.astuple(self.blocking)))
+        return f"const inductor_vision::DeformBlocking blocking{{{blocking}}};\nconst auto store = {store};\n{run}"
+
+
+def run_statement(
+    convolution: Convolution,
+    kind: str,
+    channels_last: bool,
+    image: str,
+    offset: str,
+    mask: str,
+    bias: str,
+    weight: str,
+    image_size: Sequence[Any],
+    out_size: Sequence[Any],
+) -> str:
+    """C++ that runs the kernel on views (``image``, ``offset``, ``mask``) and pointers, with `blocking` and `store`."""
+    c = convolution
+    pairs = [*c.kernel, *c.stride, *c.padding, *c.dilation]
+    fields = [image, offset, mask, bias, *image_size, c.out_channels, *out_size, *pairs, c.groups, c.offset_groups]
+    return f"""
+    const inductor_vision::DeformConv2d<{DTYPE_TO_CPP[c.dtype]}> op{{{", ".join(map(str, fields))}}};
+    inductor_vision::deform_conv2d<{str(channels_last).lower()}, inductor_vision::DeformKernel::{kind}>(
+        op, {weight}, blocking, store);"""
+
+
+def tuned_blocking(
+    convolution: Convolution, kind: str, weight: ir.IRNode, image: ir.IRNode, size: Sequence[int], channels_last: bool
+) -> Blocking:
+    """The blocking that runs fastest on random data; ``size`` is the output's, with hints for what is dynamic."""
+    hints = V.graph.sizevars.optimization_hints
+    image_size, strides = hints(image.get_size()), hints(image.get_layout().stride)
+    default = default_blocking(convolution)
+    choices = [
+        Blocking(pixels, depth)
+        for pixels in (12, 24, 48, 96, 192)
+        for depth in ((default.depth,) if convolution.depthwise else (128, 192, MAX_DEPTH))
+    ]
+    memory = "channels_last" if channels_last_strides(strides, image_size) else "contiguous"
+    problem = f"deform_conv2d {convolution}, {kind} {weight.get_dtype()}, {memory} {list(image_size)}"
+
+    def prepare() -> Callable[[Blocking], None]:
+        return compile_runner(convolution, kind, weight, image_size, strides, size, channels_last)
+
+    return fastest(problem, choices, prepare)
+
+
+def compile_runner(
+    convolution: Convolution,
+    kind: str,
+    weight: ir.IRNode,
+    image_size: Sequence[int],
+    image_strides: Sequence[int],
+    size: Sequence[int],
+    channels_last: bool,
+) -> Callable[[Blocking], None]:
+    """The kernel, compiled by itself on random data of these shapes, as a function of its blocking."""
+    dtype = convolution.dtype
+    batch, out_channels, *out_size = size
+    taps = convolution.offset_groups * convolution.taps
+    offset = torch.randn(batch, 2 * taps, *out_size, dtype=dtype)
+    mask = torch.rand(batch, taps, *out_size, dtype=dtype)
+    tensors = [
+        torch.empty_strided(image_size, image_strides, dtype=dtype).normal_(),
+        offset,
+        mask,
+        torch.zeros(V.graph.sizevars.optimization_hints(weight.get_size()), dtype=weight.get_dtype()),
+        torch.empty(size, dtype=dtype),
+    ]
+    scalar = DTYPE_TO_CPP[dtype]
+
+    def view(name: str, tensor: Tensor) -> str:
+        return f"{{{name}, {', '.join(map(str, tensor.stride()))}}}"
+
+    run = run_statement(
+        convolution, kind, channels_last, view("image", tensors[0]), view("offset", offset), view("mask", mask),
+        "nullptr", "weight", image_size, out_size,
+    )  # fmt: skip
+    outer, inner = ("n_columns", str(out_channels)) if channels_last else (str(out_channels), "n_columns")
+    source = f"""
+#include <torch/csrc/inductor/cpp_prefix.h>
+{splice_header(DeformConv2dTemplate.header)}
+extern "C" void run(const {scalar}* image, const {scalar}* offset, const {scalar}* mask,
+    const {DTYPE_TO_CPP[weight.get_dtype()]}* weight, {scalar}* out, int64_t pixels, int64_t depth, int64_t bytes) {{
+    const inductor_vision::DeformBlocking blocking{{pixels, depth, bytes}};
+    const auto store = [&](int64_t b, int64_t y, int64_t x, int64_t n_columns, const auto* sums, int64_t distance) {{
+        {scalar}* to = out + ((b * {out_size[0]} + y) * {out_size[1]} + x) * {out_channels};
+        for (int64_t i = 0; i < {outer}; ++i) {{
+            std::copy_n(sums + i * distance, {inner}, to + i * {inner});
+        }}
+    }};
+    {run}
+}}
+"""
+    library = CppCodeCache.load(source)
+
+    def run_once(blocking: Blocking) -> None:
+        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+        library.run(*pointers, *map(ctypes.c_int64, dataclasses.astuple(blocking)))
+
+    return run_once
 
 
 template_for("deform_conv2d", Template(_refusal, _lower))

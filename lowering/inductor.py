@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch._inductor import config, ir
+from torch._inductor.codecache import CppCodeCache
 from torch._inductor.codegen.cpp import get_export_declaration
 from torch._inductor.codegen.cpp_gemm_template import gen_2d_view_of_epilogue_buf, prune_tensors
 from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel, parse_expr_with_index_symbols
@@ -15,14 +16,15 @@ from torch._inductor.virtualized import V
 
 __all__ = [
     "DTYPE_TO_CPP",
+    "CppCodeCache",
     "CppTemplateKernel",
     "Placeholder",
     "V",
     "VecISA",
     "cache_dir",
     "config",
-    "get_export_declaration",
     "gen_2d_view_of_epilogue_buf",
+    "get_export_declaration",
     "ir",
     "lowerings",
     "parse_expr_with_index_symbols",

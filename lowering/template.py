@@ -62,7 +62,9 @@ class RowsTemplate(abc.ABC):
     header: str  # in lowering/cpp/
     name: str  # of the template, for profiles and logs
 
-    def __init__(self, inputs: Sequence[ir.IRNode], dtype: torch.dtype, size: Sequence[Any], channels_last: bool) -> None:
+    def __init__(
+        self, inputs: Sequence[ir.IRNode], dtype: torch.dtype, size: Sequence[Any], channels_last: bool
+    ) -> None:
         """
         Args:
             inputs: realized inputs.
@@ -169,13 +171,14 @@ class RowsTemplate(abc.ABC):
             nodes.insert(0, self._own_store(buffer, source))
             reindexers.insert(0, None)
 
-        columns = ("out_column", "out_column + n_columns")
-        ranges = [("out_image", "out_image + 1"), ("out_row", "out_row + 1"), columns, ()]
-        strides = ["0", "0", "distance", "1"]
+        # Of image, row, column and channel: the part of the output, its place, and the strides of `sums`.
+        ranges: list[Any] = [("out_image", "out_image + 1"), ("out_row", "out_row + 1")]
+        ranges += [("out_column", "out_column + n_columns"), ()]
         offsets = ["out_image", "out_row", "out_column", "0"]
+        strides = ["0", "0", "distance", "1"]
         if not self.channels_last:
-            ranges, strides, offsets = ([x[0], x[3], x[1], x[2]] for x in (ranges, strides, offsets))
-            strides[1], strides[3] = "distance", "1"
+            ranges, offsets = ([of[0], of[3], of[1], of[2]] for of in (ranges, offsets))
+            strides = ["0", "distance", "0", "1"]
         part = kernel.slice_nd(target, ranges)
         sums = ir.Buffer(
             name="sums",

@@ -96,9 +96,7 @@ class DeformConv2d(nn.Module):
 
     def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
         """See :func:`deform_conv2d`."""
-        return deform_conv2d(
-            input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask
-        )
+        return deform_conv2d(input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask)
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
@@ -304,7 +302,7 @@ def _decomposition(
 
     columns = _Sampling(input, offset, (kernel_height, kernel_width), stride, padding, dilation).values()
     if mask is not None:
-        columns = columns * mask.to(columns.dtype).reshape(batch, -1, 1, taps, pixels)  # [B, G, D, K, P]
+        columns = columns * mask.to(columns.dtype).reshape(batch, mask.shape[1] // taps, 1, taps, pixels)  # [B, G, D, K, P]
     columns = columns.reshape(batch, groups, group_channels * taps, pixels)
     filters = weight.reshape(groups, out_channels // groups, group_channels * taps)
     out = (filters @ columns).reshape(batch, out_channels, out_height, out_width)
@@ -361,14 +359,14 @@ def _decomposition_backward(
     out_height, out_width = _check(input, offset, weight, bias, stride, padding, dilation, mask)
     dtype = input.dtype
     grad, input, offset, weight = (t.to(_compute_dtype(dtype)) for t in (grad, input, offset, weight))
-    batch, channels, height, width = input.shape
+    batch, channels = input.shape[:2]
     out_channels, group_channels, kernel_height, kernel_width = weight.shape
     groups, taps, pixels = channels // group_channels, kernel_height * kernel_width, out_height * out_width
     sampling = _Sampling(input, offset, (kernel_height, kernel_width), stride, padding, dilation)
     values = sampling.values()  # [B, G, D, K, P]
     scale = torch.ones((), dtype=grad.dtype, device=grad.device)
     if mask is not None:
-        scale = mask.to(grad.dtype).reshape(batch, -1, 1, taps, pixels)  # [B, G, 1, K, P]
+        scale = mask.to(grad.dtype).reshape(batch, mask.shape[1] // taps, 1, taps, pixels)  # [B, G, 1, K, P]
 
     grad = grad.reshape(batch, groups, out_channels // groups, pixels)
     filters = weight.reshape(groups, out_channels // groups, group_channels * taps)
@@ -423,9 +421,7 @@ def _autograd(ctx, grad):
     input, offset, weight, bias, mask = ctx.saved_tensors
     needed = ctx.needs_input_grad
     wanted = [needed[0], needed[1], needed[2], needed[3], needed[7]]
-    grads = _op_backward(
-        grad, input, offset, weight, bias, ctx.stride, ctx.padding, ctx.dilation, mask, wanted
-    )
+    grads = _op_backward(grad, input, offset, weight, bias, ctx.stride, ctx.padding, ctx.dilation, mask, wanted)
     grads = [g if want else None for g, want in zip(grads, wanted)]
     return (*grads[:4], None, None, None, grads[4])
 
