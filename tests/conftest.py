@@ -1,0 +1,72 @@
+"""Same conditions for every test: poisoned fresh memory, fixed seeds and threads, nothing compiled before."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+THREADS = 2
+
+settings.register_profile("inductor_vision", derandomize=True, deadline=None, database=None)
+settings.load_profile("inductor_vision")
+
+_M_PERTURB = -6  # of glibc's mallopt
+
+
+def _poison_fresh_memory() -> bool:
+    """Have every byte that malloc hands out set to 0xFF: NaN in each floating dtype, -1 in each integer dtype.
+
+    torch.empty, the buffers of compiled programs and the scratch of kernels all come from malloc. glibc fills them with
+    the complement of the low byte of what it is given, and fills nothing if it is given 0.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and mallopt(_M_PERTURB, 0x100) == 1 and bool(torch.empty(1 << 16).isnan().all())
+
+
+MEMORY_IS_POISONED = _poison_fresh_memory()
+
+
+def pytest_report_header() -> str:
+    memory = "filled with NaN" if MEMORY_IS_POISONED else "not poisoned: this C library has no M_PERTURB"
+    return f"torch {torch.__version__}, {THREADS} threads, fresh memory: {memory}"
+
+
+@pytest.fixture(autouse=True)
+def _same_conditions() -> Iterator[None]:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def poisoned_memory() -> None:
+    """For tests that mean something only with poisoned memory."""
+    if not MEMORY_IS_POISONED:
+        pytest.skip("fresh memory cannot be poisoned: this C library has no M_PERTURB")
+
+
+@pytest.fixture(scope="session")
+def torchvision() -> ModuleType:
+    """torchvision with its own compiled CPU kernels, the reference for values."""
+    try:
+        import torchvision
+        import torchvision.ops
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"torchvision does not load: {error}")
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("torchvision::deform_conv2d", "CPU"):
+        pytest.skip("torchvision's compiled operators do not load")
+    return torchvision
