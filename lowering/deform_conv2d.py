@@ -186,7 +186,8 @@ def _pack(convolution: Convolution, weight: ir.TensorBox, shared: bool) -> tuple
     if node.get_name() in V.graph.constants:
         layout = node.get_layout()
         constant = V.graph.constants[node.get_name()].as_strided(layout.size, layout.stride, layout.offset)
-        packed = V.graph.add_tensor_constant(pack(convolution, kind, packed_dtype, constant, _call_aten).contiguous())
+        packed = pack(convolution, kind, packed_dtype, constant.contiguous(), _call_aten)
+        packed = V.graph.add_tensor_constant(packed.contiguous())
         prune_tensors([weight], [packed])
     else:
         packed = ir.ExternKernel.require_contiguous(pack(convolution, kind, packed_dtype, weight, _call_lowering))
@@ -202,9 +203,9 @@ def _call_lowering(op: Any, *args: Any) -> Any:
 
 
 def pack(convolution: Convolution, kind: str, dtype: torch.dtype, weight: Any, call: Callable[..., Any]) -> Any:
-    """``weight`` [O, Cg, kH, kW] in the order of DeformKernel (cpp/deform_conv2d.h), of any strides.
+    """``weight`` [O, Cg, kH, kW] in the order of DeformKernel (cpp/deform_conv2d.h), as a view of a converted copy.
 
-    Written once for tensors (``call`` runs the operator) and for Inductor's IR (``call`` lowers it).
+    Written once for contiguous tensors (``call`` runs the operator) and for Inductor's IR (``call`` lowers it).
     """
     view, permute = aten.view.default, aten.permute.default
     groups, taps = convolution.groups, convolution.taps
@@ -213,9 +214,7 @@ def pack(convolution: Convolution, kind: str, dtype: torch.dtype, weight: Any, c
         weight = call(aten.slice.Tensor, weight, 0, 0, 1)
     weight = call(prims.convert_element_type.default, weight, dtype)
     if kind == "shared":
-        return call(aten.reshape.default if call is _call_aten else view, weight, [taps])
-    if call is _call_aten:
-        weight = weight.contiguous()
+        return call(view, weight, [taps])
     if kind == "depthwise":
         return call(permute, call(view, weight, [convolution.channels, taps]), [1, 0])  # [K, C]
     lanes = PANEL_BYTES // accumulate_dtype(convolution.dtype).itemsize

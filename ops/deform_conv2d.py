@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 from torch.nn.modules.utils import _pair
 
-from .registry import define_op, serves_torchvision
+from .registry import define_op, forbid_double_backward, serves_torchvision
 
 
 def deform_conv2d(
@@ -302,7 +302,8 @@ def _decomposition(
 
     columns = _Sampling(input, offset, (kernel_height, kernel_width), stride, padding, dilation).values()
     if mask is not None:
-        columns = columns * mask.to(columns.dtype).reshape(batch, mask.shape[1] // taps, 1, taps, pixels)  # [B, G, D, K, P]
+        # [B, G, D, K, P]
+        columns = columns * mask.to(columns.dtype).reshape(batch, mask.shape[1] // taps, 1, taps, pixels)
     columns = columns.reshape(batch, groups, group_channels * taps, pixels)
     filters = weight.reshape(groups, out_channels // groups, group_channels * taps)
     out = (filters @ columns).reshape(batch, out_channels, out_height, out_width)
@@ -371,7 +372,7 @@ def _decomposition_backward(
     grad = grad.reshape(batch, groups, out_channels // groups, pixels)
     filters = weight.reshape(groups, out_channels // groups, group_channels * taps)
     grad_columns = (filters.transpose(1, 2) @ grad).reshape(values.shape)  # [B, G, D, K, P]
-    results = [input.new_empty(0)] * 5
+    results = [input.new_empty(0) for _ in range(5)]
 
     if wanted[0]:
         results[0] = torch.zeros_like(sampling.image)
@@ -427,6 +428,7 @@ def _autograd(ctx, grad):
 
 
 torch.library.register_autograd(_op.overload, _autograd, setup_context=_setup_context)
+forbid_double_backward(_op_backward, "deform_conv2d")
 
 
 @serves_torchvision("deform_conv2d")

@@ -96,6 +96,15 @@ def _in_float32(op: VisionOp, device: str) -> Callable[..., Any]:
     return autocast
 
 
+def forbid_double_backward(op: VisionOp, forward: str) -> None:
+    """Have the gradient of a backward operator be a clear error."""
+
+    def raise_error(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(f"{forward}: double backward is not supported")
+
+    torch.library.register_autograd(op.overload, raise_error)
+
+
 def serves_torchvision(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Declare a function that computes ``torch.ops.torchvision.<name>``, argument for argument, with these operators.
 
