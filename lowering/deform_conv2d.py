@@ -58,7 +58,7 @@ class Blocking:
 
     pixels: int
     depth: int
-    transposed_bytes: int = 4 << 20
+    transposed_bytes: int
 
 
 MAX_DEPTH = 256  # kMaxDepth in cpp/gemm.h
@@ -66,16 +66,15 @@ PANEL_BYTES = 64  # kPanel in cpp/gemm.h
 
 
 def default_blocking(convolution: Convolution) -> Blocking:
-    """A tile whose samples and sums take half of the second-level cache."""
-    cache = torch.cpu.get_capabilities().get("l2_cache_size", 0) or 512 << 10
-    sums = convolution.out_channels * accumulate_dtype(convolution.dtype).itemsize
+    """A tile whose samples and sums take half of the second-level cache, and so do images that are transposed."""
+    half = (torch.cpu.get_capabilities().get("l2_cache_size", 0) or 512 << 10) // 2
+    itemsize = accumulate_dtype(convolution.dtype).itemsize
+    sums = 2 * convolution.out_channels * itemsize  # and their transposition
     if convolution.depthwise:
-        samples = convolution.taps * 56  # sizeof(DeformSample)
-        most = 32
+        samples, most = convolution.taps * (4 * 8 + 5 * itemsize), 32  # DeformSamples, of one pixel
     else:
-        samples = MAX_DEPTH * accumulate_dtype(convolution.dtype).itemsize
-        most = 96
-    return Blocking(pixels=max(12, min(most, cache // 2 // (samples + 2 * sums))), depth=MAX_DEPTH)
+        samples, most = MAX_DEPTH * itemsize, 96
+    return Blocking(max(12, min(most, half // (samples + sums))), MAX_DEPTH, transposed_bytes=half)
 
 
 def bf16_dot_products() -> bool:
@@ -313,7 +312,7 @@ def tuned_blocking(
     image_size, strides = hints(image.get_size()), hints(image.get_layout().stride)
     default = default_blocking(convolution)
     choices = [
-        Blocking(pixels, depth)
+        Blocking(pixels, depth, default.transposed_bytes)
         for pixels in (12, 24, 48, 96, 192)
         for depth in ((default.depth,) if convolution.depthwise else (128, 192, MAX_DEPTH))
     ]

@@ -12,7 +12,7 @@ from torch._inductor.cpu_vec_isa import VecISA, pick_vec_isa
 from torch._inductor.lowering import lowerings
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._inductor.utils import Placeholder
-from torch._inductor.virtualized import V
+from torch._inductor.virtualized import V, ops
 
 __all__ = [
     "DTYPE_TO_CPP",
@@ -27,6 +27,7 @@ __all__ = [
     "get_export_declaration",
     "ir",
     "lowerings",
+    "ops",
     "parse_expr_with_index_symbols",
     "pick_vec_isa",
     "prune_tensors",

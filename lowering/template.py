@@ -25,6 +25,7 @@ from .inductor import (
     gen_2d_view_of_epilogue_buf,
     get_export_declaration,
     ir,
+    ops,
     parse_expr_with_index_symbols,
 )
 
@@ -199,7 +200,7 @@ class RowsTemplate(abc.ABC):
         convert = ir.Pointwise(
             device=torch.device("cpu"),
             dtype=self.dtype,
-            inner_fn=lambda index: V.ops.to_dtype(load(index), self.dtype),
+            inner_fn=lambda index: ops.to_dtype(load(index), self.dtype),
             ranges=buffer.get_size(),
         )
         return ir.ComputedBuffer(name=buffer.get_name(), layout=buffer.get_layout(), data=convert)

@@ -90,39 +90,38 @@ inline void store_vector(const Vectorized<acc_t>& value, value_t* p) {
 }
 
 // dst[n * ld_dst + m] = src[m * ld_src + n] for m < rows, n < columns.
+//
+// at::vec transposes blocks in registers: of any size up to a limit for AVX-512, of one size for AVX2, floats only.
 template <typename T>
 inline void transpose(const T* src, int64_t ld_src, T* dst, int64_t ld_dst, int64_t rows, int64_t columns) {
 #if defined(CPU_CAPABILITY_AVX512)
-  constexpr int64_t block = kCacheLine / static_cast<int64_t>(sizeof(T));
-  constexpr bool any_size = !std::is_same_v<T, double>;  // at::vec's transposition masks the rest itself
+  constexpr bool kWhole = !std::is_same_v<T, double>, kParts = kWhole;
+  constexpr int64_t kBlock = kCacheLine / static_cast<int64_t>(sizeof(T));
 #elif defined(CPU_CAPABILITY_AVX2)
-  constexpr int64_t block = 8;
-  constexpr bool any_size = false;
+  constexpr bool kWhole = std::is_same_v<T, float>, kParts = false;
+  constexpr int64_t kBlock = 8;
 #else
-  constexpr int64_t block = 8;
-  constexpr bool any_size = false;
+  constexpr bool kWhole = false, kParts = false;
+  constexpr int64_t kBlock = 8;
 #endif
-  for (int64_t m = 0; m < rows; m += block) {
-    for (int64_t n = 0; n < columns; n += block) {
-      const int64_t tile_rows = std::min(block, rows - m);
-      const int64_t tile_columns = std::min(block, columns - n);
+  for (int64_t m = 0; m < rows; m += kBlock) {
+    const int64_t m_count = std::min(kBlock, rows - m);
+    for (int64_t n = 0; n < columns; n += kBlock) {
+      const int64_t n_count = std::min(kBlock, columns - n);
       const T* from = src + m * ld_src + n;
       T* to = dst + n * ld_dst + m;
-      if constexpr (any_size) {
-        at::vec::transpose_mxn<T>(
-            from, ld_src, to, ld_dst, static_cast<int>(tile_rows), static_cast<int>(tile_columns));
-        continue;
-      }
-#if defined(CPU_CAPABILITY_AVX2)
-      if constexpr (std::is_same_v<T, float>) {
-        if (tile_rows == block && tile_columns == block) {
-          at::vec::transpose_mxn<float, block, block>(from, ld_src, to, ld_dst);
+      if constexpr (kWhole) {
+        if (m_count == kBlock && n_count == kBlock) {
+          at::vec::transpose_mxn<T, kBlock, kBlock>(from, ld_src, to, ld_dst);
           continue;
         }
       }
-#endif
-      for (int64_t i = 0; i < tile_rows; ++i) {
-        for (int64_t j = 0; j < tile_columns; ++j) {
+      if constexpr (kParts) {
+        at::vec::transpose_mxn<T>(from, ld_src, to, ld_dst, static_cast<int>(m_count), static_cast<int>(n_count));
+        continue;
+      }
+      for (int64_t i = 0; i < m_count; ++i) {
+        for (int64_t j = 0; j < n_count; ++j) {
           to[j * ld_dst + i] = from[i * ld_src + j];
         }
       }
