@@ -146,8 +146,9 @@ def _check(
         check(len(pair) == 2, f"{name} must be a number or a pair, got {tuple(pair)}")
         check(min(pair) >= least, f"{name} must be at least {least}, got {tuple(pair)}")
 
-    batch, channels, height, width = input.shape
-    out_channels, group_channels, kernel_height, kernel_width = weight.shape
+    # Batch and image size may be dynamic. The rest is what the operator is: int() makes a symbolic size a constant.
+    batch, channels, height, width = input.shape[0], int(input.shape[1]), *input.shape[2:]
+    out_channels, group_channels, kernel_height, kernel_width = map(int, weight.shape)
     taps = kernel_height * kernel_width
     check(
         out_channels > 0 and group_channels > 0 and taps > 0,
@@ -174,7 +175,7 @@ def _check(
         out_height > 0 and out_width > 0,
         f"the kernel does not fit into the padded input: the output would be {out_height} x {out_width}",
     )
-    offset_channels = offset.shape[1]
+    offset_channels = int(offset.shape[1])
     check(
         offset_channels > 0 and offset_channels % (2 * taps) == 0,
         f"offset.shape[1] must be a positive multiple of 2 * {kernel_height} * {kernel_width} = {2 * taps}, "

@@ -1,1 +1,5 @@
-"""Benchmarks."""
+"""Benchmarks: every operator against its peers and against what the machine could do at best.
+
+``python -m inductor_vision.perf`` lists and runs them. A benchmark is data: a module in ``suites/`` with a
+:class:`~inductor_vision.perf.spec.Suite` named ``SUITE``. Adding one changes no other file.
+"""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import pathlib
 import random
 import sys
 from collections.abc import Iterator
@@ -12,8 +13,6 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
-
-THREADS = 2
 
 settings.register_profile("inductor_vision", derandomize=True, deadline=None, database=None)
 settings.load_profile("inductor_vision")
@@ -34,22 +33,40 @@ def _poison_fresh_memory() -> bool:
 MEMORY_IS_POISONED = _poison_fresh_memory()
 
 
+class _RootIsThePackage:
+    """Keeps pytest from importing the root's __init__.py, the package's, a second time under the folder's name."""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collect_directory(self, path: pathlib.Path, parent: pytest.Collector) -> pytest.Collector | None:
+        return pytest.Dir.from_parent(parent, path=path) if path == parent.config.rootpath else None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(_RootIsThePackage())  # hooks of this file itself see only what is below it
+
+
 def pytest_report_header() -> str:
     memory = "filled with NaN" if MEMORY_IS_POISONED else "not poisoned: this C library has no M_PERTURB"
-    return f"torch {torch.__version__}, {THREADS} threads, fresh memory: {memory}"
+    return f"torch {torch.__version__}, fresh memory: {memory}"
+
+
+@pytest.fixture
+def threads() -> int:
+    """How many threads torch has; a folder or file may say otherwise with a fixture of this name."""
+    return 2
 
 
 @pytest.fixture(autouse=True)
-def _same_conditions() -> Iterator[None]:
+def _same_conditions(threads: int) -> Iterator[None]:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from hypothesis import assume
-from hypothesis import strategies as st
+from hypothesis import assume, strategies as st
 from torch import Tensor
 from torch.nn.modules.utils import _pair
 
@@ -89,7 +88,9 @@ class Sample:
     def replace(self, **tensors: Tensor) -> Sample:
         """The same call on other tensors."""
         args = tuple(tensors.get(name, t) for name, t in zip(("input", "offset", "weight", "bias"), self.args))
-        return dataclasses.replace(self, args=args, kwargs={**self.kwargs, "mask": tensors.get("mask", self.kwargs["mask"])})
+        return dataclasses.replace(
+            self, args=args, kwargs={**self.kwargs, "mask": tensors.get("mask", self.kwargs["mask"])}
+        )
 
     def to(self, dtype: torch.dtype) -> Sample:
         """The same values, or their nearest, in another dtype; strides are kept."""
@@ -157,7 +158,7 @@ def _offsets(case: Case, generator: torch.Generator) -> Tensor:
         axes = []
         for axis, length in enumerate(case.size):
             inside = [0, 0.25, length - 1, length - 0.5]
-            at_the_border = [-2, -1, -0.5, math.nextafter(-1, 0), math.nextafter(length, 0), length, length + 1]
+            at_the_border = [-2, -1, -0.5, 2**-10 - 1, length - 2**-10, length, length + 1]
             land = pick(inside + at_the_border, shape[:4] + shape[5:])
             axes.append(land - _undisplaced(case, axis))
         offset = torch.stack(axes, dim=4)
@@ -344,6 +345,7 @@ def cases(draw: st.DrawFn) -> Case:
     return case
 
 
+@np.errstate(invalid="ignore")  # 0 * inf, in samples that have it
 def oracle(
     input: Tensor,
     offset: Tensor,

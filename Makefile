@@ -1,0 +1,60 @@
+# Everything runs in an environment of its own, $(VENV), that the first target to need it makes.
+# Wanted beforehand: Python >= 3.10, make, g++.
+#
+# torch is installed first, by itself and pinned: left to the package's "torch>=2.13", pip picks the newest build there
+# is, which on Linux brings gigabytes of CUDA libraries that nothing here uses. Where pip can see a CPU build of the
+# pinned version (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL), it prefers that one. To use another torch, or your own environment:
+#     make test TORCH=torch==2.15.0
+#     make test TORCH=wheels/torch-2.13.0+cpu-cp312-cp312-linux_x86_64.whl
+#     make test TORCH= VENV=my-environment
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --disable-pip-version-check --quiet
+# Stamps: the environment holds what pyproject.toml asked for when they were touched, and this TORCH.
+READY := $(VENV)/.ready-$(shell printf '%s' '$(TORCH)' | cksum | cut -d ' ' -f 1)
+PERF_READY := $(READY)-perf
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test lint doctor perf clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+env: $(READY) ## make the environment, or bring it up to date
+
+demo: $(READY) ## a small network over a photograph: eager, compiled, and as a package on disk
+	$(PY) examples/demo.py $(ARGS)
+
+test: $(READY) ## run the tests; ARGS="-m 'not slow'" for the quick ones
+	$(PY) -m pytest $(ARGS)
+
+lint: $(READY) ## style, format and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+doctor: $(READY) ## is this machine set up to run compiled kernels fast?
+	$(PY) -m inductor_vision.doctor $(ARGS)
+
+perf: $(PERF_READY) ## run the benchmarks; ARGS=--help says what there is
+	$(PY) -m inductor_vision.perf $(ARGS)
+
+clean: ## remove the environment and everything that was made
+	rm -rf .venv out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit(f"Python >= 3.10 is needed, {sys.executable} is {sys.version.split()[0]}; say which to use with PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(READY): pyproject.toml | $(PY)
+	$(if $(TORCH),$(PIP) $(foreach word,$(TORCH),'$(word)'))
+	$(PIP) -e '.[test,examples]'
+	@rm -f $(VENV)/.ready-* && touch $@
+
+$(PERF_READY): pyproject.toml $(READY)
+	$(PIP) -e '.[perf]'
+	@touch $@

@@ -1,0 +1,357 @@
+"""``python -m inductor_vision.doctor``: does this machine run compiled kernels as fast as it could?
+
+Nothing is taken on trust. A kernel is compiled, from nothing, and what is reported was seen in it: the instructions in
+its machine code, its time on one thread and on all, the OpenMP runtimes that are loaded once it has run. The exit
+status is non-zero if something is off, and each such line says what to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+
+from .ops.deform_conv2d import DeformConv2d
+from .paths import recorded_paths
+from .version import __version__
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One thing that was looked at. ``status`` is ``"ok"``, ``"warn"`` or ``"fail"``; only the last is an error."""
+
+    name: str
+    status: str
+    found: str
+    remedy: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A deformable convolution that was compiled here and now."""
+
+    run: Callable[[], Any]
+    seconds: float  # that compiling it took
+    path: str  # "template", "decomposition" or "eager", see paths.py
+    detail: str
+    libraries: list[pathlib.Path]
+
+
+def check_versions() -> Check:
+    """Versions of all that takes part."""
+    try:
+        triton = f"triton {importlib.metadata.version('triton')}"
+    except importlib.metadata.PackageNotFoundError:
+        triton = "no triton (not needed)"
+    python = f"Python {platform.python_version()}"
+    found = f"inductor_vision {__version__}, torch {torch.__version__}, {python}, {triton}"
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+        return Check("versions", "fail", found, "install a newer torch: pip install 'torch>=2.13'")
+    return Check("versions", "ok", found)
+
+
+def usable_cores() -> int:
+    """Physical cores that this process may run on."""
+    logical = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(logical, torch.cpu.get_capabilities().get("num_physical_cores") or logical)
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s' * (number != 1)}"
+
+
+def _core_quota() -> float | None:
+    """Cores' worth of time that a container's limit leaves to this process."""
+    try:
+        quota, period = pathlib.Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        return None
+
+
+def check_processor() -> Check:
+    """Model, cores, caches, and how many threads torch will use."""
+    capabilities = torch.cpu.get_capabilities()
+    cores, threads, quota = usable_cores(), torch.get_num_threads(), _core_quota()
+    found = f"{capabilities.get('cpu_name', platform.processor() or platform.machine())}, {_count(cores, 'core')}"
+    for name, key in (("L1d", "l1d_cache_size"), ("L2", "l2_cache_size")):
+        if capabilities.get(key):
+            found += f", {name} {capabilities[key] // 1024} KiB"
+    found += f", torch uses {_count(threads, 'thread')}"
+    if quota is not None and quota < threads:
+        remedy = f"the container's limit leaves {quota:g} cores to {threads} threads: raise it, or set OMP_NUM_THREADS"
+        return Check("processor", "warn", found, remedy)
+    if threads == 1 < cores:
+        return Check("processor", "warn", found, "unset OMP_NUM_THREADS, or call torch.set_num_threads")
+    return Check("processor", "ok", found)
+
+
+def check_bf16() -> Check:
+    """Whether the CPU multiplies bfloat16 natively; without, bfloat16 saves memory but no time."""
+    capabilities = torch.cpu.get_capabilities()
+    have = [name for name in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16") if capabilities.get(name)]
+    return Check("bf16", "ok", f"dot products: {', '.join(have)}" if have else "no dot products: as slow as float32")
+
+
+def find_compiler() -> str:
+    """The C++ compiler that Inductor will call. Raises RuntimeError if there is none."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    return get_cpp_compiler()
+
+
+def check_compiler() -> Check:
+    """The compiler is there and says its version."""
+    try:
+        compiler = find_compiler()
+        version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
+    except (RuntimeError, OSError, subprocess.CalledProcessError):
+        wanted = os.environ.get("CXX", "g++")
+        remedy = "install g++ (Debian, Ubuntu: apt install g++), or let CXX name another compiler"
+        return Check("compiler", "fail", f"{wanted} cannot be run", remedy)
+    return Check("compiler", "ok", f"{shutil.which(compiler) or compiler}: {version.splitlines()[0]}")
+
+
+OPENMP_PROGRAM = """
+#include <omp.h>
+#include <cstdio>
+int main() {
+  int threads = 0;
+  #pragma omp parallel reduction(+ : threads)
+  threads += 1;
+  std::printf("%d", threads);
+}
+"""
+
+
+def check_openmp() -> Check:
+    """The compiler builds OpenMP programs, and they start as many threads as there are cores."""
+    cores = usable_cores()
+    with tempfile.TemporaryDirectory() as folder:
+        source, program = pathlib.Path(folder, "threads.cpp"), pathlib.Path(folder, "threads")
+        source.write_text(OPENMP_PROGRAM)
+        try:
+            command = [find_compiler(), "-fopenmp", str(source), "-o", str(program)]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            environment = {**os.environ, "OMP_NUM_THREADS": str(cores)}
+            threads = int(subprocess.run([program], check=True, capture_output=True, text=True, env=environment).stdout)
+        except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+            remedy = "install the compiler's OpenMP runtime (g++: libgomp; clang++: libomp-dev)"
+            return Check("openmp", "fail", f"an OpenMP program does not build or run: {_last_line(error)}", remedy)
+    if threads < cores:
+        remedy = "unset OMP_THREAD_LIMIT and OMP_DYNAMIC, or raise the limit on processes (ulimit -u)"
+        return Check("openmp", "fail", f"a program got {_count(threads, 'thread')} on {cores} cores", remedy)
+    return Check("openmp", "ok", f"a program got {_count(threads, 'thread')}")
+
+
+def _last_line(error: BaseException) -> str:
+    text = getattr(error, "stderr", None) or str(error) or type(error).__name__
+    errors = [line.strip() for line in text.splitlines() if "error" in line.lower()]
+    return (errors or text.strip().splitlines())[0][:200]
+
+
+def compile_kernel(folder: pathlib.Path) -> Kernel:
+    """Compile a deformable convolution; ``folder`` is where Inductor puts what it builds."""
+    torch.manual_seed(0)
+    module = DeformConv2d(128, 128, 3, padding=1).eval()
+    image, offset, mask = torch.randn(1, 128, 64, 64), torch.randn(1, 18, 64, 64), torch.rand(1, 9, 64, 64)
+    # With its guards Dynamo would compile anew for another number of threads; this very kernel is to be measured.
+    compiled = torch.compile(module, options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe})
+
+    def run() -> Any:
+        with torch.no_grad():
+            return compiled(image, offset, mask)
+
+    start = time.perf_counter()
+    with recorded_paths() as paths:
+        run()
+    seconds = time.perf_counter() - start
+    path, detail = (paths[-1].kind, paths[-1].detail) if paths else ("unknown", "")
+    return Kernel(run, seconds, path, detail, sorted(folder.rglob("*.so")))
+
+
+def check_kernel(folder: pathlib.Path) -> tuple[Check, Kernel | None]:
+    """A deformable convolution compiles, and takes its fast path."""
+    try:
+        kernel = compile_kernel(folder)
+    except Exception as error:
+        remedy = "see the compiler's message with TORCH_LOGS=+inductor"
+        if "Python.h" in str(error):
+            remedy = "install Python's headers (Debian, Ubuntu: apt install python3-dev)"
+        return Check("kernel", "fail", f"deform_conv2d does not compile: {_last_line(error)}", remedy), None
+    found = f"deform_conv2d compiled in {kernel.seconds:.0f} s, path: {kernel.path}"
+    if kernel.path == "template":
+        return Check("kernel", "ok", found), kernel
+    return Check("kernel", "fail", found, f"the fast path refused: {kernel.detail}"), kernel
+
+
+# What the registers of each instruction set look like in a disassembly.
+REGISTERS = {"avx512": r"%zmm\d", "avx2": r"%ymm\d", "asimd": r"\b(v\d+\.\d+|z\d+\.)[bhsd]\b"}
+
+
+def count_vector_instructions(libraries: list[pathlib.Path], isa: str) -> int | None:
+    """Instructions of the compiled code that touch a vector register; None where that cannot be seen."""
+    objdump = shutil.which("objdump")
+    pattern = next((pattern for name, pattern in REGISTERS.items() if name in isa), None)
+    if objdump is None or pattern is None or not libraries:
+        return None
+    count = 0
+    for library in libraries:
+        command = [objdump, "-d", "--no-show-raw-insn", str(library)]
+        code = subprocess.run(command, capture_output=True, text=True).stdout
+        count += sum(1 for line in code.splitlines() if re.search(pattern, line))
+    return count
+
+
+def picked_isa() -> str:
+    """The vector instructions that Inductor compiles for; empty if none."""
+    from .lowering.inductor import pick_vec_isa
+
+    isa = pick_vec_isa()
+    return str(isa) if isa else ""
+
+
+def check_vectors(kernel: Kernel | None) -> Check:
+    """The kernel was compiled to vector instructions, and to the widest that the CPU has."""
+    if kernel is None:
+        return Check("vectors", "warn", "not measured: no kernel", "first mend what is above")
+    isa = picked_isa()
+    remedy = "unset ATEN_CPU_CAPABILITY, leave torch._inductor.config.cpp.simdlen alone, and use a recent compiler"
+    if not isa:
+        return Check("vectors", "fail", "scalar code: Inductor picked no vector instructions", remedy)
+    count = count_vector_instructions(kernel.libraries, isa)
+    if count is None:
+        return Check(
+            "vectors", "warn", f"{isa}; not seen in the machine code", "install objdump (apt install binutils)"
+        )
+    found = f"{isa}: {count} such instructions in the compiled kernel"
+    if count == 0:
+        return Check("vectors", "fail", found, remedy)
+    capabilities = torch.cpu.get_capabilities()
+    if "avx2" in isa and all(capabilities.get(f"avx512_{part}") for part in ("f", "bw", "dq", "vl")):
+        return Check("vectors", "warn", f"{found}; the CPU has AVX-512", remedy)
+    return Check("vectors", "ok", found)
+
+
+def measure_scaling(run: Callable[[], Any], threads: int, rounds: int = 12) -> tuple[float, float]:
+    """Seconds on one thread and on ``threads``: the best of ``rounds``, sides interleaved."""
+    before, best = torch.get_num_threads(), {1: float("inf"), threads: float("inf")}
+    try:
+        for count in list(best) * rounds:
+            torch.set_num_threads(count)
+            run()
+            start = time.perf_counter()
+            run()
+            best[count] = min(best[count], time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(before)
+    return best[1], best[threads]
+
+
+def check_threads(kernel: Kernel | None) -> Check:
+    """The kernel is faster on all cores than on one."""
+    cores = usable_cores()
+    if cores == 1:
+        return Check("threads", "ok", "only one core")
+    if kernel is None:
+        return Check("threads", "warn", "not measured: no kernel", "first mend what is above")
+    # Another program may have had the cores during the first measurement.
+    for _ in range(3):
+        one, all_cores = measure_scaling(kernel.run, cores)
+        speedup = one / all_cores
+        if speedup > 0.7 * cores:
+            break
+    found = f"{speedup:.2f}x faster on {cores} threads than on one ({1e3 * one:.1f} ms, {1e3 * all_cores:.1f} ms)"
+    remedy = "stop what else keeps the cores busy; check OMP_PROC_BIND, GOMP_CPU_AFFINITY and the container's CPU limit"
+    if speedup < 1.2:
+        return Check("threads", "fail", found, remedy)
+    if speedup < cores / 4:
+        return Check("threads", "warn", found, remedy)
+    return Check("threads", "ok", found)
+
+
+def loaded_openmp_runtimes() -> list[str] | None:
+    """Paths of the OpenMP runtimes in this process; None where the system does not tell."""
+    try:
+        maps = pathlib.Path("/proc/self/maps").read_text()
+    except OSError:
+        return None
+    files = {line.split(maxsplit=5)[5] for line in maps.splitlines() if len(line.split(maxsplit=5)) == 6}
+    return sorted(file for file in files if re.match(r"lib([gi]?omp|omp\d)\d?[-.]", os.path.basename(file)))
+
+
+def check_runtimes() -> Check:
+    """One OpenMP runtime is loaded: two have a pool of threads each, which get into each other's way."""
+    runtimes = loaded_openmp_runtimes()
+    if runtimes is None:
+        return Check("runtimes", "ok", "unknown on this system")
+    found = ", ".join(runtimes) or "none"
+    if not runtimes:
+        return Check("runtimes", "fail", "no OpenMP runtime is loaded", "install a build of torch with OpenMP")
+    if len(runtimes) > 1:
+        return Check("runtimes", "warn", found, "several OpenMP runtimes: unset LD_PRELOAD, use torch's compiler")
+    return Check("runtimes", "ok", found)
+
+
+def examine() -> Iterator[Check]:
+    """All checks, each as soon as it is done."""
+    yield check_versions()
+    yield check_processor()
+    yield check_bf16()
+    compiler = check_compiler()
+    yield compiler
+    kernel = None
+    with (
+        tempfile.TemporaryDirectory(prefix="inductor-vision-doctor-") as folder,
+        mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=folder),
+    ):
+        if compiler.status != "fail":
+            yield check_openmp()
+            check, kernel = check_kernel(pathlib.Path(folder))
+            yield check
+        yield check_vectors(kernel)
+        yield check_threads(kernel)
+    yield check_runtimes()
+
+
+def show(check: Check) -> None:
+    label = {"ok": "ok", "warn": "WARN", "fail": "FAIL"}[check.status]
+    print(f"{label:5} {check.name:10} {check.found}", flush=True)
+    if check.remedy:
+        print(f"{'':16} -> {check.remedy}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m inductor_vision.doctor", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    arguments = parser.parse_args(argv)
+    checks = []
+    for check in examine():
+        checks.append(check)
+        if not arguments.json:
+            show(check)
+    failed = [check.name for check in checks if check.status == "fail"]
+    if arguments.json:
+        print(json.dumps({"ok": not failed, "checks": [dataclasses.asdict(check) for check in checks]}, indent=2))
+    else:
+        print(f"\nto mend: {', '.join(failed)}" if failed else "\nall is well")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""``python -m inductor_vision.perf``: list, run and show benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .progress import Progress
+from .report import listing, markdown, text_table
+from .results import CaseResult, Report
+from .spec import Case, Contender, Suite, Unavailable, UserError, matching, select
+from .suites import load_suites
+
+if TYPE_CHECKING:  # it imports torch's compiler-adjacent parts, which `list` does not need
+    from .runner import Settings
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; the exit status."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.command is None:
+        parser.print_help()
+        print("\n" + describe_suites(load_suites()))
+        return 0
+    try:
+        return options.command(options)
+    except (UserError, OSError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m inductor_vision.perf",
+        description="Benchmarks against peers and against the limit of the machine.",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="{list,run,show}")
+    parser.set_defaults(command=None)
+
+    list_ = commands.add_parser("list", help="suites, their cases and contenders, and who is unavailable here")
+    list_.set_defaults(command=_list)
+
+    run = commands.add_parser("run", help="measure")
+    run.set_defaults(command=_run)
+    run.add_argument("suites", nargs="*", metavar="SUITE", help="all of them by default")
+    run.add_argument("--case", action="append", default=[], metavar="GLOB", help="only these cases; may be repeated")
+    run.add_argument("--contender", action="append", default=[], metavar="GLOB", help="only these; may be repeated")
+    run.add_argument("--threads", type=_positive(int), metavar="N", help="default: what torch uses here")
+    budget = run.add_mutually_exclusive_group()
+    budget.add_argument("--seconds", type=_positive(float), default=10.0, metavar="S", help="per case (default: 10)")
+    budget.add_argument("--quick", action="store_const", dest="seconds", const=1.0, help="the same as --seconds 1")
+    run.add_argument(
+        "--compile-time", action="store_true", help="measure cold and warm compilation too, which takes long"
+    )
+    run.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
+    _add_output_options(run)
+
+    show = commands.add_parser("show", help="print or plot what an earlier run wrote with --json")
+    show.set_defaults(command=_show)
+    show.add_argument("file", type=Path)
+    _add_output_options(show)
+    return parser
+
+
+def _add_output_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the times as multiples of the limit's")
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+
+
+def _positive(kind: type) -> type:
+    def parse(text: str) -> float:
+        value = kind(text)
+        if value <= 0:
+            raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse says "invalid int value" with it
+    return parse
+
+
+def _list(options: argparse.Namespace) -> int:
+    print(describe_suites(load_suites()))
+    return 0
+
+
+def describe_suites(suites: dict[str, Suite]) -> str:
+    """Every suite with its cases and contenders, and why a contender cannot take part here."""
+    parts = []
+    for suite in suites.values():
+        parts.append(f"{suite.name}: {suite.description}")
+        parts.append("  cases\n" + listing((case.name, case.description) for case in suite.cases))
+        parts.append("  contenders\n" + listing((c.name, f"{c.role}{_remark(c)}") for c in suite.contenders))
+    return "\n".join(parts)
+
+
+def _remark(contender: Contender) -> str:
+    try:
+        contender.check()
+    except Unavailable as reason:
+        return f", unavailable: {reason}"
+    return "" if contender.default else ", only in cases that ask for it"
+
+
+def _run(options: argparse.Namespace) -> int:
+    import torch
+
+    from .machine import describe_machine
+    from .runner import Settings
+
+    suites = load_suites()
+    chosen = [suites[name] for name in matching("suite", suites, options.suites)]
+    work = select(chosen, options.case, options.contender)
+    _check_outputs(options)
+    settings = Settings(options.threads or torch.get_num_threads(), options.seconds, options.compile_time)
+    machine = describe_machine()
+    results, interrupted = _measure(work, settings)
+    report = Report(machine, vars(settings), tuple(results))
+    if options.json:
+        report.write(options.json)
+    _output(report, options)
+    for fault in report.faults():
+        print(f"error: {fault}", file=sys.stderr)
+    return 130 if interrupted else 1 if report.faults() else 0
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    """What would make a long run end in an error is better said before it."""
+    for path in (options.json, options.plot):
+        if path and not path.absolute().parent.is_dir():
+            raise UserError(f"cannot write {path}: there is no folder {path.parent}")
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        raise UserError("--plot needs matplotlib, which is not installed")
+
+
+def _measure(
+    work: list[tuple[Suite, Case, tuple[Contender, ...]]], settings: Settings
+) -> tuple[list[CaseResult], bool]:
+    """All results, or those so far and True when the user interrupts: what took minutes is not thrown away."""
+    from .runner import run_case
+
+    progress, results = Progress(), []
+    try:
+        for number, (suite, case, contenders) in enumerate(work, 1):
+            results.append(run_case(suite, case, contenders, settings, progress.part(f"{number}/{len(work)}")))
+    except KeyboardInterrupt:
+        return results, True
+    finally:
+        progress.done()
+    return results, False
+
+
+def _show(options: argparse.Namespace) -> int:
+    _output(Report.read(options.file), options)
+    return 0
+
+
+def _output(report: Report, options: argparse.Namespace) -> None:
+    print(markdown(report) if options.markdown else text_table(report))
+    if options.plot:
+        from .plot import plot
+
+        plot(report, options.plot)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

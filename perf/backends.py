@@ -1,0 +1,129 @@
+"""Ways to run a model that any suite's contenders can use: Inductor, AOTInductor, ONNX Runtime, OpenVINO."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .spec import Prepared, Unavailable
+
+
+def needs(*modules: str) -> Callable[[], None]:
+    """A contender's ``check``: it needs these modules."""
+
+    def check() -> None:
+        for module in modules:
+            try:
+                importlib.import_module(module)
+            except ModuleNotFoundError as error:
+                raise Unavailable(f"{error.name} is not installed") from error
+            except Exception as error:  # a broken installation raises whatever it likes
+                raise Unavailable(f"{module} does not load: {error}") from error
+
+    return check
+
+
+def needs_torchvision() -> None:
+    """A contender's ``check``: torchvision with its compiled operators."""
+    needs("torchvision")()
+    import torchvision
+
+    if not torchvision.extension._has_ops():
+        raise Unavailable("torchvision does not load its compiled operators beside this torch")
+
+
+def eager(function: Callable[..., Any], arguments: Sequence[Any]) -> Prepared:
+    """Call it as it is, without autograd."""
+
+    def call() -> Any:
+        with torch.no_grad():
+            return function(*arguments)
+
+    return Prepared(call, call())
+
+
+def compiled(module: nn.Module, arguments: Sequence[Tensor], *, dynamic: bool | None = None) -> Prepared:
+    """``torch.compile`` for inference, the module's parameters being constants to the compiler.
+
+    Falling back to eager mode, for whatever reason, is an error: it would be timed as compiled code.
+    """
+    import torch._dynamo
+    import torch._inductor.config
+
+    program = torch.compile(module.eval(), fullgraph=True, dynamic=dynamic)
+
+    def call() -> Any:
+        with torch.no_grad():
+            return program(*arguments)
+
+    with (
+        torch._inductor.config.patch(freezing=True),
+        torch._dynamo.config.patch(fail_on_recompile_limit_hit=True),
+    ):
+        return Prepared(call, call())
+
+
+def packaged(module: nn.Module, arguments: Sequence[Tensor]) -> Prepared:
+    """An AOTInductor package, written to disk and loaded back."""
+    import torch._inductor.config
+
+    with torch.no_grad(), tempfile.TemporaryDirectory(prefix="inductor_vision_perf_") as folder:
+        program = torch.export.export(module.eval(), tuple(arguments))
+        with torch._inductor.config.patch(freezing=True):
+            path = torch._inductor.aoti_compile_and_package(program, package_path=str(Path(folder, "model.pt2")))
+        model = torch._inductor.aoti_load_package(path)
+    return eager(model, arguments)
+
+
+def onnxruntime(model: bytes, feeds: dict[str, Tensor], threads: int) -> Prepared:
+    """An ONNX model on ONNX Runtime's CPU provider."""
+    import onnxruntime as ort
+
+    arrays = {name: tensor.numpy() for name, tensor in feeds.items()}
+
+    def session_call(*, arena: bool) -> Callable[[], Any]:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.enable_cpu_mem_arena = arena
+        options.log_severity_level = 3
+        try:
+            session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its exceptions have no public base class
+            raise Unavailable(f"ONNX Runtime does not take it: {str(error).splitlines()[0]}") from error
+        return lambda: session.run(None, arrays)
+
+    call = session_call(arena=True)
+    return Prepared(call, call(), lean=functools.partial(session_call, arena=False))
+
+
+def openvino(model: Any, feeds: Sequence[Tensor], threads: int, precision: str) -> Prepared:
+    """An OpenVINO model on its CPU plugin, inputs and outputs shared rather than copied.
+
+    ``precision`` is said explicitly: left alone, OpenVINO computes float32 models in bfloat16 where the processor can.
+    """
+    import openvino as ov
+
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": precision,
+    }
+    program = ov.Core().compile_model(model, "CPU", settings)
+    request = program.create_infer_request()
+    arrays = [tensor.numpy() for tensor in feeds]
+
+    def call() -> Any:
+        return request.infer(arrays, share_inputs=True, share_outputs=True)
+
+    def lean() -> Callable[[], Any]:
+        program.release_memory()
+        return lambda: program.create_infer_request().infer(arrays, share_inputs=True, share_outputs=True)
+
+    return Prepared(call, call(), lean=lean)

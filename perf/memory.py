@@ -1,0 +1,63 @@
+"""Peak memory of one call, beyond inputs and outputs, as the kernel accounts for it.
+
+Linux keeps the high-water mark of a process's resident memory (``VmHWM``), and writing 5 to ``/proc/self/clear_refs``
+resets it. That sees every allocator (torch's, a peer's arena, a kernel's own ``malloc``), as no hook into torch would.
+
+What it can resolve: the counters are batched per core, about 128 KiB each, and memory that the allocator has in reserve
+would be reused without growth, so it is given back first (``malloc_trim``). With transparent huge pages set to
+``always`` the step is 2 MiB. Memory that a library keeps from earlier calls is not growth either: see
+``Prepared.lean``. A few hundred KiB that a thread allocates once and keeps stay unseen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import statistics
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from .spec import Unavailable
+from .verify import tensors
+
+_MEASUREMENTS = 3
+
+
+def extra_memory(call: Callable[[], Any], lean: Callable[[], Callable[[], Any]] | None = None) -> int:
+    """Bytes that a call needs at its peak beyond what it returns; the median of a few calls, after one to warm up.
+
+    ``lean``, if there is one, is asked for a callable before every measurement, see :class:`Prepared`.
+
+    Raises:
+        Unavailable: not on Linux, or the mark cannot be reset here.
+    """
+    if not sys.platform.startswith("linux"):
+        raise Unavailable("peak memory is read from /proc, which only Linux has")
+    gc.collect()  # garbage that is freed during a call would hide as much growth
+    growth = [_growth(lean() if lean else call) for _ in range(1 + _MEASUREMENTS)]
+    return round(statistics.median(growth[1:]))
+
+
+def _growth(call: Callable[[], Any]) -> int:
+    with contextlib.suppress(OSError, AttributeError):  # musl has no malloc_trim, and nothing to trim
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    except OSError as error:
+        raise Unavailable(f"the high-water mark cannot be reset: {error}") from error
+    before = _status("VmRSS")
+    output = call()
+    peak = _status("VmHWM")
+    returned = sum(tensor.numel() * tensor.element_size() for tensor in tensors(output))
+    return max(0, peak - before - returned)
+
+
+def _status(field: str) -> int:
+    with open("/proc/self/status") as file:
+        for line in file:
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) * 1024
+    raise Unavailable(f"/proc/self/status has no {field}")

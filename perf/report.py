@@ -1,0 +1,164 @@
+"""A report as text: for a terminal, and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from .results import CaseResult, Report, Row
+
+_OTHER_ARITHMETIC = "other arithmetic"
+_NOTHING = "-"
+_FOREIGN_CORES = 0.1  # this much is always going on
+
+
+def heading(report: Report) -> str:
+    """On what the numbers were taken, in one line."""
+    machine = report.machine
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return (
+        f"{machine['cpu']}, {machine['vector_instructions']}, {report.settings['threads']} threads on "
+        f"{machine['cores']} cores; {versions}; {machine['compiler']}; {machine['date'][:10]}"
+    )
+
+
+def busy_warning(case: CaseResult) -> str:
+    """A word of warning when a case did not have the machine to itself; empty otherwise.
+
+    Threads that wait for each other at the end of a parallel loop wait for a time slice then, and every contender with
+    short calls takes equally long: the ratios come out closer to 1 than they are.
+    """
+    if not case.foreign_cores or case.foreign_cores < _FOREIGN_CORES:
+        return ""
+    return f"not to be trusted: other programs kept {case.foreign_cores:.1f} cores busy meanwhile"
+
+
+def describe_fault(row: Row) -> str:
+    """Why a row has no times, in one line; the whole reason is in the JSON."""
+    word = {"unavailable": "skipped"}.get(row.status, row.status.upper())
+    return f"{word}: {' '.join(row.reason.split())[:160]}"
+
+
+def text_table(report: Report) -> str:
+    """Every case with a line per contender."""
+    return "\n\n".join([heading(report), *map(_text_case, report.cases)])
+
+
+def _text_case(case: CaseResult) -> str:
+    bases = [base for base in (case.first("limit"), case.first("ours")) if base]
+    compiles = any(row.compile_cold is not None for row in case.rows)
+    head = ["contender", "ms", "p10 .. p90", *(f"/ {base.contender}" for base in bases), "error", "extra memory"]
+    head += ["compile cold", "warm"] if compiles else []
+    lines = [head]
+    for row in case.rows:
+        if row.seconds is None:
+            lines.append([row.contender, describe_fault(row)])
+            continue
+        cells = [row.contender, _ms(row.seconds.median), f"{_ms(row.seconds.p10)} .. {_ms(row.seconds.p90)}"]
+        cells += [_ratio(row, base) for base in bases]
+        cells += [_OTHER_ARITHMETIC if row.error is None else f"{row.error:.0e}", _megabytes(row.memory)]
+        cells += [_seconds(row.compile_cold), _seconds(row.compile_warm)] if compiles else []
+        lines.append(cells)
+    remarks = {f"extra memory: {row.memory_reason}" for row in case.rows if row.memory_reason} | {busy_warning(case)}
+    rounds = [row.rounds for row in case.rows if row.rounds]
+    counted = f" ({min(rounds)} to {max(rounds)} rounds)" if rounds else ""
+    return "\n".join(
+        [
+            f"{case.suite}/{case.case}: {case.description}{counted}",
+            *_aligned(lines),
+            *(f"  {remark}" for remark in sorted(remarks) if remark),
+        ]
+    )
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Columns flush right but for the first. A line of two cells is a name and a remark, which may be any length."""
+    full = [line for line in lines if len(line) > 2]
+    widths = [max(len(line[0]) for line in lines), *(max(map(len, column)) for column in list(zip(*full))[1:])]
+    out = []
+    for line in lines:
+        rest = [line[1]] if len(line) == 2 else [cell.rjust(width) for cell, width in zip(line[1:], widths[1:])]
+        out.append("  ".join(["", line[0].ljust(widths[0]), *rest]).rstrip())
+    return out
+
+
+def markdown(report: Report) -> str:
+    """A row per case, a column per contender. Cases with other contenders get a table of their own."""
+    tables: dict[tuple[str, tuple[str, ...]], list[CaseResult]] = {}
+    for case in report.cases:
+        tables.setdefault((case.suite, tuple(row.contender for row in case.rows)), []).append(case)
+    remarks = {
+        f"{row.contender}, {case.case}: {describe_fault(row)}"
+        for case in report.cases
+        for row in case.rows
+        if row.seconds is None
+    }
+    remarks |= {f"{case.case}: {warning}" for case in report.cases if (warning := busy_warning(case))}
+    parts = [_markdown_table(cases) for cases in tables.values()]
+    parts.append(f"Medians of interleaved rounds; ratios are medians over rounds. {heading(report)}.")
+    return "\n\n".join([*parts, "\n".join(f"- {remark}" for remark in sorted(remarks))])
+
+
+def _markdown_table(cases: Sequence[CaseResult]) -> str:
+    """Times, in brackets multiples of the time of this package's first contender, and more about that one."""
+    present = {row.contender for case in cases for row in case.rows if row.status != "unavailable"}
+    names = [row.contender for row in cases[0].rows if row.contender in present]
+    ours, limit = _standing_for("ours", cases), _standing_for("limit", cases)
+    compiles = any(row.compile_cold for case in cases for row in case.rows)
+    head = [f"ms (x {ours})" if ours else "ms", *names]
+    if ours:
+        head += [f"{ours} / {limit}"] if limit else []
+        head += [f"{ours}: extra memory", *(["compile cold", "warm"] if compiles else [])]
+    lines = [head, ["---", *["--:"] * (len(head) - 1)]]
+    for case in cases:
+        rows = {row.contender: row for row in case.rows}
+        cells = [f"{case.case}: {case.description}", *(_time_and_ratio(rows[name], ours) for name in names)]
+        if ours:
+            us = rows[ours]
+            cells += [_ratio(us, rows[limit])] if limit else []
+            cells += [_megabytes(us.memory)]
+            cells += [_seconds(us.compile_cold), _seconds(us.compile_warm)] if compiles else []
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _standing_for(role: str, cases: Sequence[CaseResult]) -> str | None:
+    timed = {row.contender for case in cases for row in case.rows if row.seconds}
+    return next((row.contender for row in cases[0].rows if row.role == role and row.contender in timed), None)
+
+
+def _time_and_ratio(row: Row, base: str | None) -> str:
+    if not row.seconds:
+        return {"unavailable": _NOTHING}.get(row.status, row.status.upper())
+    ratio = row.ratios.get(base)
+    return _ms(row.seconds.median) + (f" ({_significant(ratio.median)})" if ratio else "")
+
+
+def _ratio(row: Row, base: Row) -> str:
+    if row.contender == base.contender:
+        return "1"
+    ratio = row.ratios.get(base.contender)
+    return _significant(ratio.median) if ratio else _NOTHING
+
+
+def _ms(seconds: float) -> str:
+    return _significant(seconds * 1e3)
+
+
+def _significant(value: float) -> str:
+    """Three digits, never in scientific notation."""
+    return f"{value:.{2 if value >= 1 else 3}f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def _megabytes(count: int | None) -> str:
+    return _NOTHING if count is None else f"{count / 2**20:.1f} MB"
+
+
+def _seconds(value: float | None) -> str:
+    return _NOTHING if value is None else f"{value:.1f} s"
+
+
+def listing(lines: Iterable[tuple[str, str]], indent: str = "    ") -> str:
+    """Names beside their descriptions."""
+    lines = list(lines)
+    width = max((len(name) for name, _ in lines), default=0)
+    return "\n".join(f"{indent}{name.ljust(width)}  {text}".rstrip() for name, text in lines)

@@ -1,0 +1,87 @@
+"""Compiles afresh and keeps what the compiler did, so that a test can prove which path ran."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch._functorch.config
+from inductor_vision.paths import Path, recorded_paths
+from torch._dynamo.utils import counters
+from torch._inductor import config as inductor_config
+from torch._inductor.utils import run_and_get_code
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What compiling and running a function gave.
+
+    Attributes:
+        result: what it returned.
+        paths: of its operator calls.
+        source: the generated code of all its graphs.
+        templates: how many template kernels were generated.
+        fused: how many nodes of Inductor's were fused into them.
+    """
+
+    result: Any
+    paths: list[Path]
+    source: str
+    templates: int
+    fused: int
+
+    @property
+    def kernels(self) -> int:
+        """How many C++ kernels there are, templates included; not for ``cpp_wrapper``."""
+        return self.source.count("async_compile.cpp_pybinding(")
+
+    @property
+    def kinds(self) -> list[str]:
+        return [path.kind for path in self.paths]
+
+
+@contextlib.contextmanager
+def caches_disabled() -> Iterator[None]:
+    """Graphs are compiled even if a cache on disk has them; compiled C++ of the same text is taken from disk."""
+    with (
+        inductor_config.patch(fx_graph_cache=False),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
+        yield
+
+
+def compile_and_run(
+    fn: Callable[..., Any], *args: Any, dynamic: bool | None = None, config: dict[str, Any] | None = None
+) -> Compiled:
+    """Compile ``fn`` as one graph, under Inductor's ``config``, and run it on ``args``."""
+    counters.clear()
+    compiled = torch.compile(fn, fullgraph=True, dynamic=dynamic)
+    with caches_disabled(), inductor_config.patch(config or {}), recorded_paths() as paths:
+        result, sources = run_and_get_code(compiled, *args)
+    counts = counters["inductor"]
+    return Compiled(
+        result,
+        list(paths),
+        "\n".join(sources),
+        templates=counts["cpp_templated_kernel_counter"],
+        fused=counts["cpp_epilogue_fusion_counter"],
+    )
+
+
+def run_python(program: str, *args: str, **environment: str) -> str:
+    """What a program prints that runs in a Python of its own; it must exit with 0."""
+    result = subprocess.run(
+        [sys.executable, "-c", program, *args],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=300,
+    )
+    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+    return result.stdout

@@ -1,0 +1,208 @@
+"""The doctor finds what is off, says what to do, and says so in its exit status."""
+
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import time
+
+import pytest
+from inductor_vision import doctor
+from inductor_vision.doctor import Check, Kernel
+
+
+def kernel(run=lambda: None, path="template", libraries=()) -> Kernel:
+    return Kernel(run, seconds=1.0, path=path, detail="", libraries=list(libraries))
+
+
+def run_doctor(**environment: str) -> tuple[int, dict[str, Check]]:
+    command = [sys.executable, "-m", "inductor_vision.doctor", "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=120)
+    report = json.loads(result.stdout)
+    assert report["ok"] == (result.returncode == 0)
+    return result.returncode, {check["name"]: Check(**check) for check in report["checks"]}
+
+
+def assert_off(check: Check, status: str = "fail") -> None:
+    assert check.status == status, check
+    assert check.remedy, check
+
+
+def executable(path: pathlib.Path, script: str) -> str:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_no_compiler():
+    status, checks = run_doctor(CXX="/nonexistent")
+    assert status == 1
+    assert_off(checks["compiler"])
+    assert "/nonexistent" in checks["compiler"].found
+    assert "g++" in checks["compiler"].remedy
+    for name in ("vectors", "threads"):
+        assert checks[name].status == "warn" and "not measured" in checks[name].found
+
+
+@pytest.mark.slow
+def test_this_machine_is_well():
+    start = time.monotonic()
+    status, checks = run_doctor()
+    assert status == 0, checks
+    assert time.monotonic() - start < 60
+    assert "path: template" in checks["kernel"].found
+
+
+@pytest.mark.slow
+def test_scalar_code():
+    status, checks = run_doctor(ATEN_CPU_CAPABILITY="default")
+    assert status == 1
+    assert_off(checks["vectors"])
+    assert "scalar" in checks["vectors"].found
+    assert checks["kernel"].status == "ok"
+
+
+def test_old_torch(monkeypatch):
+    monkeypatch.setattr("torch.__version__", "2.9.1+cpu")
+    check = doctor.check_versions()
+    assert_off(check)
+    assert "2.13" in check.remedy
+
+
+def test_one_thread_for_many_cores(monkeypatch):
+    monkeypatch.setattr(doctor, "usable_cores", lambda: 4)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1)
+    check = doctor.check_processor()
+    assert_off(check, "warn")
+    assert "OMP_NUM_THREADS" in check.remedy
+
+
+def test_container_limit(monkeypatch):
+    monkeypatch.setattr(doctor, "_core_quota", lambda: 0.5)
+    check = doctor.check_processor()
+    assert_off(check, "warn")
+    assert "0.5" in check.remedy
+
+
+def test_compiler_that_breaks(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "find_compiler", lambda: executable(tmp_path / "c++", "exit 1"))
+    assert_off(doctor.check_compiler())
+
+
+def test_compiler_without_openmp(monkeypatch, tmp_path):
+    script = "echo 'error: unsupported option -fopenmp' >&2; exit 1"
+    monkeypatch.setattr(doctor, "find_compiler", lambda: executable(tmp_path / "c++", script))
+    check = doctor.check_openmp()
+    assert_off(check)
+    assert "unsupported option -fopenmp" in check.found
+
+
+def test_openmp_short_of_threads(monkeypatch):
+    monkeypatch.setattr(doctor, "usable_cores", lambda: 2)
+    monkeypatch.setenv("OMP_THREAD_LIMIT", "1")
+    check = doctor.check_openmp()
+    assert_off(check)
+    assert "1 thread on 2 cores" in check.found
+
+
+@pytest.mark.parametrize(
+    ("message", "remedy"),
+    [("fatal error: Python.h: No such file or directory", "python3-dev"), ("error: expected ';'", "TORCH_LOGS")],
+)
+def test_kernel_that_does_not_compile(monkeypatch, tmp_path, message, remedy):
+    def compile_kernel(folder):
+        raise RuntimeError(f"C++ compile error\n{message}\n")
+
+    monkeypatch.setattr(doctor, "compile_kernel", compile_kernel)
+    check, none = doctor.check_kernel(tmp_path)
+    assert_off(check)
+    assert none is None
+    assert remedy in check.remedy
+
+
+def test_kernel_off_its_fast_path(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "compile_kernel", lambda folder: kernel(path="decomposition"))
+    check, _ = doctor.check_kernel(tmp_path)
+    assert_off(check)
+    assert "decomposition" in check.found
+
+
+def test_vectors_not_picked(monkeypatch):
+    monkeypatch.setattr(doctor, "picked_isa", lambda: "")
+    assert_off(doctor.check_vectors(kernel()))
+
+
+@pytest.mark.parametrize(("count", "status"), [(0, "fail"), (None, "warn")])
+def test_vectors_not_in_the_machine_code(monkeypatch, count, status):
+    monkeypatch.setattr(doctor, "picked_isa", lambda: "avx512")
+    monkeypatch.setattr(doctor, "count_vector_instructions", lambda libraries, isa: count)
+    assert_off(doctor.check_vectors(kernel()), status)
+
+
+def test_narrower_vectors_than_the_cpu_has(monkeypatch):
+    capabilities = {f"avx512_{part}": True for part in ("f", "bw", "dq", "vl")}
+    monkeypatch.setattr(doctor, "picked_isa", lambda: "avx2")
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(doctor, "count_vector_instructions", lambda libraries, isa: 100)
+    check = doctor.check_vectors(kernel())
+    assert_off(check, "warn")
+    assert "AVX-512" in check.found
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="reads x86-64 machine code")
+@pytest.mark.parametrize(("options", "found"), [(["-O3", "-mavx2"], True), (["-O0"], False)])
+def test_counts_vector_instructions(tmp_path, options, found):
+    source, library = tmp_path / "add.cpp", tmp_path / "add.so"
+    source.write_text("void add(float *a, float *b) { for (int i = 0; i < 1024; i++) a[i] += b[i]; }")
+    subprocess.run(["g++", *options, "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    count = doctor.count_vector_instructions([library], "avx2")
+    if count is None:
+        pytest.skip("objdump is not installed")
+    assert (count > 0) == found
+
+
+def test_one_core(monkeypatch):
+    monkeypatch.setattr(doctor, "usable_cores", lambda: 1)
+    assert doctor.check_threads(kernel()) == Check("threads", "ok", "only one core")
+
+
+def test_threads_that_do_not_help(monkeypatch):
+    monkeypatch.setattr(doctor, "usable_cores", lambda: 2)
+    assert_off(doctor.check_threads(kernel(run=lambda: time.sleep(0.001))))
+
+
+@pytest.mark.parametrize(("seconds", "status"), [((16, 1), "ok"), ((2, 1), "warn"), ((1, 1), "fail")])
+def test_threads(monkeypatch, seconds, status):
+    monkeypatch.setattr(doctor, "usable_cores", lambda: 16)
+    monkeypatch.setattr(doctor, "measure_scaling", lambda run, threads: seconds)
+    assert doctor.check_threads(kernel()).status == status
+
+
+@pytest.mark.parametrize(
+    ("runtimes", "status"),
+    [(["/a/libgomp.so.1"], "ok"), (["/a/libgomp.so.1", "/b/libiomp5.so"], "warn"), ([], "fail"), (None, "ok")],
+)
+def test_runtimes(monkeypatch, runtimes, status):
+    monkeypatch.setattr(doctor, "loaded_openmp_runtimes", lambda: runtimes)
+    check = doctor.check_runtimes()
+    assert check.status == status
+    assert bool(check.remedy) == (status != "ok")
+
+
+@pytest.mark.parametrize(
+    ("checks", "status"),
+    [
+        ([Check("compiler", "ok", "g++ 12")], 0),
+        ([Check("vectors", "warn", "avx2", "use a recent compiler")], 0),
+        ([Check("vectors", "warn", "avx2", "use a recent compiler"), Check("openmp", "fail", "none", "add it")], 1),
+    ],
+)
+def test_exit_status_and_lines(monkeypatch, capsys, checks, status):
+    monkeypatch.setattr(doctor, "examine", lambda: iter(checks))
+    assert doctor.main([]) == status
+    output = capsys.readouterr().out
+    for check in checks:
+        assert check.found in output and check.remedy in output
+    assert ("to mend: openmp" in output) == (status == 1)
