@@ -120,7 +120,7 @@ def build_sides(model: nn.Module, image: Tensor, package: pathlib.Path) -> list[
     with progress("eager: first run"), recorded_paths() as eager_paths:
         model(image)
 
-    compiled = torch.compile(model)
+    compiled = torch.compile(model, options={"freezing": True})  # weights are constants, as in a package
     # An answer from Inductor's cache would tell no paths.
     with (
         progress("torch.compile: compiling"),

@@ -9,24 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
-from .inductor import (
-    DTYPE_TO_CPP,
-    CppCodeCache,
-    CppTemplateKernel,
-    V,
-    config,
-    ir,
-    lowerings,
-    pick_vec_isa,
-    prune_tensors,
-)
+from .constants import fold_constant
+from .inductor import DTYPE_TO_CPP, CppCodeCache, CppTemplateKernel, V, config, ir, pick_vec_isa
 from .layout import channels_last_strides, feeds_channels_last_convolution
-from .registry import Template, template_for
+from .registry import Template, define_internal_op, template_for
 from .template import RowsTemplate, accumulate_dtype, splice_header
 from .tuning import fastest
-
-aten, prims = torch.ops.aten, torch.ops.prims
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +74,24 @@ def bf16_dot_products() -> bool:
     return bool(isa) and isa.bit_width() == 512 and torch.cpu._is_avx512_bf16_supported() and native
 
 
+def _convolution(
+    input: Tensor, offset: Tensor, weight_shape: Sequence[int], geometry: Sequence[Sequence[int]]
+) -> Convolution:
+    out_channels, group_channels, *kernel = weight_shape
+    stride, padding, dilation = map(tuple, geometry)
+    return Convolution(
+        channels=int(input.shape[1]),
+        out_channels=out_channels,
+        kernel=tuple(kernel),
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=int(input.shape[1]) // group_channels,
+        offset_groups=int(offset.shape[1]) // (2 * kernel[0] * kernel[1]),
+        dtype=input.dtype,
+    )
+
+
 def _refusal(
     input: Tensor,
     offset: Tensor,
@@ -94,50 +102,99 @@ def _refusal(
     dilation: Sequence[int],
     mask: Tensor | None,
 ) -> str | None:
-    static = (*weight.shape, *stride, *padding, *dilation, input.shape[1], offset.shape[1])
-    if not all(isinstance(number, int) for number in static):
-        return "only batch and image size may be dynamic; the weight's shape, the channels and the geometry must not"
+    if not all(isinstance(number, int) for number in (*stride, *padding, *dilation)):
+        return "stride, padding and dilation must be constants"
     return None
+
+
+def _prepack(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    mask: Tensor | None,
+) -> Tensor:
+    shape = [int(n) for n in weight.shape]
+    convolution = _convolution(input, offset, shape, (stride, padding, dilation))
+    kind, packed = pack(convolution, weight)
+    return _prepacked(input, offset, packed, bias, stride, padding, dilation, mask, shape, kind)
+
+
+def pack(convolution: Convolution, weight: Tensor) -> tuple[str, Tensor]:
+    """The DeformKernel (cpp/deform_conv2d.h) for the weight [O, Cg, kH, kW], and the weight in the order it wants."""
+    groups, taps = convolution.groups, convolution.taps
+    inputs, outputs = convolution.channels // groups, convolution.out_channels // groups
+    dtype = accumulate_dtype(convolution.dtype)
+    if convolution.depthwise and groups > 1 and weight.stride(0) == 0:
+        return "shared", weight[0].to(dtype).reshape(taps).clone()
+    if convolution.depthwise:
+        return "depthwise", weight.to(dtype).reshape(groups, taps).t().contiguous()  # [K, C]
+
+    lanes = PANEL_BYTES // dtype.itemsize
+    panels = -(-outputs // lanes)
+    weight = weight.reshape(groups, outputs, inputs, taps)
+    weight = torch.constant_pad_nd(weight, [0, 0, 0, 0, 0, panels * lanes - outputs])
+    if convolution.dtype == torch.bfloat16 and inputs % 2 == 0 and bf16_dot_products():
+        weight = weight.reshape(groups, panels, lanes, inputs // 2, 2, taps)
+        return "gemm", weight.permute(0, 1, 5, 3, 2, 4).contiguous()  # [G, panels, K, Cg / 2, lanes, 2]
+    weight = weight.to(dtype).reshape(groups, panels, lanes, inputs, taps)
+    return "gemm", weight.permute(0, 1, 4, 3, 2).contiguous()  # [G, panels, K, Cg, lanes]
+
+
+def _fake_prepacked(
+    input: Tensor,
+    offset: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    mask: Tensor | None,
+    weight_shape: Sequence[int],
+    kind: str,
+) -> Tensor:
+    out = input.new_empty(input.shape[0], weight_shape[0], *offset.shape[2:])
+    return out.contiguous(memory_format=suggest_memory_format(input))
 
 
 def _lower(
     input: ir.TensorBox,
     offset: ir.TensorBox,
-    weight: ir.TensorBox,
+    packed: ir.TensorBox,
     bias: ir.TensorBox | None,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     mask: ir.TensorBox | None,
-) -> tuple[ir.TensorBox, str]:
-    out_channels, group_channels, *kernel = (int(n) for n in weight.get_size())
-    channels = int(input.get_size()[1])
-    convolution = Convolution(
-        channels=channels,
-        out_channels=out_channels,
-        kernel=tuple(kernel),
-        stride=tuple(map(int, stride)),
-        padding=tuple(map(int, padding)),
-        dilation=tuple(map(int, dilation)),
-        groups=channels // group_channels,
-        offset_groups=int(offset.get_size()[1]) // (2 * kernel[0] * kernel[1]),
-        dtype=input.get_dtype(),
-    )
+    weight_shape: Sequence[int],
+    kind: str,
+) -> ir.TensorBox:
     node = V.graph.current_node
+    fake_input, fake_offset = (arg.meta["val"] for arg in node.args[:2])
+    convolution = _convolution(fake_input, fake_offset, weight_shape, (stride, padding, dilation))
     image, channels_last = _image(input, node)
-    packed, kind = _pack(convolution, weight, node.args[2].meta["val"].stride(0) == 0)
+    weight = ir.ExternKernel.require_contiguous(fold_constant(node.args[2], packed))
     size = ir.convert_shape_to_inductor(node.meta["val"].shape)
-    optional = [ir.ExternKernel.realize_input(t) if t is not None else None for t in (mask, bias)]
     blocking = default_blocking(convolution)
     if config.max_autotune:
-        blocking = tuned_blocking(
-            convolution, kind, packed, image, V.graph.sizevars.optimization_hints(size), channels_last
-        )
-    template = DeformConv2dTemplate(
-        convolution, blocking, kind, image, ir.ExternKernel.realize_input(offset), packed,
-        mask=optional[0], bias=optional[1], size=size, channels_last=channels_last,
-    )  # fmt: skip
-    return template.output(), template.path
+        hints = V.graph.sizevars.optimization_hints(size)
+        blocking = tuned_blocking(convolution, kind, weight, image, hints, channels_last)
+    realize = ir.ExternKernel.realize_input
+    return DeformConv2dTemplate(
+        convolution,
+        blocking,
+        kind,
+        image,
+        realize(offset),
+        realize(weight),
+        mask=None if mask is None else realize(mask),
+        bias=None if bias is None else ir.ExternKernel.require_contiguous(realize(bias)),
+        size=size,
+        channels_last=channels_last,
+    ).output()
 
 
 def _image(input: ir.TensorBox, node: torch.fx.Node) -> tuple[ir.IRNode, bool]:
@@ -168,70 +225,11 @@ def _layout_is_free(x: ir.TensorBox) -> bool:
     return not isinstance(box.data, ir.Buffer) or isinstance(box.data.get_layout(), ir.FlexibleLayout)
 
 
-def _pack(convolution: Convolution, weight: ir.TensorBox, shared: bool) -> tuple[ir.IRNode, str]:
-    """The weight as the kernel wants it, and the DeformKernel that wants it so.
-
-    A constant is packed now, once; anything else at every call, by a kernel that Inductor generates.
-    """
-    dtype = convolution.dtype
-    kind = "gemm"
-    if convolution.depthwise:
-        kind = "shared" if shared and convolution.groups > 1 else "depthwise"
-    dots = dtype == torch.bfloat16 and kind == "gemm" and bf16_dot_products()
-    dots = dots and convolution.channels // convolution.groups % 2 == 0
-    packed_dtype = torch.bfloat16 if dots else accumulate_dtype(dtype)
-
-    node = ir.InputsKernel.unwrap_storage_for_input(weight)
-    if node.get_name() in V.graph.constants:
-        layout = node.get_layout()
-        constant = V.graph.constants[node.get_name()].as_strided(layout.size, layout.stride, layout.offset)
-        packed = pack(convolution, kind, packed_dtype, constant.contiguous(), _call_aten)
-        packed = V.graph.add_tensor_constant(packed.contiguous())
-        prune_tensors([weight], [packed])
-    else:
-        packed = ir.ExternKernel.require_contiguous(pack(convolution, kind, packed_dtype, weight, _call_lowering))
-    return ir.ExternKernel.realize_input(packed), kind
-
-
-def _call_aten(op: Any, *args: Any) -> Any:
-    return op(*args)
-
-
-def _call_lowering(op: Any, *args: Any) -> Any:
-    return lowerings[op](*args)
-
-
-def pack(convolution: Convolution, kind: str, dtype: torch.dtype, weight: Any, call: Callable[..., Any]) -> Any:
-    """``weight`` [O, Cg, kH, kW] in the order of DeformKernel (cpp/deform_conv2d.h), as a view of a converted copy.
-
-    Written once for contiguous tensors (``call`` runs the operator) and for Inductor's IR (``call`` lowers it).
-    """
-    view, permute = aten.view.default, aten.permute.default
-    groups, taps = convolution.groups, convolution.taps
-    inputs, outputs = convolution.channels // groups, convolution.out_channels // groups
-    if kind == "shared":
-        weight = call(aten.slice.Tensor, weight, 0, 0, 1)
-    weight = call(prims.convert_element_type.default, weight, dtype)
-    if kind == "shared":
-        return call(view, weight, [taps])
-    if kind == "depthwise":
-        return call(permute, call(view, weight, [convolution.channels, taps]), [1, 0])  # [K, C]
-    lanes = PANEL_BYTES // accumulate_dtype(convolution.dtype).itemsize
-    panels = -(-outputs // lanes)
-    weight = call(view, weight, [groups, outputs, inputs, taps])
-    weight = call(aten.constant_pad_nd.default, weight, [0, 0, 0, 0, 0, panels * lanes - outputs])
-    if dtype == torch.bfloat16:
-        weight = call(view, weight, [groups, panels, lanes, inputs // 2, 2, taps])
-        return call(permute, weight, [0, 1, 5, 3, 2, 4])  # [G, panels, K, Cg / 2, lanes, 2]
-    weight = call(view, weight, [groups, panels, lanes, inputs, taps])
-    return call(permute, weight, [0, 1, 4, 3, 2])  # [G, panels, K, Cg, lanes]
-
-
 class DeformConv2dTemplate(RowsTemplate):
     """See cpp/deform_conv2d.h."""
 
+    op = "deform_conv2d"
     header = "deform_conv2d.h"
-    name = "deform_conv2d"
 
     def __init__(
         self,
@@ -381,4 +379,10 @@ extern "C" void run(const {scalar}* image, const {scalar}* offset, const {scalar
     return run_once
 
 
-template_for("deform_conv2d", Template(_refusal, _lower))
+_prepacked = define_internal_op(
+    "deform_conv2d_prepacked(Tensor input, Tensor offset, Tensor packed, Tensor? bias, int[2] stride, int[2] padding, "
+    "int[2] dilation, Tensor? mask, int[4] weight_shape, str kind) -> Tensor",
+    fake=_fake_prepacked,
+    lower=_lower,
+)
+template_for("deform_conv2d", Template(_refusal, prepack=_prepack))

@@ -5,11 +5,10 @@ from __future__ import annotations
 from torch._inductor import config, ir
 from torch._inductor.codecache import CppCodeCache
 from torch._inductor.codegen.cpp import get_export_declaration
-from torch._inductor.codegen.cpp_gemm_template import gen_2d_view_of_epilogue_buf, prune_tensors
+from torch._inductor.codegen.cpp_gemm_template import gen_2d_view_of_epilogue_buf
 from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel, parse_expr_with_index_symbols
 from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
 from torch._inductor.cpu_vec_isa import VecISA, pick_vec_isa
-from torch._inductor.lowering import lowerings
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._inductor.utils import Placeholder
 from torch._inductor.virtualized import V, ops
@@ -26,9 +25,7 @@ __all__ = [
     "gen_2d_view_of_epilogue_buf",
     "get_export_declaration",
     "ir",
-    "lowerings",
     "ops",
     "parse_expr_with_index_symbols",
     "pick_vec_isa",
-    "prune_tensors",
 ]

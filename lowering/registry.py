@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.compiler.config
 
-from ..ops.registry import OPS, TORCHVISION, VisionOp
+from ..ops.registry import NAMESPACE, OPS, TORCHVISION, VisionOp
 from ..paths import record_path
 from ..version import __version__
 from .hook import INDUCTOR_LOWERING
@@ -34,14 +34,19 @@ class Template:
 
     Attributes:
         refusal: from the operator's arguments (fake tensors), why the template cannot take them; None if it can.
-        lower: from the operator's arguments (Inductor IR), the result (Inductor IR) and a name for the path taken.
+        lower: the operator's lowering, from Inductor IR to Inductor IR.
+        prepack: instead of ``lower``, for operators with weights: a function of the operator's arguments (fake tensors)
+            that brings the weight into the kernel's order with aten operators and calls an internal operator that
+            takes it so (:func:`define_internal_op`). Where the weight is a constant, the former runs at compile time.
     """
 
     refusal: Callable[..., str | None]
-    lower: Callable[..., tuple[Any, str]]
+    lower: Callable[..., Any] | None = None
+    prepack: Callable[..., Any] | None = None
 
 
 _templates: dict[str, Template] = {}
+_internal = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 def template_for(op: str, template: Template) -> None:
@@ -57,6 +62,18 @@ def template_for(op: str, template: Template) -> None:
     _templates[op] = template
 
 
+def define_internal_op(schema: str, *, fake: Callable[..., Any], lower: Callable[..., Any]) -> torch._ops.OpOverload:
+    """Define an operator that exists only in graphs that Inductor compiles, and how Inductor lowers it."""
+    from torch._inductor.lowering import register_lowering
+
+    name = schema.partition("(")[0]
+    _internal.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_internal)
+    overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+    register_lowering(overload, type_promotion_kind=None)(lower)
+    return overload
+
+
 def _template(op: VisionOp) -> Template | None:
     module = f"{__package__}.{op.family}"
     if importlib.util.find_spec(module) is not None:
@@ -67,10 +84,10 @@ def _template(op: VisionOp) -> Template | None:
 def _decompose_or_keep(op: VisionOp) -> Callable[..., Any]:
     def decompose(*args: Any, **kwargs: Any) -> Any:
         template = _template(op)
-        refusal = "this operator has no template" if template is None else _refusal(template, *args, **kwargs)
-        if refusal is None:
-            return NotImplemented
-        record_path(op.name, "decomposition", refusal)
+        refusal = _refusal(template, *args, **kwargs) if template else "this operator has no template"
+        if refusal is None and template is not None:
+            return template.prepack(*args, **kwargs) if template.prepack else NotImplemented
+        record_path(op.name, "decomposition", str(refusal))
         return op.decomposition(*args, **kwargs)
 
     return decompose
@@ -90,10 +107,8 @@ def _refusal(template: Template, *args: Any, **kwargs: Any) -> str | None:
 def _lower(op: VisionOp) -> Callable[..., Any]:
     def lower(*args: Any, **kwargs: Any) -> Any:
         template = _template(op)
-        assert template is not None, op.name
-        result, path = template.lower(*args, **kwargs)
-        record_path(op.name, "template", path)
-        return result
+        assert template is not None and template.lower is not None, op.name
+        return template.lower(*args, **kwargs)
 
     return lower
 

@@ -17,6 +17,7 @@ from unittest.mock import patch
 
 import torch
 
+from ..paths import record_path
 from .inductor import (
     DTYPE_TO_CPP,
     CppTemplateKernel,
@@ -60,8 +61,8 @@ class RowsTemplate(abc.ABC):
     Subclasses say which header holds the kernel and how it is called.
     """
 
-    header: str  # in lowering/cpp/
-    name: str  # of the template, for profiles and logs
+    op: str  # the operator's name
+    header: str  # of its kernel, in lowering/cpp/
 
     def __init__(
         self, inputs: Sequence[ir.IRNode], dtype: torch.dtype, size: Sequence[Any], channels_last: bool
@@ -78,12 +79,18 @@ class RowsTemplate(abc.ABC):
         self.size = list(size)
         self.channels_last = channels_last
 
+    @property
+    def path(self) -> str:
+        """What this kernel is, for reports."""
+        return "row by row"
+
     @abc.abstractmethod
     def call(self, kernel: CppTemplateKernel, inputs: Sequence[ir.IRNode], store: str) -> str:
         """The C++ statements that run the kernel; ``store`` is the lambda it hands its results to."""
 
     def output(self) -> ir.TensorBox:
         """Add the kernel to the graph; its result, ``[B, C, H, W]``."""
+        record_path(self.op, "template", self.path)
         physical = [self.size[d] for d in (0, 2, 3, 1)] if self.channels_last else self.size
         buffer = ir.CppTemplateBuffer(
             layout=ir.FixedLayout(torch.device("cpu"), self.dtype, physical),

@@ -170,13 +170,25 @@ def test_one_core(monkeypatch):
 
 def test_threads_that_do_not_help(monkeypatch):
     monkeypatch.setattr(doctor, "usable_cores", lambda: 2)
+    monkeypatch.setattr(doctor, "_seconds_of_others", lambda: 0.0)
     assert_off(doctor.check_threads(kernel(run=lambda: time.sleep(0.001))))
+
+
+def test_busy_machine(monkeypatch):
+    monkeypatch.setattr(doctor, "usable_cores", lambda: 2)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(doctor, "_seconds_of_others", lambda: 10 * time.perf_counter())
+    check = doctor.check_threads(kernel(run=lambda: time.sleep(0.001)))
+    assert_off(check, "warn")
+    assert "cores busy" in check.remedy
 
 
 @pytest.mark.parametrize(("seconds", "status"), [((16, 1), "ok"), ((2, 1), "warn"), ((1, 1), "fail")])
 def test_threads(monkeypatch, seconds, status):
     monkeypatch.setattr(doctor, "usable_cores", lambda: 16)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
     monkeypatch.setattr(doctor, "measure_scaling", lambda run, threads: seconds)
+    monkeypatch.setattr(doctor, "_seconds_of_others", lambda: 0.0)
     assert doctor.check_threads(kernel()).status == status
 
 
@@ -191,18 +203,23 @@ def test_runtimes(monkeypatch, runtimes, status):
     assert bool(check.remedy) == (status != "ok")
 
 
+OK = Check("compiler", "ok", "g++ 12")
+WARN = Check("vectors", "warn", "avx2", "use a recent compiler")
+FAIL = Check("openmp", "fail", "no program builds", "install libgomp")
+
+
 @pytest.mark.parametrize(
-    ("checks", "status"),
+    ("checks", "status", "last"),
     [
-        ([Check("compiler", "ok", "g++ 12")], 0),
-        ([Check("vectors", "warn", "avx2", "use a recent compiler")], 0),
-        ([Check("vectors", "warn", "avx2", "use a recent compiler"), Check("openmp", "fail", "none", "add it")], 1),
+        ([OK], 0, "all is well"),
+        ([OK, WARN], 0, "nothing is broken; look at: vectors"),
+        ([WARN, FAIL, OK], 1, "to mend: openmp"),
     ],
 )
-def test_exit_status_and_lines(monkeypatch, capsys, checks, status):
+def test_exit_status_and_lines(monkeypatch, capsys, checks, status, last):
     monkeypatch.setattr(doctor, "examine", lambda: iter(checks))
     assert doctor.main([]) == status
     output = capsys.readouterr().out
     for check in checks:
         assert check.found in output and check.remedy in output
-    assert ("to mend: openmp" in output) == (status == 1)
+    assert output.splitlines()[-1] == last

@@ -66,6 +66,7 @@ enum class Layout {
   sliced,                // columns are neighbours, rows and channels have gaps
   sliced_channels_last,  // channels are neighbours, pixels have gaps
   transposed,            // rows are neighbours
+  images_in_rows,        // the images of a batch lie in the rows of one another
   expanded,              // one image for the whole batch
 };
 
@@ -90,6 +91,9 @@ class Tensor {
         break;
       case Layout::transposed:
         view_ = {nullptr, channels * height * width, height * width, 1, height};
+        break;
+      case Layout::images_in_rows:
+        view_ = {nullptr, width, height * batch * width, batch * width, 1};
         break;
       case Layout::expanded:
         view_ = {nullptr, 0, height * width, width, 1};
@@ -401,6 +405,8 @@ const Call kCalls[] = {
     {1, 4, 9, 200, 6, {1, 3}, {2, 1}, {0, 1}, {1, 2}, 2, 2, true, true, Layout::sliced, Layout::channels_last, true},
     {2, 8, 4, 4, 6, {2, 2}, {1, 1}, {1, 1}, {2, 2}, 1, 1, true, true, Layout::contiguous, Layout::transposed, false},
     {2, 8, 4, 2, 6, {1, 1}, {1, 1}, {0, 0}, {1, 1}, 1, 1, true, true, Layout::contiguous, Layout::transposed, false},
+    {2, 8, 2, 4, 6, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1, 1, true, true, Layout::contiguous, Layout::images_in_rows, false},
+    {2, 8, 2, 2, 6, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1, 1, true, true, Layout::images_in_rows, Layout::images_in_rows, false},
     {4, 8, 4, 4, 6, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1, 1, true, true, Layout::expanded, Layout::expanded, false},
 };
 
@@ -408,9 +414,11 @@ Call random_call(Random& random) {
   const int64_t few[] = {1, 1, 1, 2, 3, 4, 8};
   const int64_t most[] = {3, 3, 3, 40};
   const Layout layouts[] = {
-      Layout::contiguous, Layout::channels_last, Layout::sliced, Layout::sliced_channels_last, Layout::expanded};
+      Layout::contiguous, Layout::channels_last, Layout::sliced, Layout::sliced_channels_last, Layout::images_in_rows,
+      Layout::expanded};
   const Layout offset_layouts[] = {
-      Layout::contiguous, Layout::contiguous, Layout::channels_last, Layout::sliced, Layout::transposed, Layout::expanded};
+      Layout::contiguous, Layout::channels_last, Layout::sliced, Layout::sliced_channels_last, Layout::transposed,
+      Layout::images_in_rows, Layout::expanded};
   Call call{};
   do {
     call.batch = random.integer(1, 4);
