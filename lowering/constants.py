@@ -19,7 +19,7 @@ def fold_constant(node: torch.fx.Node, value: ir.TensorBox) -> ir.TensorBox:
     if not V.graph.aot_mode or config.aot_inductor.use_runtime_constant_folding:
         return value
     chain: list[torch.fx.Node] = []
-    if not _is_constant(node, chain):
+    if node.op == "get_attr" or not _is_constant(node, chain):
         return value
     folded = V.graph.add_tensor_constant(_evaluate(node, {}))
     if all(len(link.users) == 1 for link in chain):
