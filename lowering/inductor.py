@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch._inductor.lowering  # noqa: F401  (first: the modules below import it, and it them)
 from torch._inductor import config, ir
 from torch._inductor.codecache import CppCodeCache
 from torch._inductor.codegen.cpp import get_export_declaration

@@ -166,15 +166,15 @@ class RowsTemplate(abc.ABC):
     ) -> str:
         """A lambda that stores `n_columns` neighbours of an output row, for all channels, through the epilogue."""
         accumulate = accumulate_dtype(self.dtype)
-        last = epilogue[-1] if epilogue else buffer
-        nodes, reindexers = list(epilogue), []
-        target = last
-        if epilogue:
-            target, reindexers = gen_2d_view_of_epilogue_buf(
-                last, buffer, epilogue, [], default_reindexers=[None] * len(epilogue)
-            )
-        source = buffer
-        if keep and epilogue:
+        arguments = "int64_t out_image, int64_t out_row, int64_t out_column, int64_t n_columns"
+        signature = f"[&]({arguments}, const {DTYPE_TO_CPP[accumulate]}* sums, int64_t distance)"
+        if not epilogue:  # Inductor would copy one by one
+            return f"{signature} {{\n{self._plain_store(kernel, buffer)}\n}}"
+        target, reindexers = gen_2d_view_of_epilogue_buf(
+            epilogue[-1], buffer, epilogue, [], default_reindexers=[None] * len(epilogue)
+        )
+        nodes, source = list(epilogue), buffer
+        if keep:
             source = self._sums(buffer)
             nodes.insert(0, self._own_store(buffer, source))
             reindexers.insert(0, None)
@@ -196,10 +196,19 @@ class RowsTemplate(abc.ABC):
         )
         kernel.local_buffers["sums"] = sums
         body = kernel.store_output(
-            part, sums, orig_src=source, epilogue_nodes=nodes, offsets=offsets if nodes else None, reindexers=reindexers
+            part, sums, orig_src=source, epilogue_nodes=nodes, offsets=offsets, reindexers=reindexers
         )
-        arguments = "int64_t out_image, int64_t out_row, int64_t out_column, int64_t n_columns"
-        return f"[&]({arguments}, const {DTYPE_TO_CPP[accumulate]}* sums, int64_t distance) {{\n{body}\n}}"
+        return f"{signature} {{\n{body}\n}}"
+
+    def _plain_store(self, kernel: CppTemplateKernel, buffer: ir.CppTemplateBuffer) -> str:
+        place = ["out_image", "out_row", "out_column", "0"]
+        size = [kernel.size(buffer, d) for d in range(4)]
+        if self.channels_last:
+            block = f"{size[3]}, n_columns, {size[3]}"  # distance in the output, rows and columns of the block
+        else:
+            place = [place[0], place[3], place[1], place[2]]
+            block = f"{kernel.stride(buffer, 1)}, {size[1]}, n_columns"
+        return f"inductor_vision::store_block(sums, distance, &{kernel.index(buffer, place)}, {block});"
 
     def _own_store(self, buffer: ir.CppTemplateBuffer, sums: ir.Buffer) -> ir.ComputedBuffer:
         """The template's output as a node of the epilogue, for when it has users beside the fused ones."""

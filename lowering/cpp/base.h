@@ -43,7 +43,8 @@ using accumulate_t = std::conditional_t<std::is_same_v<scalar_t, double>, double
 template <typename T>
 class Scratch {
  public:
-  explicit Scratch(int64_t count) : data_(allocate(count)) {}
+  explicit Scratch(int64_t count) : data_(allocate(count)) {
+  }
   T* get() const {
     return data_.get();
   }
@@ -86,6 +87,22 @@ inline void store_vector(const Vectorized<acc_t>& value, value_t* p) {
     value.store(p);
   } else {
     at::vec::convert<value_t>(value).store(p, Vectorized<acc_t>::size());
+  }
+}
+
+// dst[m * ld_dst + n] = src[m * ld_src + n] for m < rows, n < columns, converted.
+template <typename acc_t, typename value_t>
+inline void store_block(
+    const acc_t* src, int64_t ld_src, value_t* dst, int64_t ld_dst, int64_t rows, int64_t columns) {
+  constexpr int64_t kLanes = Vectorized<acc_t>::size();
+  for (int64_t m = 0; m < rows; ++m, src += ld_src, dst += ld_dst) {
+    int64_t n = 0;
+    for (; n + kLanes <= columns; n += kLanes) {
+      store_vector(Vectorized<acc_t>::loadu(src + n), dst + n);
+    }
+    for (; n < columns; ++n) {
+      dst[n] = static_cast<value_t>(src[n]);
+    }
   }
 }
 

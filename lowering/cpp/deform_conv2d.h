@@ -1,7 +1,7 @@
 // Deformable convolution, forward: sampling fused with the matrix product, no column buffer.
 //
-//   B, C, H, W     batch, channels, height, width of the input         Cg, Og   input, output channels of a weight group
-//   O, Ho, Wo      channels, height, width of the output               tap      a position (i, j) in the kernel
+//   B, C, H, W     batch, channels, height, width of the input         Cg, Og   input, output channels of a weight
+//   group O, Ho, Wo      channels, height, width of the output               tap      a position (i, j) in the kernel
 //   pixel          a position in (B, Ho, Wo), flattened                depth    the axis that is summed over: (tap, Cg)
 //
 //   out[b, o, p] = bias[o] + sum over tap, c of weight[o, c, tap] * mask[b, tap, p] * bilinear(input[b, c], y, x)
@@ -72,7 +72,8 @@ struct DeformBlocks {
   int64_t channels;
 
   template <typename scalar_t>
-  DeformBlocks(const DeformConv2d<scalar_t>& op, const DeformBlocking& blocking) : taps(1), channels(op.channels) {
+  DeformBlocks(const DeformConv2d<scalar_t>& op, const DeformBlocking& blocking) : taps(1),
+                                                                                   channels(op.channels) {
     const int64_t depth = std::clamp<int64_t>(round_down(blocking.depth, kPanel<float>), kPanel<float>, kMaxDepth);
     if (channels > depth) {
       channels = round_up(divide_up(channels, divide_up(channels, depth)), kPanel<float>);
@@ -99,7 +100,8 @@ struct DeformPixels {
   Scratch<const scalar_t*> image, offset, mask;
   Scratch<accumulate_t<scalar_t>> y, x;
 
-  explicit DeformPixels(int64_t count) : image(count), offset(count), mask(count), y(count), x(count) {}
+  explicit DeformPixels(int64_t count) : image(count), offset(count), mask(count), y(count), x(count) {
+  }
 };
 
 // Steps through output pixels in memory order.
@@ -112,7 +114,8 @@ struct PixelCursor {
         row(pixel / columns % rows),
         column(pixel % columns),
         rows(rows),
-        columns(columns) {}
+        columns(columns) {
+  }
   void advance(int64_t count) {  // count does not leave the row, except to the beginning of the next
     column += count;
     if (column == columns) {
@@ -234,7 +237,8 @@ struct Interpolation {
         weight1(s.weight[1][i]),
         weight2(s.weight[2][i]),
         weight3(s.weight[3][i]),
-        mask(s.mask[i]) {}
+        mask(s.mask[i]) {
+  }
 
   // At Vec::size() channels from c on.
   Vec at(int64_t c) const {
@@ -259,8 +263,7 @@ inline accumulate_t<scalar_t> interpolate_channel(const DeformSamples<scalar_t>&
 
 // out[c - begin] = sample i at channels [begin, end), in the type that the matrix product takes.
 template <typename scalar_t, typename value_t>
-inline void interpolate(
-    const DeformSamples<scalar_t>& samples, int64_t i, int64_t begin, int64_t end, value_t* out) {
+inline void interpolate(const DeformSamples<scalar_t>& samples, int64_t i, int64_t begin, int64_t end, value_t* out) {
   constexpr int64_t kLanes = DeformSamples<scalar_t>::kLanes;
   const Interpolation<scalar_t> interpolation(samples, i);
   int64_t c = begin;
@@ -272,23 +275,39 @@ inline void interpolate(
   }
 }
 
-// Images [first, first + count) as [count, H, W, C] to `out`, shared among the threads of a parallel region.
+// Images [first, first + count) transposed to channels_last, cut in strips of pixels.
 template <typename scalar_t>
-inline void transpose_images(
-    const DeformConv2d<scalar_t>& op, int64_t first, int64_t count, const View4d<scalar_t>& out) {
-  constexpr int64_t kStrip = 128;  // pixels
-  const View4d<scalar_t>& input = op.input;
-  const bool flat = input.row == op.width;  // rows follow each other
-  const int64_t rows = flat ? 1 : op.height, width = flat ? op.height * op.width : op.width;
-  const int64_t strips = divide_up(width, kStrip);
-#pragma omp for schedule(static)
-  for (int64_t task = 0; task < count * rows * strips; ++task) {
-    const int64_t image = task / (rows * strips), row = task / strips % rows, column = task % strips * kStrip;
-    const scalar_t* from = input.data + (first + image) * input.image + row * input.row + column;
-    scalar_t* to = const_cast<scalar_t*>(out.data) + ((image * rows + row) * width + column) * out.column;
-    transpose(from, input.channel, to, out.column, op.channels, std::min(kStrip, width - column));
+class TransposedImages {
+ public:
+  // `out` is channels_last and holds the images from `first` on.
+  TransposedImages(const DeformConv2d<scalar_t>& op, int64_t first, int64_t count, const View4d<scalar_t>& out)
+      : op_(op),
+        out_(out),
+        first_(first) {
+    const bool flat = op.input.row == op.width;  // rows follow each other
+    rows_ = flat ? 1 : op.height;
+    width_ = flat ? op.height * op.width : op.width;
+    strips_ = divide_up(width_, kStrip);
+    count_ = count * rows_ * strips_;
   }
-}
+
+  int64_t strips() const {
+    return count_;
+  }
+  void transpose_strip(int64_t strip) const {
+    const int64_t image = strip / (rows_ * strips_), row = strip / strips_ % rows_, column = strip % strips_ * kStrip;
+    const View4d<scalar_t>& input = op_.input;
+    const scalar_t* from = input.data + ((first_ + image) * input.image + row * input.row + column);
+    scalar_t* to = const_cast<scalar_t*>(out_.data) + ((image * rows_ + row) * width_ + column) * out_.column;
+    transpose(from, input.channel, to, out_.column, op_.channels, std::min(kStrip, width_ - column));
+  }
+
+ private:
+  static constexpr int64_t kStrip = 128;  // pixels
+  const DeformConv2d<scalar_t>& op_;
+  View4d<scalar_t> out_;
+  int64_t first_, rows_, width_, strips_, count_;
+};
 
 // How weights are packed and which loop nest uses them.
 enum class DeformKernel {
@@ -487,6 +506,34 @@ class DeformTile {
   Scratch<acc_t> sums_;
 };
 
+// How the images of a batch are shared among threads.  An input that is not channels_last is transposed first: where
+// the batch allows it each thread transposes images of its own, as many as fit its cache, and works on those alone; the
+// images that remain, and images too large for that, are done one at a time by all threads together.
+struct DeformSchedule {
+  bool transposed;
+  int64_t images;    // done at a time
+  int64_t own;       // images, from the first on, that are done by one thread each
+  int64_t distance;  // elements between two transposed pixels
+  int64_t copies;    // of `images` transposed images
+
+  template <typename scalar_t>
+  DeformSchedule(const DeformConv2d<scalar_t>& op, int64_t bytes, int64_t threads)
+      : transposed(op.input.channel != 1),
+        images(op.batch),
+        own(0),
+        distance(0),
+        copies(0) {
+    if (transposed) {
+      // A cache line more than the channels need: pixels a power of two apart would share cache sets.
+      distance = op.channels + kCacheLine / static_cast<int64_t>(sizeof(scalar_t));
+      const int64_t fit = bytes / (op.height * op.width * distance * static_cast<int64_t>(sizeof(scalar_t)));
+      images = std::clamp<int64_t>(op.batch / threads, 1, std::max<int64_t>(fit, 1));
+      own = fit == 0 ? 0 : round_down(op.batch, images * threads);
+      copies = own == 0 ? 1 : threads;
+    }
+  }
+};
+
 // store(image, row, column, columns, sums, distance): the results of `columns` neighbours in an output row, for all
 // output channels.  With kChannelsLast, channel o of pixel i is sums[i * distance + o], otherwise
 // sums[o * distance + i].
@@ -499,53 +546,77 @@ inline void deform_conv2d(
   }
   const DeformBlocks blocks(op, blocking);
   const int threads = omp_get_max_threads();
-  const bool transposed = op.input.channel != 1;
-  const int64_t image_pixels = op.height * op.width;
-  const int64_t images = transposed
-      ? std::clamp<int64_t>(blocking.bytes / std::max<int64_t>(1, image_pixels * op.channels * sizeof(scalar_t)), 1, op.batch)
-      : op.batch;
-  // One cache line more than the channels need: pixels a power of two apart would share cache sets.
-  const int64_t distance = op.channels + kCacheLine / static_cast<int64_t>(sizeof(scalar_t));
-  const Scratch<scalar_t> channels_last(transposed ? images * image_pixels * distance : 0);
-  View4d<scalar_t> input = op.input;
-  if (transposed) {
-    input = {channels_last.get(), image_pixels * distance, 1, op.width * distance, distance};
-  }
+  const DeformSchedule schedule(op, blocking.bytes, threads);
+  const int64_t copy_size = schedule.images * op.height * op.width * schedule.distance;
+  const Scratch<scalar_t> copies(schedule.copies * copy_size);
+  const auto channels_last = [&](int64_t copy) {
+    const int64_t column = schedule.distance, row = op.width * column;
+    return View4d<scalar_t>{copies.get() + copy * copy_size, op.height * row, 1, row, column};
+  };
   const int64_t out_pixels = op.out_height * op.out_width;
   // Tiles are cut at multiples of kMicroRows, so that only the last has rows that do not fill a micro-tile.
-  const int64_t limit = std::min(divide_up(blocking.pixels, kMicroRows), divide_up(images * out_pixels, kMicroRows));
+  const int64_t limit =
+      std::min(divide_up(blocking.pixels, kMicroRows), divide_up(schedule.images * out_pixels, kMicroRows));
 
 #pragma omp parallel num_threads(threads)
   {
     DeformTile<kKernel, scalar_t, weight_t> tile(op, weight, blocks, limit * kMicroRows);
     const Scratch<acc_t> by_channel(kChannelsLast ? 0 : limit * kMicroRows * op.out_channels);
-    for (int64_t image = 0; image < op.batch; image += images) {
-      const int64_t pixels = std::min(images, op.batch - image) * out_pixels;
-      if (transposed) {
-        transpose_images(op, image, std::min(images, op.batch - image), input);
+
+    // Tile t of the `count` images from `first` on.
+    const auto run_tile = [&](const View4d<scalar_t>& input, int64_t first, int64_t count, const Tiling& tiling,
+                              int64_t t) {
+      const int64_t origin = first * out_pixels;
+      const int64_t begin = origin + tiling.begin(t) * kMicroRows;
+      const int64_t end = origin + std::min(tiling.begin(t + 1) * kMicroRows, count * out_pixels);
+      tile.run(input, schedule.transposed ? first : 0, begin, end);
+      const acc_t* sums = tile.sums();
+      int64_t pixel_distance = tile.columns(), distance = tile.columns();
+      if constexpr (!kChannelsLast) {
+        pixel_distance = 1;
+        distance = end - begin;
+        transpose(tile.sums(), tile.columns(), by_channel.get(), distance, end - begin, op.out_channels);
+        sums = by_channel.get();
       }
-      const int64_t first = image * out_pixels;
-      const Tiling tiling(divide_up(pixels, kMicroRows), limit, threads);
-#pragma omp for schedule(dynamic)
+      PixelCursor at(begin, op.out_height, op.out_width);
+      for (int64_t p = begin; p < end;) {
+        const int64_t columns = std::min(op.out_width - at.column, end - p);
+        store(at.image, at.row, at.column, columns, sums + (p - begin) * pixel_distance, distance);
+        at.advance(columns);
+        p += columns;
+      }
+    };
+
+#pragma omp for schedule(dynamic) nowait
+    for (int64_t group = 0; group < schedule.own / schedule.images; ++group) {
+      const int64_t first = group * schedule.images;
+      const View4d<scalar_t> input = channels_last(omp_get_thread_num());
+      const TransposedImages<scalar_t> transposition(op, first, schedule.images, input);
+      for (int64_t strip = 0; strip < transposition.strips(); ++strip) {
+        transposition.transpose_strip(strip);
+      }
+      const Tiling tiling(divide_up(schedule.images * out_pixels, kMicroRows), limit, 1);
       for (int64_t t = 0; t < tiling.tiles; ++t) {
-        const int64_t begin = first + tiling.begin(t) * kMicroRows;
-        const int64_t end = first + std::min(tiling.begin(t + 1) * kMicroRows, pixels);
-        tile.run(input, image, begin, end);
-        const acc_t* sums = tile.sums();
-        int64_t pixel_distance = tile.columns(), channel_distance = tile.columns();
-        if constexpr (!kChannelsLast) {
-          pixel_distance = 1;
-          channel_distance = end - begin;
-          transpose(tile.sums(), tile.columns(), by_channel.get(), channel_distance, end - begin, op.out_channels);
-          sums = by_channel.get();
+        run_tile(input, first, schedule.images, tiling, t);
+      }
+    }
+
+    for (int64_t first = schedule.own; first < op.batch; first += schedule.images) {
+      const int64_t count = std::min(schedule.images, op.batch - first);
+      View4d<scalar_t> input = op.input;
+      if (schedule.transposed) {
+        input = channels_last(0);
+        const TransposedImages<scalar_t> transposition(op, first, count, input);
+#pragma omp barrier  // the copy may still be in use
+#pragma omp for schedule(static)
+        for (int64_t strip = 0; strip < transposition.strips(); ++strip) {
+          transposition.transpose_strip(strip);
         }
-        PixelCursor at(begin, op.out_height, op.out_width);
-        for (int64_t p = begin; p < end;) {
-          const int64_t columns = std::min(op.out_width - at.column, end - p);
-          store(at.image, at.row, at.column, columns, sums + (p - begin) * pixel_distance, channel_distance);
-          at.advance(columns);
-          p += columns;
-        }
+      }
+      const Tiling tiling(divide_up(count * out_pixels, kMicroRows), limit, threads);
+#pragma omp for schedule(dynamic) nowait
+      for (int64_t t = 0; t < tiling.tiles; ++t) {
+        run_tile(input, first, count, tiling, t);
       }
     }
   }

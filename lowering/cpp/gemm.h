@@ -159,8 +159,7 @@ inline void gemm_panels(Rows<value_t> a, const Panels<value_t>& b, acc_t* c, int
 
 // C[rows, panels * kPanel] += A * B.  `rows` is a multiple of kRowStep.
 template <typename acc_t, typename value_t>
-inline void gemm(
-    const Rows<value_t>& a, Panels<value_t> b, int64_t panels, acc_t* c, int64_t ldc, int64_t rows) {
+inline void gemm(const Rows<value_t>& a, Panels<value_t> b, int64_t panels, acc_t* c, int64_t ldc, int64_t rows) {
   int64_t p = 0;
   const value_t* first = b.data;
   for (; p + kMicroPanels <= panels; p += kMicroPanels) {
