@@ -182,10 +182,9 @@ class RowsTemplate(abc.ABC):
         # Of image, row, column and channel: the part of the output, its place, and the strides of `sums`.
         ranges: list[Any] = [("out_image", "out_image + 1"), ("out_row", "out_row + 1")]
         ranges += [("out_column", "out_column + n_columns"), ()]
-        offsets = ["out_image", "out_row", "out_column", "0"]
         strides = ["0", "0", "distance", "1"]
         if not self.channels_last:
-            ranges, offsets = ([of[0], of[3], of[1], of[2]] for of in (ranges, offsets))
+            ranges = [ranges[d] for d in (0, 3, 1, 2)]
             strides = ["0", "distance", "0", "1"]
         part = kernel.slice_nd(target, ranges)
         sums = ir.Buffer(
@@ -196,19 +195,23 @@ class RowsTemplate(abc.ABC):
         )
         kernel.local_buffers["sums"] = sums
         body = kernel.store_output(
-            part, sums, orig_src=source, epilogue_nodes=nodes, offsets=offsets, reindexers=reindexers
+            part, sums, orig_src=source, epilogue_nodes=nodes, offsets=self._place(), reindexers=reindexers
         )
         return f"{signature} {{\n{body}\n}}"
 
     def _plain_store(self, kernel: CppTemplateKernel, buffer: ir.CppTemplateBuffer) -> str:
-        place = ["out_image", "out_row", "out_column", "0"]
         size = [kernel.size(buffer, d) for d in range(4)]
         if self.channels_last:
             block = f"{size[3]}, n_columns, {size[3]}"  # distance in the output, rows and columns of the block
         else:
-            place = [place[0], place[3], place[1], place[2]]
             block = f"{kernel.stride(buffer, 1)}, {size[1]}, n_columns"
-        return f"inductor_vision::store_block(sums, distance, &{kernel.index(buffer, place)}, {block});"
+        return f"inductor_vision::store_block(sums, distance, &{kernel.index(buffer, self._place())}, {block});"
+
+    def _place(self) -> list[str]:
+        """Where in the output, in physical order, a row of results begins."""
+        place = ["out_image", "out_row", "out_column"]
+        place.insert(3 if self.channels_last else 1, "0")
+        return place
 
     def _own_store(self, buffer: ir.CppTemplateBuffer, sums: ir.Buffer) -> ir.ComputedBuffer:
         """The template's output as a node of the epilogue, for when it has users beside the fused ones."""
