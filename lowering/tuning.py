@@ -57,9 +57,11 @@ def fastest(problem: str, candidates: Sequence[T], prepare: Callable[[], Callabl
 
 def _read(path: pathlib.Path) -> dict[str, dict[str, str]]:
     try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):  # nothing yet, or a file that was damaged: measure anew
+        known = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):  # nothing yet, or a file that was damaged: measure anew
         return {}
+    sound = isinstance(known, dict) and all(isinstance(choices, dict) for choices in known.values())
+    return known if sound else {}
 
 
 def _replace(path: pathlib.Path, content: dict[str, dict[str, str]]) -> None:

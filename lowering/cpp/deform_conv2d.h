@@ -150,6 +150,8 @@ inline Vectorized<accumulate_t<scalar_t>> load_pixels(const scalar_t* const* pix
   using acc_t = accumulate_t<scalar_t>;
   constexpr int64_t kLanes = Vectorized<acc_t>::size();
   if (n == kLanes && pixels[kLanes - 1] == pixels[0] + (kLanes - 1)) {
+    // Few numbers are read of each plane at a time, and many planes in turn: too many streams for the hardware.
+    __builtin_prefetch(pixels[0] + at + kLanes);
     return load_vector(pixels[0] + at);
   }
   alignas(kCacheLine) acc_t values[kLanes] = {};
