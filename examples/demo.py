@@ -157,14 +157,15 @@ def measure(sides: list[Side], model: nn.Module, image: Tensor, rounds: int = 5)
 
 
 def print_table(sides: list[Side]) -> None:
-    print(f"\n{'':14} {'time':>10} {'speed-up':>9} {'largest error':>14}   path of each deformable convolution")
+    print(f"\n{'':14} {'time':>10} {'speed-up':>9} {'largest error':>14}")
     for side in sides:
         speedup = sides[0].milliseconds / side.milliseconds
-        paths = Counter(f"{path.kind}: {path.detail}" for path in side.paths)
-        lines = [f"{count}x {path}" for path, count in paths.items()] or ["not known"]
-        print(f"{side.name:14} {side.milliseconds:7.1f} ms {speedup:8.1f}x {side.error:14.1e}   {lines[0]}")
-        for line in lines[1:]:
-            print(f"{'':53}{line}")
+        print(f"{side.name:14} {side.milliseconds:7.1f} ms {speedup:8.1f}x {side.error:14.1e}")
+    print("(errors: relative to the largest value, against eager mode in float64)")
+    print("\npaths of the deformable convolutions:")
+    for side in sides:
+        for path, count in Counter(f"{path.kind}, {path.detail}" for path in side.paths).items():
+            print(f"{side.name:14} {count}x {path}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ pytest.importorskip("sklearn")
 image_module = pytest.importorskip("PIL.Image")
 
 DEMO = pathlib.Path(__file__).parents[2] / "examples" / "demo.py"
+SIDES = r"eager|torch\.compile|AOTInductor"
 
 
 @pytest.mark.slow
@@ -25,12 +26,10 @@ def test_demo(tmp_path):
     assert result.returncode == 0, result.stderr
     output = result.stdout
 
-    rows = dict(re.findall(r"^(eager|torch\.compile|AOTInductor) +[\d.]+ ms +(.*)$", output, re.MULTILINE))
-    assert set(rows) == {"eager", "torch.compile", "AOTInductor"}, output
-    for name, row in rows.items():
-        _, error, path = row.split(maxsplit=2)
-        assert float(error) < 1e-2, output
-        assert path.startswith("4x eager" if name == "eager" else "4x template"), output
+    errors = dict(re.findall(rf"^({SIDES}) +[\d.]+ ms +[\d.]+x +(\S+)$", output, re.MULTILINE))
+    assert len(errors) == 3 and all(float(error) < 1e-2 for error in errors.values()), output
+    paths = re.findall(rf"^({SIDES}) +(\dx \w+), ", output, re.MULTILINE)
+    assert paths == [("eager", "4x eager"), ("torch.compile", "4x template"), ("AOTInductor", "4x template")], output
     with image_module.open(tmp_path / "out" / "demo.png") as picture:
         assert min(picture.size) > 800
     assert (tmp_path / "out" / "demo.pt2").stat().st_size > 0

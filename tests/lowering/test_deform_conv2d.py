@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+import re
+import zipfile
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 from inductor_vision import DeformConv2d, deform_conv2d
+from inductor_vision.paths import recorded_paths
 from inductor_vision.tests.support.compare import assert_close
 from inductor_vision.tests.support.compiled import Compiled, caches_disabled, compile_and_run, run_python
 from inductor_vision.tests.support.deform_conv2d import CASES, HOSTILE, Case, Sample, oracle, sample
 from torch import Tensor, nn
 from torch._inductor import config
 from torch._inductor.cpu_vec_isa import pick_vec_isa
-from torch._inductor.utils import run_and_get_code
+from torch.export import Dim
 
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
@@ -174,173 +176,174 @@ def test_narrow_or_no_vectors_of_other_dtypes(simdlen, bits):
         assert_right_without_dot_products([sample(name, dtype) for dtype in (FP64, BF16, FP16) for name in names])
 
 
-def module(channels: int = 16, out_channels: int = 16, groups: int = 1) -> DeformConv2d:
-    return DeformConv2d(channels, out_channels, 3, padding=1, groups=groups)
+def tensors_of(s: Sample) -> tuple[Tensor, Tensor, Tensor]:
+    return s.args[0], s.args[1], s.kwargs["mask"]
 
 
-def arguments(batch: int = 2, channels: int = 16, size: tuple[int, int] = (9, 13), **changes: Any) -> Sample:
-    """A call whose weight has as many outputs as inputs, so that the result can be added to the input."""
-    return sample(Case(batch=batch, channels=channels, out_channels=channels, size=size, **changes))
+class TwoConvolutions(nn.Module):
+    """A dense convolution with neighbours, and a depthwise one."""
 
-
-class Block(nn.Module):
-    """Deformable convolution, batch norm, activation, residual: of float64 parameters, and of any dtype's."""
-
-    def __init__(self, channels: int = 16) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.conv = module(channels, channels)
-        self.norm = nn.BatchNorm2d(channels).eval()
-        for values in (self.norm.weight, self.norm.bias, self.norm.running_mean):
-            nn.init.normal_(values)
-        nn.init.uniform_(self.norm.running_var, 0.5, 2)
+        self.dense = DeformConv2d(16, 16, 3, padding=1)
+        self.depthwise = DeformConv2d(16, 16, 3, padding=1, groups=16)
 
     def forward(self, x: Tensor, offset: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """The convolution's own result, and the block's."""
-        own = self.conv(x, offset, mask)
-        return own, self.norm(own).relu() + x
+        return self.dense(x, offset, mask).relu() + x, self.depthwise(x, offset, mask)
 
     def reference(self, x: Tensor, offset: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        own = oracle(x, offset, self.conv.weight, self.conv.bias, padding=1, mask=mask)
-        return own, copy.deepcopy(self.norm).double()(own).relu() + x.double()
+        dense, depthwise = (
+            oracle(x, offset, conv.weight, conv.bias, padding=1, mask=mask) for conv in (self.dense, self.depthwise)
+        )
+        return dense.relu() + x.double(), depthwise
+
+    def assert_right(self, results: Sequence[Tensor], call: Sequence[Tensor]) -> None:
+        for result, expected in zip(results, self.reference(*call)):
+            assert_close(result, expected, FP32, f"{tuple(call[0].shape)}")
 
 
-FORMATS = [(dtype, layout) for dtype in (FP32, BF16) for layout in ("contiguous", "channels_last")]
+def call_of(batch: int, *size: int) -> tuple[Tensor, Tensor, Tensor]:
+    return tensors_of(sample(Case(batch=batch, channels=16, out_channels=16, size=size)))
 
 
-def blocks() -> tuple[nn.ModuleList, list[tuple[Tensor, Tensor, Tensor]]]:
-    """A block, and what to call it with, for each of FORMATS."""
-    calls = []
-    for dtype, layout in FORMATS:
-        s = arguments(layout=layout, offset_layout=layout).to(dtype)
-        calls.append((s.args[0], s.args[1], s.kwargs["mask"]))
-    return nn.ModuleList(Block().to(dtype) for dtype, _ in FORMATS), calls
-
-
-def test_bias_norm_activation_and_residual_are_fused():
-    modules, calls = blocks()
-
-    class Network(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.blocks = modules
-
-        def forward(self, calls):
-            return [block(*call)[1] for block, call in zip(self.blocks, calls)]
-
+def test_one_compilation_serves_all_sizes():
+    network = TwoConvolutions()
     with torch.no_grad():
-        compiled = compile_and_run(Network(), calls, config={"freezing": True})
-        assert compiled.templates == compiled.fused == compiled.kernels == len(FORMATS)
-        for (dtype, layout), block, call, result in zip(FORMATS, modules, calls, compiled.result):
-            assert_close(result, block.reference(*call)[1], dtype, f"{dtype}, {layout}")
-            assert result.stride() == call[0].stride()
+        compiled = compile_and_run(network, *call_of(4, 7, 11), dynamic=True)
+        assert compiled.templates == 2
+        assert compiled.kinds == ["template"] * 2
+        network.assert_right(compiled.result, call_of(4, 7, 11))
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for sizes in [(2, 12, 5), (5, 3, 2), (3, 20, 33)]:
+                network.assert_right(compiled.function(*call_of(*sizes)), call_of(*sizes))
 
 
-def test_own_result_is_stored_beside_the_fused_one():
-    modules, calls = blocks()
-
-    class Network(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.blocks = modules
-
-        def forward(self, calls):
-            return [block(*call) for block, call in zip(self.blocks, calls)]
-
-    with torch.no_grad():
-        compiled = compile_and_run(Network(), calls, config={"freezing": True})
-        assert compiled.templates == compiled.fused == compiled.kernels == len(FORMATS)
-        for (dtype, layout), block, call, results in zip(FORMATS, modules, calls, compiled.result):
-            for name, result, expected in zip(("own", "fused"), results, block.reference(*call)):
-                assert_close(result, expected, dtype, f"{name}, {dtype}, {layout}")
+@pytest.fixture(scope="module")
+def package(tmp_path_factory) -> tuple[pathlib.Path, TwoConvolutions]:
+    """A network for all batch and image sizes, compiled ahead of time."""
+    network = TwoConvolutions()
+    batch, height, width = Dim("batch", max=64), Dim("height", max=512), Dim("width", max=512)
+    shape = {0: batch, 2: height, 3: width}
+    path = tmp_path_factory.mktemp("package") / "network.pt2"
+    with torch.no_grad(), recorded_paths() as paths:
+        exported = torch.export.export(network, call_of(3, 7, 9), dynamic_shapes=(shape, shape, shape))
+        torch._inductor.aoti_compile_and_package(exported, package_path=str(path))
+    assert [path.kind for path in paths] == ["template", "template"]
+    return path, network
 
 
-EPILOGUES: dict[str, Callable[[Tensor, Tensor], Any]] = {
-    "flatten": lambda y, x: y.flatten(1).relu(),
-    "view": lambda y, x: y.view(2, 4, 4, 9, 13).sigmoid(),
-    "permute": lambda y, x: y.permute(0, 2, 3, 1).relu(),
-    "permute_contiguous": lambda y, x: y.permute(0, 2, 3, 1).contiguous() + 1,
-    "slice": lambda y, x: y[:, 1:7, 2:].relu(),
-    "broadcast": lambda y, x: y[:, :, None] * torch.ones(1, 1, 3, 1, 1),
-    "gate": lambda y, x: y * x.mean((2, 3), keepdim=True).sigmoid(),
-    "convert": lambda y, x: y.sigmoid().double(),
-    "in_place": lambda y, x: y.add_(x).relu_().mul_(2),
-    "chain": lambda y, x: (y.relu(), y.relu().sigmoid() * x),
-    "fan": lambda y, x: (y, y.relu(), y.relu() * x, y.mean((2, 3))),
-    "flip": lambda y, x: y + y.flip(3),
-    "pool": lambda y, x: nn.functional.avg_pool2d(y.relu(), 2),
-    "cat": lambda y, x: torch.cat([y, x], 1),
-    "dying_residual": lambda y, x: y + (x.cumsum(3) * 2),
-}
+def test_packages_have_fused_kernels_and_packed_weights(package):
+    with zipfile.ZipFile(package[0]) as archive:
+        sources = {name: archive.read(name).decode() for name in archive.namelist() if name.endswith(".cpp")}
+    (kernels,) = (text for name, text in sources.items() if name.endswith(".kernel.cpp"))
+    assert kernels.count('extern "C"') == 2
+    (wrapper,) = (text for name, text in sources.items() if name.endswith(".wrapper.cpp"))
+    constants = re.findall(r"constants_info_\[\d+\]\.shape = \{(.*?)\}", wrapper)
+    assert sorted(constants) == sorted(["16", "16", "1, 1, 9, 16, 16", "9, 16"])
 
 
-def flat(results: Any) -> list[Tensor]:
-    return list(results) if isinstance(results, (tuple, list)) else [results]
+RUN_PACKAGE = """
+import os, sys
+import torch
+
+def working_threads():
+    return len(os.listdir("/proc/self/task")) if os.path.exists("/proc/self/task") else 0
+
+model = torch._inductor.aoti_load_package(sys.argv[1])
+calls, results, working = torch.load(sys.argv[2]), {}, {}
+for threads in (1, 2, 5):
+    torch.set_num_threads(threads)
+    results[threads] = [model(*call) for call in calls]
+    working[threads] = working_threads()
+present = {name.partition(".")[0] for name in sys.modules}
+assert not present & {"inductor_vision", "torchvision"}, present
+torch.save((results, working), sys.argv[3])
+"""
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_epilogues_of_all_shapes(layout):
-    s = arguments(layout=layout, offset_layout=layout)
+@pytest.fixture(scope="module")
+def package_results(package, tmp_path_factory):
+    """What the package computes in a process of its own, with 1, 2 and 5 threads."""
+    folder = tmp_path_factory.mktemp("run")
+    calls = [call_of(3, 7, 9), call_of(1, 7, 9), call_of(2, 1, 1), call_of(5, 20, 33)]
+    torch.save(calls, folder / "calls.pt")
+    run_python(RUN_PACKAGE, str(package[0]), str(folder / "calls.pt"), str(folder / "results.pt"))
+    return calls, *torch.load(folder / "results.pt")
+
+
+def test_packages_run_alone_on_all_sizes(package, package_results):
+    calls, results, _ = package_results
+    for call, result in zip(calls, results[2]):
+        package[1].assert_right(result, call)
+
+
+def test_packages_use_the_threads_of_the_machine_they_run_on(package_results):
+    _, results, working = package_results
+    for threads in (2, 5):
+        for few, many in zip(results[1], results[threads]):
+            assert all(map(torch.equal, few, many))
+    if working[1]:
+        assert [working[threads] - working[1] for threads in (2, 5)] == [1, 4]
+
+
+def test_every_number_of_threads_gives_the_same_bits():
+    cases = [
+        Case(channels=64, out_channels=40, size=(37, 41)),
+        Case(channels=64, out_channels=40, size=(37, 41), layout="channels_last"),
+        Case(channels=48, out_channels=48, groups=48, size=(37, 41)),
+    ]
+    samples = [sample(cases[0]), sample(cases[1], BF16), sample(cases[2])]
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        compiled = compute(samples)
+        assert compiled.templates == len(samples)
+        results.append(compiled.result)
+    for result in results[1:]:
+        assert all(map(torch.equal, results[0], result))
+
+
+def test_wrong_shapes_are_the_same_error_as_in_eager_mode():
+    right = sample("mask_bias")
+    for wrong in (right.replace(offset=right.args[1][:, :-1]), right.replace(bias=right.args[3][:-1])):
+        with pytest.raises(RuntimeError) as eager:
+            deform_conv2d(*wrong.args, **wrong.kwargs)
+        with pytest.raises(RuntimeError) as compiled:
+            compile_and_run(call_all, [(wrong.args, wrong.kwargs)])
+        assert str(eager.value).startswith("deform_conv2d: ")
+        assert str(eager.value) in str(compiled.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["groups_across_offset_groups", pytest.param("depthwise_channels_last", marks=pytest.mark.slow)]
+)
+def test_gradients(name):
+    expected, s = sample(name, FP64).requiring_grad(), sample(name).requiring_grad()
+    output = deform_conv2d(*expected.args, **expected.kwargs)
+    cotangent = torch.randn_like(output)
+    output.backward(cotangent)
+    with caches_disabled(), recorded_paths() as paths:
+        output = torch.compile(deform_conv2d, fullgraph=True)(*s.args, **s.kwargs)
+        output.backward(cotangent.float())
+    assert {(path.op, path.kind) for path in paths} == {
+        ("deform_conv2d", "template"),
+        ("deform_conv2d_backward", "decomposition"),
+    }
+    for name, tensor in s.tensors.items():
+        assert_close(tensor.grad, expected.tensors[name].grad, FP32, name)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_autocast_computes_in_float32(dtype):
+    s = sample("groups_2")
+    x = s.args[0].to(dtype)
 
     def run(x, offset, weight, bias, mask):
-        # Each call's input is its own, or all calls would be one.
-        inputs = [x * (i + 1) for i in range(len(EPILOGUES))]
-        return [
-            flat(epilogue(deform_conv2d(scaled, offset, weight, bias, padding=1, mask=mask), x))
-            for epilogue, scaled in zip(EPILOGUES.values(), inputs)
-        ]
+        return deform_conv2d(x, offset, weight, bias, padding=1, mask=mask)
 
-    tensors = (*s.args, s.kwargs["mask"])
-    compiled = compile_and_run(run, *tensors, config={"cpp_wrapper": True})
-    assert compiled.templates == len(EPILOGUES)
-    assert compiled.fused > 0
-    for i, (name, epilogue) in enumerate(EPILOGUES.items()):
-        x, *others = tensors
-        own = oracle(x * (i + 1), *others[:3], padding=1, mask=others[3])
-        for result, expected in zip(compiled.result[i], flat(epilogue(own, x.double()))):
-            assert_close(result, expected, FP32, name)
-
-
-class Network(nn.Module):
-    """As models use it: one convolution makes offset and mask, batch norm and activation follow, then the next."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 16, 3, padding=1)
-        self.offset = nn.Conv2d(16, 27, 3, padding=1)
-        self.block = Block()
-        self.head = nn.Conv2d(16, 5, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x).relu()
-        y, x_offset, mask = self.offset(x).chunk(3, dim=1)
-        return self.head(self.block(x, torch.cat([y, x_offset], 1), mask.sigmoid())[1])
-
-
-class ChunkViews(nn.Module):
-    """Offset and mask are views of one tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.offset = nn.Conv2d(16, 27, 3, padding=1)
-        self.conv = module()
-
-    def forward(self, x: Tensor) -> Tensor:
-        offset, mask = self.offset(x).split([18, 9], dim=1)
-        return self.conv(x, offset, mask)
-
-
-@pytest.mark.parametrize("freezing", [False, True])
-def test_networks(freezing):
-    network, views = Network().eval(), ChunkViews().eval()
-
-    def run(image, x):
-        return network(image), views(x)
-
-    image, x = torch.randn(2, 3, 12, 15), torch.randn(2, 16, 12, 15)
-    with torch.no_grad():
-        compiled = compile_and_run(run, image, x, config={"freezing": freezing})
-        expected = copy.deepcopy(network).double()(image.double()), copy.deepcopy(views).double()(x.double())
-    assert compiled.templates == 2
-    assert compiled.fused == 1
-    for result, values in zip(compiled.result, expected):
-        assert_close(result, values, FP32)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        compiled = compile_and_run(run, x, *s.args[1:], s.kwargs["mask"])
+        eager = run(x, *s.args[1:], s.kwargs["mask"])
+    assert [path.detail for path in compiled.paths if "fused" in path.detail and path.kind == "template"]
+    assert compiled.result.dtype == eager.dtype == dtype
+    assert_close(compiled.result, reference(s.replace(input=x)), dtype)

@@ -23,6 +23,7 @@ class Compiled:
     """What compiling and running a function gave.
 
     Attributes:
+        function: the compiled function.
         result: what it returned.
         paths: of its operator calls.
         source: the generated code of all its graphs.
@@ -30,6 +31,7 @@ class Compiled:
         fused: how many nodes of Inductor's were fused into them.
     """
 
+    function: Callable[..., Any]
     result: Any
     paths: list[Path]
     source: str
@@ -66,6 +68,7 @@ def compile_and_run(
         result, sources = run_and_get_code(compiled, *args)
     counts = counters["inductor"]
     return Compiled(
+        compiled,
         result,
         list(paths),
         "\n".join(sources),

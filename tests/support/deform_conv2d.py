@@ -104,7 +104,16 @@ class Sample:
         )
 
 
-LAYOUTS = ("contiguous", "channels_last", "sliced", "stepped", "transposed", "sliced_channels_last", "expanded")
+LAYOUTS = (
+    "contiguous",
+    "channels_last",
+    "sliced",
+    "stepped",
+    "transposed",
+    "images_in_rows",
+    "sliced_channels_last",
+    "expanded",
+)
 
 
 def arrange(values: Tensor, layout: str) -> Tensor:
@@ -118,6 +127,8 @@ def arrange(values: Tensor, layout: str) -> Tensor:
         return values[:1].contiguous().expand(values.shape)
     if layout == "transposed":
         return values.transpose(2, 3).contiguous().transpose(2, 3)
+    if layout == "images_in_rows":
+        return values.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3)
     if layout == "stepped":
         room = values.new_full((batch, channels, height, 2 * width), math.nan)
         view = room[..., ::2]
@@ -291,6 +302,10 @@ CASES = {
     **{f"input_{layout}": Case(layout=layout) for layout in LAYOUTS[1:]},
     **{f"depthwise_{layout}": _depthwise(18, layout=layout) for layout in LAYOUTS[1:]},
     **{f"offset_{layout}": Case(offset_layout=layout) for layout in LAYOUTS[1:]},
+    # As many pixels as a vector has lanes, and the last lies where it would lie if all were neighbours.
+    "offset_transposed_4x4": Case(size=(4, 4), offset_layout="transposed"),
+    "offset_transposed_4x2": Case(size=(4, 2), offset_layout="transposed"),
+    "offset_images_in_rows_2x2": Case(size=(2, 2), offset_layout="images_in_rows"),
     "all_channels_last": Case(channels=37, layout="channels_last", offset_layout="channels_last"),
     "groups_channels_last": Case(channels=24, out_channels=16, groups=8, layout="channels_last"),
     "weight_permuted": Case(weight_layout="permuted"),

@@ -1,0 +1,52 @@
+"""deform_conv2d.h by itself, under sanitizers: values, bounds, and bits that depend on nothing but the input."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from inductor_vision.tests.support.cpp import CAPABILITIES, build_sanitized, compile_with_clang, run_sanitized
+
+SOURCE = pathlib.Path(__file__).with_name("deform_conv2d_test.cpp")
+
+pytestmark = pytest.mark.slow
+
+# How many calls of random shape, besides those in the source; without vector instructions a call takes long.
+RANDOM_CALLS = {"no vector instructions": 5, "AVX2": 15, "AVX-512": 25}
+
+
+@pytest.fixture(scope="module")
+def program(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str], pathlib.Path]]:
+    """The test program for a capability. All that this session needs are built at once, on two cores."""
+    folder = tmp_path_factory.mktemp("deform_conv2d")
+    wanted = [
+        item.callspec.params["name"]
+        for item in request.session.items
+        if "program" in item.fixturenames and item.path == request.path
+    ]
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        builds = {name: pool.submit(_build, name, folder / f"program{i}") for i, name in enumerate(wanted)}
+        yield lambda name: builds[name].result()
+
+
+def _build(name: str, program: pathlib.Path) -> pathlib.Path:
+    CAPABILITIES[name].skip_unless_it_runs_here()
+    return build_sanitized(SOURCE, program, CAPABILITIES[name])
+
+
+@pytest.mark.parametrize("name", CAPABILITIES)
+def test_under_sanitizers(program, name):
+    figures = run_sanitized(program(name), str(RANDOM_CALLS[name]))
+    assert figures["lanes"] == CAPABILITIES[name].lanes
+    assert figures["calls"] >= 12 * RANDOM_CALLS[name]  # each by 3 kernels, in 4 types
+    assert figures["runs"] > figures["calls"]
+
+
+@pytest.mark.parametrize("name", CAPABILITIES)
+def test_compiles_with_clang(name):
+    CAPABILITIES[name].skip_unless_it_runs_here()
+    compile_with_clang(SOURCE, CAPABILITIES[name])

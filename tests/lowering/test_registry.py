@@ -1,0 +1,256 @@
+"""How Inductor learns of the operators: which calls a template takes, and that no stale kernel is served."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Iterator
+
+import inductor_vision
+import pytest
+import torch
+from inductor_vision import deform_conv2d
+from inductor_vision.lowering import registry
+from inductor_vision.lowering.registry import Template, template_for
+from inductor_vision.ops import registry as ops_registry
+from inductor_vision.ops.registry import NAMESPACE, OPS, VisionOp, define_op
+from inductor_vision.paths import recorded_paths
+from inductor_vision.tests.support.compare import assert_close
+from inductor_vision.tests.support.compiled import caches_disabled, compile_and_run, run_python
+from inductor_vision.tests.support.deform_conv2d import Case, Sample, oracle, sample
+from torch import Tensor
+from torch._inductor import config
+from torch.fx.experimental.proxy_tensor import make_fx
+
+PACKAGE = pathlib.Path(inductor_vision.__file__).parent
+
+
+def loaded_template(name: str) -> Template:
+    template = registry._template(OPS[name])
+    assert template is not None
+    return template
+
+
+def test_an_operator_has_one_template():
+    with pytest.raises(ValueError, match="'deform_conv2d' has two templates"):
+        template_for("deform_conv2d", loaded_template("deform_conv2d"))
+
+
+def test_a_template_is_for_an_operator_that_exists():
+    with pytest.raises(ValueError, match=r"no operator 'deform_conv3d'; defined are: .*deform_conv2d"):
+        template_for("deform_conv3d", loaded_template("deform_conv2d"))
+
+
+def test_an_operator_is_defined_once():
+    before = OPS["deform_conv2d"]
+    with pytest.raises(ValueError, match=r"'deform_conv2d' is defined twice; defined are: .*deform_conv2d"):
+        define_op("deform_conv2d(Tensor x) -> Tensor", family="other", decomposition=torch.relu, fake=torch.relu)
+    assert OPS["deform_conv2d"] is before
+
+
+def test_a_torchvision_operator_is_served_once():
+    with pytest.raises(ValueError, match=r"torchvision::deform_conv2d is served twice"):
+        ops_registry.serves_torchvision("deform_conv2d")(deform_conv2d)
+
+
+def doubled_tanh(x: Tensor) -> Tensor:
+    return x.tanh() * 2
+
+
+@pytest.fixture
+def new_op(monkeypatch) -> Iterator[VisionOp]:
+    """An operator as a new file of ops/ would define it; gone after the test."""
+    from torch._inductor.decomposition import decompositions, fast_random_decomps
+    from torch._inductor.lowering import lowerings
+
+    with torch.library._scoped_library(NAMESPACE, "FRAGMENT") as library:
+        monkeypatch.setattr(ops_registry, "_library", library)
+        op = define_op(
+            "doubled_tanh(Tensor x) -> Tensor", family="doubled_tanh", decomposition=doubled_tanh, fake=torch.empty_like
+        )
+        overload = op.overload
+        registry.install()
+        yield op
+        del OPS[op.name], decompositions[overload], lowerings[overload]
+        registry._templates.pop(op.name, None)
+        fast_random_decomps.cache_clear()
+
+
+def test_a_new_operator_runs_eagerly_and_under_autocast(new_op):
+    x = torch.randn(3, 5)
+    with recorded_paths() as paths:
+        assert torch.equal(new_op(x), doubled_tanh(x))
+    assert [(path.op, path.kind) for path in paths] == [("doubled_tanh", "eager")]
+    with torch.autocast("cpu", torch.bfloat16):
+        low = x.bfloat16()
+        assert torch.equal(new_op(low), doubled_tanh(low.float()).bfloat16())
+
+
+def test_an_operator_without_a_template_is_decomposed(new_op):
+    x = torch.randn(3, 5)
+    compiled = compile_and_run(lambda x: new_op(x) + 1, x)
+    assert [str(path) for path in compiled.paths] == [
+        "doubled_tanh: decomposition (this operator has no template)",
+    ]
+    assert compiled.kernels == 1
+    assert_close(compiled.result, doubled_tanh(x.double()) + 1, x.dtype)
+
+
+def test_a_template_may_be_a_lowering_or_refuse(new_op):
+    from torch._inductor.lowering import lowerings
+
+    lowered = []
+
+    def lower(x):
+        lowered.append(x.get_size())
+        return lowerings[torch.ops.aten.mul](lowerings[torch.ops.aten.tanh](x), 2)
+
+    def refusal(x: Tensor) -> str | None:
+        return "one row is too few" if x.shape[0] == 1 else None
+
+    template_for("doubled_tanh", Template(refusal, lower=lower))
+    for rows, expected in ((3, []), (1, ["doubled_tanh: decomposition (one row is too few)"])):
+        x = torch.randn(rows, 5)
+        compiled = compile_and_run(lambda x: new_op(x) + 1, x)
+        assert [str(path) for path in compiled.paths] == expected
+        assert_close(compiled.result, doubled_tanh(x.double()) + 1, x.dtype)
+    assert lowered == [[3, 5]]
+
+
+def call(*args: Tensor) -> Tensor:
+    return deform_conv2d(*args[:4], padding=1, mask=args[4])
+
+
+def tensors_of(s: Sample) -> tuple[Tensor, ...]:
+    return (*s.args, s.kwargs["mask"])
+
+
+def refusal_of(s: Sample) -> str | None:
+    return registry._refusal(loaded_template("deform_conv2d"), *s.positional)
+
+
+def test_tensors_that_are_not_on_the_cpu_are_refused():
+    s = sample("groups_2")
+    assert refusal_of(s) is None
+    on_meta = s.replace(**{name: tensor.to("meta") for name, tensor in s.tensors.items()})
+    assert refusal_of(on_meta) == "the templates are C++ for the CPU, the tensors are on meta"
+
+
+def test_triton_gets_the_decomposition():
+    from torch._inductor.decomposition import select_decomp_table
+
+    s = sample("groups_2")
+    with config.patch(cpu_backend="triton"), recorded_paths() as paths:
+        graph = make_fx(call, decomposition_table=select_decomp_table())(*tensors_of(s))
+    (path,) = paths
+    assert str(path) == "deform_conv2d: decomposition (torch._inductor.config.cpu_backend is 'triton', not 'cpp')"
+    targets = [node.target for node in graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    assert targets and not [target for target in targets if target.namespace not in ("aten", "prims")]
+    assert_close(graph(*tensors_of(s)), oracle(*s.args, **s.kwargs), torch.float32)
+
+
+def test_a_symbolic_stride_gets_the_decomposition():
+    s = sample(Case(size=(7, 11), stride=2))
+
+    def strided(x, offset, weight, bias, mask, stride):
+        return deform_conv2d(x, offset, weight, bias, (stride, stride), padding=1, mask=mask)
+
+    compiled = compile_and_run(strided, *tensors_of(s), 2, dynamic=True)
+    assert [str(path) for path in compiled.paths] == [
+        "deform_conv2d: decomposition (stride, padding and dilation must be constants)"
+    ]
+    assert compiled.templates == 0
+    assert_close(compiled.result, oracle(*s.args, **s.kwargs), torch.float32)
+
+
+def test_dynamic_channels_become_constants():
+    with caches_disabled(), recorded_paths() as paths:
+        compiled = torch.compile(call, fullgraph=True, dynamic=True)
+        for channels in (8, 12):
+            s = sample(Case(channels=channels, size=(7, 11)))
+            assert_close(compiled(*tensors_of(s)), oracle(*s.args, **s.kwargs), torch.float32)
+    assert [path.kind for path in paths] == ["template", "template"]
+
+
+INSTALLED = """
+from torch._inductor.decomposition import decompositions, select_decomp_table
+from torch._inductor.lowering import lowerings
+assert len(inductor_vision.ops.registry.OPS) > 1
+for op in inductor_vision.ops.registry.OPS.values():
+    assert op.overload in decompositions and op.overload in select_decomp_table() and op.overload in lowerings, op.name
+tag = torch.compiler.config.cache_key_tag
+assert tag.startswith("mine+inductor_vision-" + inductor_vision.__version__), tag
+inductor_vision.lowering.registry.tag_caches()
+assert torch.compiler.config.cache_key_tag == tag
+"""
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import inductor_vision\nassert 'torch._inductor' not in sys.modules\nimport torch._inductor.lowering",
+        "import torch._inductor.lowering\ntorch._inductor.decomposition.select_decomp_table()\nimport inductor_vision",
+    ],
+    ids=["package_first", "inductor_first"],
+)
+def test_installed_whatever_is_imported_first(imports):
+    run_python(f"import sys, torch\ntorch.compiler.config.cache_key_tag = 'mine'\n{imports}\n{INSTALLED}")
+
+
+COMPILE = """
+import json, sys
+import torch
+from torch._dynamo.utils import counters
+import inductor_vision
+
+assert inductor_vision.__file__.startswith(sys.argv[1]), inductor_vision.__file__
+torch.manual_seed(0)
+x, weight, bias = torch.randn(1, 4, 5, 6), torch.randn(4, 4, 3, 3), torch.tensor([1000.0, 2000.0, 3000.0, 4000.0])
+compiled = torch.compile(lambda x, w, b: inductor_vision.deform_conv2d(x, torch.zeros(1, 18, 5, 6), w, b, padding=1))
+result = compiled(x, weight, bias)
+hit = counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"]
+print(json.dumps({"hit": hit, "bias": result.mean((0, 2, 3)).div(1000).round().tolist()}))
+"""
+
+
+def edit(path: pathlib.Path, pattern: str, replacement: str) -> None:
+    text, count = re.subn(pattern, replacement, path.read_text())
+    assert count == 1, f"{path.name} has {count} places that look like {pattern}"
+    path.write_text(text)
+
+
+@pytest.fixture
+def copied_package(tmp_path) -> pathlib.Path:
+    """A copy of the package's sources, to change."""
+    package = tmp_path / "inductor_vision"
+    package.mkdir()
+    for name in ("ops", "lowering"):
+        shutil.copytree(PACKAGE / name, package / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in PACKAGE.glob("*.py"):
+        shutil.copy(path, package)
+    return package
+
+
+@pytest.mark.slow
+def test_no_stale_kernel_is_served(copied_package, tmp_path):
+    def run() -> tuple[bool, list[float]]:
+        printed = run_python(
+            COMPILE,
+            str(tmp_path),
+            PYTHONPATH=f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+            TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"),
+        )
+        found = json.loads(printed)
+        return bool(found["hit"]), found["bias"]
+
+    once, twice = [1, 2, 3, 4], [2, 4, 6, 8]
+    assert run() == (False, once)
+    assert run() == (True, once)
+    edit(copied_package / "lowering/cpp/deform_conv2d.h", r"\(op_\.bias\[o\]\)", "(2 * op_.bias[o])")
+    assert run() == (False, twice)
+    assert run() == (True, twice)
+    edit(copied_package / "version.py", r'__version__ = "(.*)"', r'__version__ = "\1.post1"')
+    assert run() == (False, twice)

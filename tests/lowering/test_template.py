@@ -1,0 +1,177 @@
+"""What Inductor generates around a template: neighbours fused into its store, results that others read as well."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from inductor_vision import DeformConv2d, deform_conv2d
+from inductor_vision.lowering.template import splice_header
+from inductor_vision.tests.support.compare import assert_close
+from inductor_vision.tests.support.compiled import compile_and_run
+from inductor_vision.tests.support.deform_conv2d import Case, Sample, oracle, sample
+from torch import Tensor, nn
+
+FP32, BF16 = torch.float32, torch.bfloat16
+
+
+def test_a_header_comes_with_what_it_includes_each_once():
+    source = splice_header("deform_conv2d.h")
+    assert '#include "' not in source
+    for header in ("BASE", "GEMM", "DEFORM_CONV2D"):
+        assert len(re.findall(f"^#define INDUCTOR_VISION_{header}_H$", source, flags=re.MULTILINE)) == 1
+    assert source.index("#define INDUCTOR_VISION_BASE_H") < source.index("#define INDUCTOR_VISION_GEMM_H")
+
+
+def arguments(**changes: Any) -> Sample:
+    """A call with as many output channels as input channels, so that the result can be added to the input."""
+    return sample(Case(channels=16, out_channels=16, size=(9, 13), **changes))
+
+
+class Block(nn.Module):
+    """Deformable convolution, batch norm, activation, residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = DeformConv2d(16, 16, 3, padding=1)
+        self.norm = nn.BatchNorm2d(16).eval()
+        for values in (self.norm.weight, self.norm.bias, self.norm.running_mean):
+            nn.init.normal_(values)
+        nn.init.uniform_(self.norm.running_var, 0.5, 2)
+
+    def forward(self, x: Tensor, offset: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The convolution's own result, and the block's."""
+        own = self.conv(x, offset, mask)
+        return own, self.norm(own).relu() + x
+
+    def reference(self, x: Tensor, offset: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        own = oracle(x, offset, self.conv.weight, self.conv.bias, padding=1, mask=mask)
+        return own, copy.deepcopy(self.norm).double()(own).relu() + x.double()
+
+
+class Blocks(nn.Module):
+    """A block for each of FORMATS, and what to call it with."""
+
+    FORMATS = tuple((dtype, layout) for dtype in (FP32, BF16) for layout in ("contiguous", "channels_last"))
+
+    def __init__(self, own_results: bool) -> None:
+        super().__init__()
+        self.own_results = own_results
+        self.blocks = nn.ModuleList(Block().to(dtype) for dtype, _ in self.FORMATS)
+        samples = [arguments(layout=layout, offset_layout=layout).to(dtype) for dtype, layout in self.FORMATS]
+        self.calls = [(s.args[0], s.args[1], s.kwargs["mask"]) for s in samples]
+
+    def forward(self, calls: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+        results = [block(*call) for block, call in zip(self.blocks, calls)]
+        return results if self.own_results else [result[1:] for result in results]
+
+
+@pytest.mark.parametrize("own_results", [False, True], ids=["fused", "own_and_fused"])
+def test_bias_norm_activation_and_residual_are_fused(own_results):
+    network = Blocks(own_results)
+    with torch.no_grad():
+        compiled = compile_and_run(network, network.calls, config={"freezing": True})
+        assert compiled.templates == compiled.fused == compiled.kernels == len(network.FORMATS)
+        for (dtype, layout), block, call, results in zip(
+            network.FORMATS, network.blocks, network.calls, compiled.result
+        ):
+            expected = block.reference(*call)
+            for result, values in zip(results, expected if own_results else expected[1:]):
+                assert_close(result, values, dtype, f"{dtype}, {layout}")
+                assert result.stride() == call[0].stride()
+
+
+EPILOGUES: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "flatten": lambda y, x: y.flatten(1).relu(),
+    "view": lambda y, x: y.view(2, 4, 4, 9, 13).sigmoid(),
+    "permute": lambda y, x: y.permute(0, 2, 3, 1).relu(),
+    "permute_contiguous": lambda y, x: y.permute(0, 2, 3, 1).contiguous() + 1,
+    "slice": lambda y, x: y[:, 1:7, 2:].relu(),
+    "broadcast": lambda y, x: y[:, :, None] * torch.ones(1, 1, 3, 1, 1),
+    "gate": lambda y, x: y * x.mean((2, 3), keepdim=True).sigmoid(),
+    "convert": lambda y, x: y.sigmoid().double(),
+    "in_place": lambda y, x: y.add_(x).relu_().mul_(2),
+    "chain": lambda y, x: (y.relu(), y.relu().sigmoid() * x),
+    "fan": lambda y, x: (y, y.relu(), y.relu() * x, y.mean((2, 3))),
+    "flip": lambda y, x: y + y.flip(3),
+    "pool": lambda y, x: nn.functional.avg_pool2d(y.relu(), 2),
+    "cat": lambda y, x: torch.cat([y, x], 1),
+    "dying_residual": lambda y, x: y + (x.cumsum(3) * 2),
+}
+
+
+def flat(results: Any) -> list[Tensor]:
+    return list(results) if isinstance(results, (tuple, list)) else [results]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_epilogues_of_all_shapes(layout):
+    s = arguments(layout=layout, offset_layout=layout)
+
+    def run(x, offset, weight, bias, mask):
+        # Each call's input is its own, or all calls would be one.
+        inputs = [x * (i + 1) for i in range(len(EPILOGUES))]
+        return [
+            flat(epilogue(deform_conv2d(scaled, offset, weight, bias, padding=1, mask=mask), x))
+            for epilogue, scaled in zip(EPILOGUES.values(), inputs)
+        ]
+
+    tensors = (*s.args, s.kwargs["mask"])
+    compiled = compile_and_run(run, *tensors, config={"cpp_wrapper": True})
+    assert compiled.templates == len(EPILOGUES)
+    assert compiled.fused > 0
+    for i, (name, epilogue) in enumerate(EPILOGUES.items()):
+        x, *others = tensors
+        own = oracle(x * (i + 1), *others[:3], padding=1, mask=others[3])
+        for result, expected in zip(compiled.result[i], flat(epilogue(own, x.double()))):
+            assert_close(result, expected, FP32, name)
+
+
+class Network(nn.Module):
+    """As models use it: one convolution makes offset and mask, batch norm and activation follow, then the next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.offset = nn.Conv2d(16, 27, 3, padding=1)
+        self.block = Block()
+        self.head = nn.Conv2d(16, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        y, x_offset, mask = self.offset(x).chunk(3, dim=1)
+        return self.head(self.block(x, torch.cat([y, x_offset], 1), mask.sigmoid())[1])
+
+
+class ChunkViews(nn.Module):
+    """Offset and mask are views of one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.offset = nn.Conv2d(16, 27, 3, padding=1)
+        self.conv = DeformConv2d(16, 16, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        offset, mask = self.offset(x).split([18, 9], dim=1)
+        return self.conv(x, offset, mask)
+
+
+@pytest.mark.parametrize("freezing", [False, True])
+def test_networks(freezing):
+    network, views = Network().eval(), ChunkViews().eval()
+
+    def run(image, x):
+        return network(image), views(x)
+
+    image, x = torch.randn(2, 3, 12, 15), torch.randn(2, 16, 12, 15)
+    with torch.no_grad():
+        compiled = compile_and_run(run, image, x, config={"freezing": freezing})
+        expected = copy.deepcopy(network).double()(image.double()), copy.deepcopy(views).double()(x.double())
+    assert compiled.templates == 2
+    assert compiled.fused == 1
+    for result, values in zip(compiled.result, expected):
+        assert_close(result, values, FP32)

@@ -1,0 +1,154 @@
+"""Choices by measurement: the fast one is found, and remembered for the machine it was measured on."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from inductor_vision import DeformConv2d
+from inductor_vision.lowering import tuning
+from inductor_vision.tests.support.compare import assert_close
+from inductor_vision.tests.support.compiled import compile_and_run
+from inductor_vision.tests.support.deform_conv2d import Case, oracle, sample
+
+MILLISECONDS = [12, 3, 8]  # candidates, told apart by how long they take
+
+
+@pytest.fixture(autouse=True)
+def tuned(tmp_path, monkeypatch) -> pathlib.Path:
+    """The file, in a directory of the test's own."""
+    monkeypatch.setattr(tuning, "cache_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(tuning, "SECONDS", 0.0)
+    return tmp_path / "inductor_vision" / "tuned.json"
+
+
+def sleeping() -> Callable[[int], None]:
+    return lambda milliseconds: time.sleep(milliseconds / 1000)
+
+
+def forbidden() -> Callable[[int], None]:
+    raise AssertionError("measured again")
+
+
+def test_the_fast_candidate_is_found_and_remembered(tuned):
+    assert tuning.fastest("problem", MILLISECONDS, sleeping) == 3
+    assert json.loads(tuned.read_text()) == {tuning.machine(): {"problem": "3"}}
+    assert tuning.fastest("problem", MILLISECONDS, forbidden) == 3
+
+
+def test_problems_are_told_apart(tuned):
+    assert tuning.fastest("problem", MILLISECONDS, sleeping) == 3
+    assert tuning.fastest("other", [9, 5], sleeping) == 5
+    assert json.loads(tuned.read_text()) == {tuning.machine(): {"problem": "3", "other": "5"}}
+
+
+def test_a_choice_that_is_no_candidate_any_more_is_measured_anew():
+    assert tuning.fastest("problem", MILLISECONDS, sleeping) == 3
+    assert tuning.fastest("problem", [12, 8], sleeping) == 8
+    assert tuning.fastest("problem", [12, 8], forbidden) == 8
+
+
+def test_a_choice_holds_for_one_number_of_threads():
+    assert tuning.fastest("problem", MILLISECONDS, sleeping) == 3
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    with pytest.raises(AssertionError, match="measured again"):
+        tuning.fastest("problem", MILLISECONDS, forbidden)
+
+
+def test_a_choice_holds_for_one_vector_width():
+    from torch._inductor import config
+
+    wide = tuning.machine()
+    with config.patch({"cpp.simdlen": 1}):
+        assert tuning.machine() != wide
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": {"prob', b"\xff\x00\xfe", b"[]", b'{"a": 1}'])
+def test_a_damaged_file_is_measured_anew(tuned, content):
+    tuned.parent.mkdir()
+    tuned.write_bytes(content.replace(b'"a"', json.dumps(tuning.machine()).encode()))
+    assert tuning.fastest("problem", MILLISECONDS, sleeping) == 3
+    assert tuning.fastest("problem", MILLISECONDS, forbidden) == 3
+
+
+def test_a_candidate_that_fails_leaves_the_file_as_it_is(tuned):
+    tuning.fastest("problem", MILLISECONDS, sleeping)
+    before = tuned.read_text()
+    with pytest.raises(AssertionError):
+        tuning.fastest("other", MILLISECONDS, forbidden)
+    assert tuned.read_text() == before
+    assert tuning.fastest("other", MILLISECONDS, sleeping) == 3
+
+
+TUNE = """
+import pathlib, sys, time
+from inductor_vision.lowering import tuning
+
+folder, name = pathlib.Path(sys.argv[1]), sys.argv[2]
+tuning.cache_dir = lambda: str(folder)
+
+def prepare():
+    with open(folder / "log", "a") as log:
+        print("measured", file=log)
+    time.sleep(2)
+    return lambda milliseconds: time.sleep(milliseconds / 1000)
+
+tuning.machine()
+(folder / name).touch()
+while not all((folder / name).exists() for name in "ab"):
+    time.sleep(0.01)
+print(tuning.fastest("problem", [12, 3, 8], prepare))
+"""
+
+
+def test_of_two_processes_one_measures(tmp_path):
+    command = [sys.executable, "-c", TUNE, str(tmp_path)]
+    processes = [subprocess.Popen([*command, name], stdout=subprocess.PIPE, text=True) for name in "ab"]
+    try:
+        assert [process.communicate(timeout=120)[0].strip() for process in processes] == ["3", "3"]
+    finally:
+        for process in processes:
+            process.kill()
+    assert (tmp_path / "log").read_text().splitlines() == ["measured"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("groups,layout", [(1, "contiguous"), (24, "channels_last")])
+def test_max_autotune_measures_once(tuned, monkeypatch, groups, layout):
+    layer = DeformConv2d(24, 24, 3, padding=1, groups=groups)
+    x, offset = sample(Case(channels=24, out_channels=24, size=(20, 30), mask=False, layout=layout)).args[:2]
+    measured = []
+
+    def measure(candidates, run):
+        for candidate in candidates:
+            run(candidate)
+        measured.append(candidates)
+        return candidates[1]
+
+    monkeypatch.setattr(tuning, "_measure", measure)
+    with torch.no_grad():
+        for _ in range(2):
+            compiled = compile_and_run(layer, x, offset, config={"max_autotune": True})
+            assert_close(compiled.result, oracle(x, offset, layer.weight, layer.bias, padding=1), x.dtype)
+            assert compiled.paths[0].detail.endswith(repr(measured[0][1]))
+    assert len(measured) == 1
+    ((problem, chosen),) = json.loads(tuned.read_text())[tuning.machine()].items()
+    assert problem.startswith("deform_conv2d Convolution(channels=24") and layout in problem
+    assert chosen == repr(measured[0][1])
+
+
+@pytest.mark.slow
+def test_max_autotune_on_the_clock(tuned):
+    layer = DeformConv2d(24, 24, 3, padding=1)
+    x, offset = sample(Case(channels=24, out_channels=24, size=(20, 30), mask=False)).args[:2]
+    with torch.no_grad():
+        compiled = compile_and_run(layer, x, offset, config={"max_autotune": True})
+    assert_close(compiled.result, oracle(x, offset, layer.weight, layer.bias, padding=1), x.dtype)
+    (chosen,) = json.loads(tuned.read_text())[tuning.machine()].values()
+    assert compiled.paths[0].detail.endswith(chosen)

@@ -1,0 +1,113 @@
+"""Builds the test programs of the kernel headers, which know nothing of Inductor."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+from collections.abc import Sequence
+
+import inductor_vision
+import pytest
+import torch
+from torch.utils.cpp_extension import include_paths, library_paths
+
+HEADERS = pathlib.Path(inductor_vision.__file__).parent / "lowering" / "cpp"
+
+# A torch header computes (1 << 31) - 1 as int.
+_UNDEFINED_IN_TORCH = "signed-integer-overflow:vec512_bfloat16.h\n"
+
+_RUN_ENVIRONMENT = {
+    # Fresh memory is NaN; waiting threads leave the cores to others.
+    "ASAN_OPTIONS": "malloc_fill_byte=255:max_malloc_fill_size=1000000000:detect_stack_use_after_return=1",
+    "OMP_WAIT_POLICY": "passive",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Capability:
+    """A set of vector instructions to compile for, with the flags that Inductor gives.
+
+    Attributes:
+        name: what torch.backends.cpu.get_cpu_capability() calls it; "DEFAULT": at::vec in plain C++.
+        lanes: floats in a vector.
+    """
+
+    name: str
+    lanes: int
+    flags: tuple[str, ...] = ()
+
+    def skip_unless_it_runs_here(self) -> None:
+        if self.name == "DEFAULT":
+            return
+        if platform.machine() not in ("x86_64", "AMD64"):
+            pytest.skip(f"{self.name} is for x86-64, this machine is {platform.machine()}")
+        order = ["DEFAULT", "AVX2", "AVX512"]
+        here = torch.backends.cpu.get_cpu_capability()
+        if here not in order or order.index(here) < order.index(self.name):
+            pytest.skip(f"this CPU has no {self.name}, only {here}")
+
+
+CAPABILITIES = {
+    "no vector instructions": Capability("DEFAULT", 8),
+    "AVX2": Capability(
+        "AVX2", 8, ("-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2")
+    ),
+    "AVX-512": Capability(
+        "AVX512", 16, ("-march=native", "-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512")
+    ),
+}  # fmt: skip
+
+_COMMON = ("-std=c++17", "-fopenmp", f"-I{HEADERS}", *(f"-isystem{path}" for path in include_paths()))
+# What Inductor's math flags come to, without those that cancel each other.
+_MATH = ("-fno-trapping-math", "-fno-signed-zeros", "-ffp-contract=off", "-fno-tree-loop-vectorize")
+_SANITIZED = (
+    "-O1",
+    "-g1",
+    "-fsanitize=address,undefined,float-cast-overflow",
+    "-fno-sanitize-recover=all",
+    "-fsanitize-recover=signed-integer-overflow",  # only what may continue can be excused, see UBSAN_OPTIONS
+    "--param=asan-instrumentation-with-call-threshold=0",  # compiles in two thirds of the time
+)
+
+
+def _run(command: Sequence[str | os.PathLike], **environment: str) -> str:
+    result = subprocess.run(
+        command, capture_output=True, text=True, errors="replace", env={**os.environ, **environment}, timeout=600
+    )
+    assert result.returncode == 0, f"exit status {result.returncode}\n{result.stdout[-4000:]}\n{result.stderr[-8000:]}"
+    return result.stdout
+
+
+def _compiler(name: str) -> str:
+    path = shutil.which(name)
+    if path is None:
+        pytest.skip(f"{name} is not installed")
+    return path
+
+
+def build_sanitized(source: pathlib.Path, program: pathlib.Path, capability: Capability) -> pathlib.Path:
+    """Build a program with AddressSanitizer and UndefinedBehaviorSanitizer, and the math flags that Inductor gives."""
+    libraries = [flag for path in library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
+    flags = (*_COMMON, *_MATH, *_SANITIZED, *capability.flags)
+    _run([_compiler("g++"), *flags, source, "-o", program, *libraries, "-lc10"])
+    return program
+
+
+def run_sanitized(program: pathlib.Path, *args: str) -> dict[str, float]:
+    """Run it; the figures ``name=number`` that it prints."""
+    excused = program.with_suffix(".supp")
+    excused.write_text(_UNDEFINED_IN_TORCH)
+    output = _run(
+        [program, *args], **_RUN_ENVIRONMENT, UBSAN_OPTIONS=f"halt_on_error=1:print_stacktrace=1:suppressions={excused}"
+    )
+    return {name: float(value) for name, _, value in (word.partition("=") for word in output.split())}
+
+
+def compile_with_clang(source: pathlib.Path, capability: Capability) -> None:
+    """Compile without running, warnings being errors."""
+    flags = (*_COMMON, "-Wall", "-Wextra", "-Werror", *capability.flags)
+    _run([_compiler("clang++"), *flags, "-c", source, "-o", os.devnull])

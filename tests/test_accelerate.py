@@ -1,0 +1,186 @@
+"""Stock torchvision on this package's operators, with its compiled library and where that cannot load."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+import torch
+from inductor_vision import accelerate_torchvision
+from inductor_vision.lowering import registry
+from inductor_vision.ops.registry import TORCHVISION
+from inductor_vision.paths import recorded_paths
+from inductor_vision.tests.support.compare import assert_close
+from inductor_vision.tests.support.compiled import caches_disabled, compile_and_run, run_python
+from inductor_vision.tests.support.deform_conv2d import oracle, sample
+from torch._inductor.decomposition import decompositions, fast_random_decomps
+
+
+installed = pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="torchvision is not installed")
+
+
+@pytest.fixture
+def stock(torchvision, monkeypatch) -> Iterator[ModuleType]:
+    """torchvision as it was before; what the test accelerates is undone."""
+    monkeypatch.setattr(registry, "_accelerated", False)
+    before = dict(decompositions)
+    for name in TORCHVISION:
+        decompositions.pop(getattr(torch.ops.torchvision, name).default, None)
+    fast_random_decomps.cache_clear()
+    yield torchvision
+    decompositions.clear()
+    decompositions.update(before)
+    fast_random_decomps.cache_clear()
+
+
+def call_of(name: str):
+    """A call of torchvision.ops.deform_conv2d, as arguments by position."""
+    s = sample(name)
+    return (*s.args, s.kwargs["stride"], s.kwargs["padding"], s.kwargs["dilation"], s.kwargs["mask"])
+
+
+def test_nothing_changes_before_the_call(stock):
+    compiled = compile_and_run(stock.ops.deform_conv2d, *call_of("groups_2"))
+    assert compiled.paths == []
+    assert compiled.templates == 0
+
+
+@pytest.mark.parametrize("name", ["groups_across_offset_groups", "neither"])
+def test_stock_operators_take_the_template(stock, name):
+    for _ in range(2):  # the second call changes nothing
+        accelerate_torchvision()
+    call = call_of(name)
+    compiled = compile_and_run(lambda *call: stock.ops.deform_conv2d(*call).relu(), *call)
+    assert compiled.kinds == ["template"]
+    assert (compiled.templates, compiled.fused) == (1, 1)
+    assert_close(compiled.result, oracle(*call).relu(), torch.float32)
+    assert_close(stock.ops.deform_conv2d(*call), oracle(*call), torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mask", [True, False])
+def test_stock_modules_train(stock, mask):
+    accelerate_torchvision()
+    x, offset, _, _, _, _, _, modulation = call_of("offset_groups_2")
+    layer = stock.ops.DeformConv2d(8, 6, 3, padding=1)
+    gradients = []
+    for fn in (layer, torch.compile(layer, fullgraph=True)):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, offset, modulation)[: 2 + mask]]
+        layer.zero_grad()
+        with caches_disabled(), recorded_paths() as paths:
+            fn(*leaves).square().sum().backward()
+        gradients.append([tensor.grad.clone() for tensor in (*leaves, layer.weight, layer.bias)])
+    assert {(path.op, path.kind) for path in paths} == {
+        ("deform_conv2d", "template"),
+        ("deform_conv2d_backward", "decomposition"),
+    }
+    for compiled, eager in zip(*reversed(gradients)):
+        assert_close(compiled, eager, torch.float32)
+
+
+def test_torchvision_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(ImportError, match=r"pip install inductor_vision\[torchvision\]"):
+        accelerate_torchvision()
+
+
+LIBRARY_DOES_NOT_LOAD = """
+import sys
+import torch
+
+load_library = torch.ops.load_library
+
+def refuse(path):
+    if "torchvision" in str(path):
+        raise OSError("libcudart.so: cannot open shared object file")
+    load_library(path)
+
+torch.ops.load_library = refuse
+if sys.argv[1] == "import torchvision first":
+    try:
+        import torchvision
+    except RuntimeError as error:
+        assert "operator torchvision::nms does not exist" in str(error)
+    else:
+        raise AssertionError("torchvision loads")
+
+import inductor_vision
+for _ in range(2):
+    inductor_vision.accelerate_torchvision()
+"""
+
+WORKS_WITHOUT_LIBRARY = """
+import torchvision
+from inductor_vision.paths import recorded_paths
+from inductor_vision.tests.support.compiled import compile_and_run
+from inductor_vision.tests.support.deform_conv2d import oracle, sample
+from inductor_vision.tests.support.compare import assert_close
+
+torchvision.models.resnet18()
+try:
+    torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
+except NotImplementedError as error:
+    assert str(error).startswith("torchvision::nms: "), error
+else:
+    raise AssertionError("nms ran")
+
+def arguments(s):
+    return *s.args, s.kwargs["stride"], s.kwargs["padding"], s.kwargs["dilation"], s.kwargs["mask"]
+
+for name in ("groups_across_offset_groups", "neither"):
+    s = sample(name).requiring_grad()
+    with recorded_paths() as paths:
+        result = torchvision.ops.deform_conv2d(*arguments(s))
+    assert [path.kind for path in paths] == ["eager"], paths
+    assert_close(result, oracle(*s.args, **s.kwargs), torch.float32)
+    cotangent = torch.randn_like(result)
+    result.backward(cotangent)
+    expected = s.to(torch.float64).requiring_grad()
+    inductor_vision.deform_conv2d(*expected.args, **expected.kwargs).backward(cotangent.double())
+    for name, tensor in s.tensors.items():
+        assert_close(tensor.grad, expected.tensors[name].grad, torch.float32, name)
+
+layer = torchvision.ops.DeformConv2d(24, 6, 3, padding=1, groups=3)
+call = sample("groups_across_offset_groups").args[:2]
+with torch.no_grad():
+    compiled = compile_and_run(layer, *call)
+assert compiled.kinds == ["template"] and compiled.templates == 1, compiled.paths
+assert_close(compiled.result, oracle(*call, layer.weight, layer.bias, padding=1), torch.float32)
+"""
+
+
+@installed
+def test_library_does_not_load():
+    run_python(LIBRARY_DOES_NOT_LOAD + WORKS_WITHOUT_LIBRARY, "")
+
+
+@installed
+def test_library_did_not_load_before():
+    use = "import torchvision\ntorchvision.models.resnet18()\nassert torchvision.extension._has_ops()"
+    run_python(LIBRARY_DOES_NOT_LOAD + use, "import torchvision first")
+
+
+TRAINS_WITHOUT_LIBRARY = """
+import torchvision
+from inductor_vision.tests.support.compare import assert_close
+from inductor_vision.tests.support.deform_conv2d import sample
+
+layer = torchvision.ops.DeformConv2d(24, 6, 3, padding=1, groups=3)
+gradients = []
+for fn in (layer, torch.compile(layer, fullgraph=True)):
+    layer.zero_grad()
+    x, offset = (tensor.requires_grad_() for tensor in sample("groups_across_offset_groups").args[:2])
+    fn(x, offset).square().sum().backward()
+    gradients.append([tensor.grad.clone() for tensor in (x, offset, layer.weight, layer.bias)])
+for eager, compiled in zip(*gradients):
+    assert_close(compiled, eager, torch.float32)
+"""
+
+
+@pytest.mark.slow
+@installed
+def test_training_where_the_library_does_not_load():
+    run_python(LIBRARY_DOES_NOT_LOAD + TRAINS_WITHOUT_LIBRARY, "")
