@@ -272,6 +272,16 @@ def test_gradient_at_the_far_end():
     assert not out.any() and not offset.grad.any() and not image.grad.any()
 
 
+def test_bad_gradients_do_not_leak():
+    """A pixel that is a corner with no weight, as at integer coordinates, gets nothing of the gradient."""
+    image = torch.zeros(1, 1, 3, 3, requires_grad=True)
+    out = deform_conv2d(image, torch.zeros(1, 2, 3, 3), torch.ones(1, 1, 1, 1))
+    gradient = torch.ones(1, 1, 3, 3)
+    gradient[0, 0, 1, 1] = torch.nan
+    out.backward(gradient)
+    assert image.grad.isnan().nonzero().tolist() == [[0, 0, 1, 1]]
+
+
 @pytest.mark.parametrize("wanted", ["input", "offset", "weight", "bias", "mask"])
 def test_each_gradient_alone(wanted):
     s = sample("groups_2", torch.float64)
