@@ -50,7 +50,8 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     from torch._inductor import config
 
     with recorded_paths() as paths, config.patch(force_disable_caches=True):
-        compiled = torch.compile(fn, backend=_fresh_inductor, isolate_recompiles=True)
+        # isolate_recompiles is missing from the overloads that type checkers see.
+        compiled = torch.compile(fn, backend=_fresh_inductor, isolate_recompiles=True)  # type: ignore[call-overload]
         compiled(*args, **kwargs)
     return Explanation(list(paths))
 

@@ -18,7 +18,6 @@ from inductor_vision.tests.support.compiled import caches_disabled, compile_and_
 from inductor_vision.tests.support.deform_conv2d import oracle, sample
 from torch._inductor.decomposition import decompositions, fast_random_decomps
 
-
 installed = pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="torchvision is not installed")
 
 
