@@ -92,8 +92,7 @@ inline void store_vector(const Vectorized<acc_t>& value, value_t* p) {
 
 // dst[m * ld_dst + n] = src[m * ld_src + n] for m < rows, n < columns, converted.
 template <typename acc_t, typename value_t>
-inline void store_block(
-    const acc_t* src, int64_t ld_src, value_t* dst, int64_t ld_dst, int64_t rows, int64_t columns) {
+inline void store_block(const acc_t* src, int64_t ld_src, value_t* dst, int64_t ld_dst, int64_t rows, int64_t columns) {
   constexpr int64_t kLanes = Vectorized<acc_t>::size();
   for (int64_t m = 0; m < rows; ++m, src += ld_src, dst += ld_dst) {
     int64_t n = 0;

@@ -97,10 +97,22 @@ struct DeformSamples {
 // Output pixels: their image, where their offsets and masks are, and the point that tap (0, 0) samples undisplaced.
 template <typename scalar_t>
 struct DeformPixels {
-  Scratch<const scalar_t*> image, offset, mask;
+  // Where some number of each pixel is, and for each vector of pixels whether those are neighbours in memory.
+  struct Places {
+    Scratch<const scalar_t*> at;
+    Scratch<bool> consecutive;
+  };
+  static constexpr int64_t kLanes = Vectorized<accumulate_t<scalar_t>>::size();
+  Scratch<const scalar_t*> image;
+  Places offset, mask;
   Scratch<accumulate_t<scalar_t>> y, x;
 
-  explicit DeformPixels(int64_t count) : image(count), offset(count), mask(count), y(count), x(count) {
+  explicit DeformPixels(int64_t count)
+      : image(count),
+        offset{Scratch<const scalar_t*>(count), Scratch<bool>(divide_up(count, kLanes))},
+        mask{Scratch<const scalar_t*>(count), Scratch<bool>(divide_up(count, kLanes))},
+        y(count),
+        x(count) {
   }
 };
 
@@ -137,26 +149,39 @@ inline void list_pixels(
   PixelCursor at(begin, op.out_height, op.out_width);
   for (int64_t p = 0; p < end - begin; ++p, at.advance(1)) {
     pixels.image[p] = input.data + (at.image - first_image) * input.image;
-    pixels.offset[p] = op.offset.at(at.image, at.row, at.column);
-    pixels.mask[p] = op.mask.data == nullptr ? nullptr : op.mask.at(at.image, at.row, at.column);
+    pixels.offset.at[p] = op.offset.at(at.image, at.row, at.column);
+    pixels.mask.at[p] = op.mask.data == nullptr ? nullptr : op.mask.at(at.image, at.row, at.column);
     pixels.y[p] = static_cast<acc_t>(at.row * op.stride_height - op.padding_height);
     pixels.x[p] = static_cast<acc_t>(at.column * op.stride_width - op.padding_width);
   }
+  constexpr int64_t kLanes = DeformPixels<scalar_t>::kLanes;
+  for (int64_t first = 0; first < end - begin; first += kLanes) {
+    for (auto* places : {&pixels.offset, &pixels.mask}) {
+      const scalar_t* const* of = places->at.get() + first;
+      bool consecutive = first + kLanes <= end - begin && of[0] != nullptr;
+      for (int64_t i = 1; consecutive && i < kLanes; ++i) {
+        consecutive = of[i] == of[0] + i;
+      }
+      places->consecutive[first / kLanes] = consecutive;
+    }
+  }
 }
 
-// One number of each of n <= Vec::size() pixels, `at` elements behind where the pixel's numbers begin.
+// One number of each of the n <= kLanes pixels from `first` on, `at` elements behind their place.
 template <typename scalar_t>
-inline Vectorized<accumulate_t<scalar_t>> load_pixels(const scalar_t* const* pixels, int64_t at, int64_t n) {
+inline Vectorized<accumulate_t<scalar_t>> load_pixels(
+    const typename DeformPixels<scalar_t>::Places& places, int64_t first, int64_t n, int64_t at) {
   using acc_t = accumulate_t<scalar_t>;
-  constexpr int64_t kLanes = Vectorized<acc_t>::size();
-  if (n == kLanes && pixels[kLanes - 1] == pixels[0] + (kLanes - 1)) {
+  constexpr int64_t kLanes = DeformPixels<scalar_t>::kLanes;
+  const scalar_t* const* of = places.at.get() + first;
+  if (places.consecutive[first / kLanes]) {
     // Few numbers are read of each plane at a time, and many planes in turn: too many streams for the hardware.
-    __builtin_prefetch(pixels[0] + at + kLanes);
-    return load_vector(pixels[0] + at);
+    __builtin_prefetch(of[0] + at + kLanes);
+    return load_vector(of[0] + at);
   }
   alignas(kCacheLine) acc_t values[kLanes] = {};
   for (int64_t i = 0; i < n; ++i) {
-    values[i] = static_cast<acc_t>(pixels[i][at]);
+    values[i] = static_cast<acc_t>(of[i][at]);
   }
   return Vectorized<acc_t>::loadu(values);
 }
@@ -179,9 +204,9 @@ inline void locate(
   const Vec tap_y(static_cast<acc_t>(tap / op.kernel_width * op.dilation_height));
   const Vec tap_x(static_cast<acc_t>(tap % op.kernel_width * op.dilation_width));
 
-  const scalar_t* const* offsets = pixels.offset.get() + first;
-  const Vec y = Vec::loadu(pixels.y.get() + first) + tap_y + load_pixels(offsets, offset_at, n);
-  const Vec x = Vec::loadu(pixels.x.get() + first) + tap_x + load_pixels(offsets, offset_at + op.offset.channel, n);
+  const Vec y = Vec::loadu(pixels.y.get() + first) + tap_y + load_pixels<scalar_t>(pixels.offset, first, n, offset_at);
+  const Vec x = Vec::loadu(pixels.x.get() + first) + tap_x +
+                load_pixels<scalar_t>(pixels.offset, first, n, offset_at + op.offset.channel);
   const Vec lowest(-1), height(static_cast<acc_t>(op.height)), width(static_cast<acc_t>(op.width));
   const Vec inside = (y > lowest) & (y < height) & (x > lowest) & (x < width);
   const Vec zero(0), one(1), outside(-2);
@@ -192,7 +217,8 @@ inline void locate(
   (top * right).store(samples.weight[1]);
   (bottom * left).store(samples.weight[2]);
   (bottom * right).store(samples.weight[3]);
-  const Vec mask = op.mask.data == nullptr ? one : load_pixels(pixels.mask.get() + first, channel * op.mask.channel, n);
+  const Vec mask =
+      op.mask.data == nullptr ? one : load_pixels<scalar_t>(pixels.mask, first, n, channel * op.mask.channel);
   mask.store(samples.mask);
   alignas(kCacheLine) index_t rows[kLanes], columns[kLanes];
   ::at::vec::convert_to_int_of_same_size(Vec::blendv(outside, y0, inside)).store(rows);
