@@ -158,7 +158,8 @@ def source_digest() -> str:
     return digest.hexdigest()[:16]
 
 
-TAG = f"inductor_vision-{__version__}-{source_digest()}"
+# The vector instructions are part of it: how weights are packed depends on them.
+TAG = f"inductor_vision-{__version__}-{source_digest()}-{torch.backends.cpu.get_cpu_capability()}"
 
 
 def tag_caches() -> None:
