@@ -50,4 +50,4 @@ def recorded_paths() -> Iterator[list[Path]]:
     try:
         yield recorder
     finally:
-        _recorders.remove(recorder)
+        _recorders[:] = [other for other in _recorders if other is not recorder]  # equal is not the same

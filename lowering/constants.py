@@ -16,12 +16,13 @@ def fold_constant(node: torch.fx.Node, value: ir.TensorBox) -> ir.TensorBox:
     Freezing folds such nodes itself, before a graph is looked up in the cache. Only graphs for AOTInductor, which have
     their weights as constants and are not cached, are folded here.
     """
-    if not V.graph.aot_mode or config.aot_inductor.use_runtime_constant_folding:
+    options = config.aot_inductor
+    if not V.graph.aot_mode or options.use_runtime_constant_folding or not options.package_constants_in_so:
         return value
     chain: list[torch.fx.Node] = []
     if node.op == "get_attr" or not _is_constant(node, chain):
         return value
-    folded = V.graph.add_tensor_constant(_evaluate(node, {}))
+    folded = V.graph.add_tensor_constant(_evaluate(node, {}).clone())  # it may be a view of what is forgotten
     if all(len(link.users) == 1 for link in chain):
         _forget([link for link in chain if link.op == "get_attr"])
     return folded
@@ -31,7 +32,7 @@ def _is_constant(node: torch.fx.Node, chain: list[torch.fx.Node]) -> bool:
     """Whether it depends on constants alone; ``chain`` gets all that it depends on, and itself."""
     chain.append(node)
     if node.op == "get_attr":
-        return True
+        return node.target not in V.graph.mutated_named_buffers
     if node.op != "call_function" or node.is_impure() or not node.all_input_nodes:
         return False
     return all(_is_constant(argument, chain) for argument in node.all_input_nodes)

@@ -314,8 +314,11 @@ def tuned_blocking(
         for pixels in (12, 24, 48, 96, 192)
         for depth in ((default.depth,) if convolution.depthwise else (128, 192, MAX_DEPTH))
     ]
-    memory = "channels_last" if channels_last_strides(strides, image_size) else "contiguous"
-    problem = f"deform_conv2d {convolution}, {kind} {weight.get_dtype()}, {memory} {list(image_size)}"
+    memory = "channels_last" if channels_last else "contiguous"
+    problem = (
+        f"deform_conv2d {convolution}, {kind} {weight.get_dtype()}, "
+        f"{list(image_size)} with strides {list(strides)} to {memory}"
+    )
 
     def prepare() -> Callable[[Blocking], None]:
         return compile_runner(convolution, kind, weight, image_size, strides, size, channels_last)
@@ -338,8 +341,9 @@ def compile_runner(
     taps = convolution.offset_groups * convolution.taps
     offset = torch.randn(batch, 2 * taps, *out_size, dtype=dtype)
     mask = torch.rand(batch, taps, *out_size, dtype=dtype)
+    extent = 1 + sum((n - 1) * stride for n, stride in zip(image_size, image_strides))
     tensors = [
-        torch.empty_strided(image_size, image_strides, dtype=dtype).normal_(),
+        torch.randn(extent, dtype=dtype).as_strided(image_size, image_strides),
         offset,
         mask,
         torch.zeros(V.graph.sizevars.optimization_hints(weight.get_size()), dtype=weight.get_dtype()),

@@ -23,17 +23,26 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
+        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
         _install()
 
 
 class _Finder(importlib.abc.MetaPathFinder):
+    """Finds one module as the other finders do, and gives it our loader."""
+
+    def __init__(self) -> None:
+        self.asking_others = False
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != INDUCTOR_LOWERING:
+        if fullname != INDUCTOR_LOWERING or self.asking_others:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self.asking_others = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self.asking_others = False
         if spec is not None and spec.loader is not None:
             spec.loader = _Loader(spec.loader)
         return spec

@@ -67,7 +67,12 @@ def define_internal_op(schema: str, *, fake: Callable[..., Any], lower: Callable
     from torch._inductor.lowering import register_lowering
 
     name = schema.partition("(")[0]
+
+    def run(*args: Any) -> Any:
+        raise NotImplementedError(f"{NAMESPACE}::{name} exists only in graphs that Inductor compiles; it cannot be run")
+
     _internal.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _internal.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_internal)
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
     register_lowering(overload, type_promotion_kind=None)(lower)
@@ -145,6 +150,7 @@ def _serve_torchvision() -> None:
     for name, function in TORCHVISION.items():
         decompositions[getattr(torch.ops.torchvision, name).default] = function
     fast_random_decomps.cache_clear()
+    tag_caches("torchvision")  # the same graph compiles to something else from now on
 
 
 def source_digest() -> str:
@@ -162,8 +168,8 @@ def source_digest() -> str:
 TAG = f"inductor_vision-{__version__}-{source_digest()}-{torch.backends.cpu.get_cpu_capability()}"
 
 
-def tag_caches() -> None:
-    """Make this package's version and sources part of the key of Inductor's caches on disk, beside a user's tag."""
-    tag = torch.compiler.config.cache_key_tag
-    if TAG not in tag:
-        torch.compiler.config.cache_key_tag = f"{tag}+{TAG}" if tag else TAG
+def tag_caches(tag: str = TAG) -> None:
+    """Make a tag part of the key of Inductor's caches on disk, beside a user's tag."""
+    tags = [tag for tag in torch.compiler.config.cache_key_tag.split("+") if tag]
+    if tag not in tags:
+        torch.compiler.config.cache_key_tag = "+".join([*tags, tag])

@@ -167,9 +167,10 @@ class RowsTemplate(abc.ABC):
         """A lambda that stores `n_columns` neighbours of an output row, for all channels, through the epilogue."""
         accumulate = accumulate_dtype(self.dtype)
         arguments = "int64_t out_image, int64_t out_row, int64_t out_column, int64_t n_columns"
-        signature = f"[&]({arguments}, const {DTYPE_TO_CPP[accumulate]}* sums, int64_t distance)"
+        row = f"{buffer.get_name()}_row"  # a name that no constant of the graph has
+        signature = f"[&]({arguments}, const {DTYPE_TO_CPP[accumulate]}* {row}, int64_t distance)"
         if not epilogue:  # Inductor would copy one by one
-            return f"{signature} {{\n{self._plain_store(kernel, buffer)}\n}}"
+            return f"{signature} {{\n{self._plain_store(kernel, buffer, row)}\n}}"
         target, reindexers = gen_2d_view_of_epilogue_buf(
             epilogue[-1], buffer, epilogue, [], default_reindexers=[None] * len(epilogue)
         )
@@ -179,7 +180,7 @@ class RowsTemplate(abc.ABC):
             nodes.insert(0, self._own_store(buffer, source))
             reindexers.insert(0, None)
 
-        # Of image, row, column and channel: the part of the output, its place, and the strides of `sums`.
+        # Of image, row, column and channel: the part of the output, its place, and the strides of the row.
         ranges: list[Any] = [("out_image", "out_image + 1"), ("out_row", "out_row + 1")]
         ranges += [("out_column", "out_column + n_columns"), ()]
         strides = ["0", "0", "distance", "1"]
@@ -188,24 +189,24 @@ class RowsTemplate(abc.ABC):
             strides = ["0", "distance", "0", "1"]
         part = kernel.slice_nd(target, ranges)
         sums = ir.Buffer(
-            name="sums",
+            name=row,
             layout=ir.FixedLayout(
                 torch.device("cpu"), accumulate, part.get_size(), parse_expr_with_index_symbols(strides)
             ),
         )
-        kernel.local_buffers["sums"] = sums
+        kernel.local_buffers[row] = sums
         body = kernel.store_output(
             part, sums, orig_src=source, epilogue_nodes=nodes, offsets=self._place(), reindexers=reindexers
         )
         return f"{signature} {{\n{body}\n}}"
 
-    def _plain_store(self, kernel: CppTemplateKernel, buffer: ir.CppTemplateBuffer) -> str:
+    def _plain_store(self, kernel: CppTemplateKernel, buffer: ir.CppTemplateBuffer, row: str) -> str:
         size = [kernel.size(buffer, d) for d in range(4)]
         if self.channels_last:
             block = f"{size[3]}, n_columns, {size[3]}"  # distance in the output, rows and columns of the block
         else:
             block = f"{kernel.stride(buffer, 1)}, {size[1]}, n_columns"
-        return f"inductor_vision::store_block(sums, distance, &{kernel.index(buffer, self._place())}, {block});"
+        return f"inductor_vision::store_block({row}, distance, &{kernel.index(buffer, self._place())}, {block});"
 
     def _place(self) -> list[str]:
         """Where in the output, in physical order, a row of results begins."""

@@ -42,7 +42,10 @@ def fastest(problem: str, candidates: Sequence[T], prepare: Callable[[], Callabl
         prepare: makes ready to run, once, and returns a function that runs with a given candidate.
     """
     path = pathlib.Path(cache_dir()) / "inductor_vision" / "tuned.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError:  # nowhere to remember
+        return _measure(candidates, prepare())
     with FileLock(f"{path}.lock"):
         known = _read(path)
         chosen = known.setdefault(machine(), {}).get(problem)

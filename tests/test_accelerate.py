@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import pytest
@@ -16,6 +16,8 @@ from inductor_vision.paths import recorded_paths
 from inductor_vision.tests.support.compare import assert_close
 from inductor_vision.tests.support.compiled import caches_disabled, compile_and_run, run_python
 from inductor_vision.tests.support.deform_conv2d import oracle, sample
+from torch import Tensor, nn
+from torch._inductor import config
 from torch._inductor.decomposition import decompositions, fast_random_decomps
 
 installed = pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="torchvision is not installed")
@@ -47,37 +49,60 @@ def test_nothing_changes_before_the_call(stock):
     assert compiled.templates == 0
 
 
-@pytest.mark.parametrize("name", ["groups_across_offset_groups", "neither"])
-def test_stock_operators_take_the_template(stock, name):
+def test_stock_operators_take_the_template(stock):
     for _ in range(2):  # the second call changes nothing
         accelerate_torchvision()
-    call = call_of(name)
-    compiled = compile_and_run(lambda *call: stock.ops.deform_conv2d(*call).relu(), *call)
-    assert compiled.kinds == ["template"]
-    assert (compiled.templates, compiled.fused) == (1, 1)
-    assert_close(compiled.result, oracle(*call).relu(), torch.float32)
-    assert_close(stock.ops.deform_conv2d(*call), oracle(*call), torch.float32)
+    calls = [call_of("groups_across_offset_groups"), call_of("neither")]
+    compiled = compile_and_run(lambda calls: [stock.ops.deform_conv2d(*call).relu() for call in calls], calls)
+    assert compiled.kinds == ["template", "template"]
+    assert (compiled.templates, compiled.fused) == (2, 2)
+    for call, result in zip(calls, compiled.result):
+        assert_close(result, oracle(*call).relu(), torch.float32)
+        assert_close(stock.ops.deform_conv2d(*call), oracle(*call), torch.float32)
+
+
+def train(fn: Callable, layer: nn.Module, *arguments: Tensor) -> list[Tensor]:
+    """Gradients of the arguments and the layer's parameters, where ``fn`` is the layer or what it was compiled to."""
+    leaves = [tensor.clone().requires_grad_() for tensor in arguments]
+    layer.zero_grad()
+    with caches_disabled():
+        fn(*leaves).square().sum().backward()
+    return [tensor.grad.clone() for tensor in (*leaves, layer.weight, layer.bias)]
+
+
+def training_case(stock: ModuleType, mask: bool) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    x, offset, *_, modulation = call_of("offset_groups_2")
+    return stock.ops.DeformConv2d(8, 6, 3, padding=1), (x, offset, modulation)[: 2 + mask]
+
+
+@pytest.mark.parametrize("mask", [True, False])
+def test_gradients_of_what_stock_operators_become(stock, mask):
+    accelerate_torchvision()
+    layer, arguments = training_case(stock, mask)
+    # Inductor's decompositions without Inductor: for the backend named here nothing becomes C++.
+    compiled = torch.compile(layer, backend="aot_eager_decomp_partition", fullgraph=True)
+    with config.patch(cpu_backend="triton"), recorded_paths() as paths:
+        decomposed = train(compiled, layer, *arguments)
+    assert {(path.op, path.kind) for path in paths} == {
+        ("deform_conv2d", "decomposition"),
+        ("deform_conv2d_backward", "decomposition"),
+    }
+    for ours, stocks in zip(decomposed, train(layer, layer, *arguments)):
+        assert_close(ours, stocks, torch.float32)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mask", [True, False])
-def test_stock_modules_train(stock, mask):
+def test_stock_modules_train(stock):
     accelerate_torchvision()
-    x, offset, _, _, _, _, _, modulation = call_of("offset_groups_2")
-    layer = stock.ops.DeformConv2d(8, 6, 3, padding=1)
-    gradients = []
-    for fn in (layer, torch.compile(layer, fullgraph=True)):
-        leaves = [tensor.clone().requires_grad_() for tensor in (x, offset, modulation)[: 2 + mask]]
-        layer.zero_grad()
-        with caches_disabled(), recorded_paths() as paths:
-            fn(*leaves).square().sum().backward()
-        gradients.append([tensor.grad.clone() for tensor in (*leaves, layer.weight, layer.bias)])
+    layer, arguments = training_case(stock, mask=True)
+    with recorded_paths() as paths:
+        compiled = train(torch.compile(layer, fullgraph=True), layer, *arguments)
     assert {(path.op, path.kind) for path in paths} == {
         ("deform_conv2d", "template"),
         ("deform_conv2d_backward", "decomposition"),
     }
-    for compiled, eager in zip(*reversed(gradients)):
-        assert_close(compiled, eager, torch.float32)
+    for ours, stocks in zip(compiled, train(layer, layer, *arguments)):
+        assert_close(ours, stocks, torch.float32)
 
 
 def test_torchvision_is_not_installed(monkeypatch):
@@ -156,6 +181,7 @@ def test_library_does_not_load():
     run_python(LIBRARY_DOES_NOT_LOAD + WORKS_WITHOUT_LIBRARY, "")
 
 
+@pytest.mark.slow
 @installed
 def test_library_did_not_load_before():
     use = "import torchvision\ntorchvision.models.resnet18()\nassert torchvision.extension._has_ops()"

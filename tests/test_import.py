@@ -13,5 +13,4 @@ assert not [name for name in sys.modules if name.partition(".")[2].startswith("_
 
 
 def test_import_is_cheap_and_does_not_import_inductor():
-    seconds = min(float(run_python(IMPORT)) for _ in range(2))
-    assert seconds < 0.25
+    assert float(run_python(IMPORT)) < 0.25

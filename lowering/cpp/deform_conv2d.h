@@ -546,7 +546,7 @@ struct DeformSchedule {
 
   template <typename scalar_t>
   DeformSchedule(const DeformConv2d<scalar_t>& op, int64_t bytes, int64_t threads)
-      : transposed(op.input.channel != 1),
+      : transposed(op.channels > 1 && op.input.channel != 1),
         images(op.batch),
         own(0),
         distance(0),

@@ -103,7 +103,8 @@ class WeightWithOtherUsers(nn.Module):
         return self.conv(x, offset), nn.functional.conv2d(x, self.conv.weight, padding=1)
 
 
-@pytest.mark.parametrize("freezing", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("freezing", [False, True])
 def test_packages_keep_a_weight_that_others_use(tmp_path, freezing):
     model = WeightWithOtherUsers()
     x, offset = arguments()

@@ -152,6 +152,7 @@ def test_triton_gets_the_decomposition():
     assert_close(graph(*tensors_of(s)), oracle(*s.args, **s.kwargs), torch.float32)
 
 
+@pytest.mark.slow
 def test_a_symbolic_stride_gets_the_decomposition():
     s = sample(Case(size=(7, 11), stride=2))
 
@@ -166,6 +167,7 @@ def test_a_symbolic_stride_gets_the_decomposition():
     assert_close(compiled.result, oracle(*s.args, **s.kwargs), torch.float32)
 
 
+@pytest.mark.slow
 def test_dynamic_channels_become_constants():
     with caches_disabled(), recorded_paths() as paths:
         compiled = torch.compile(call, fullgraph=True, dynamic=True)

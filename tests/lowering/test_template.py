@@ -54,34 +54,36 @@ class Block(nn.Module):
 
 
 class Blocks(nn.Module):
-    """A block for each of FORMATS, and what to call it with."""
+    """Blocks of which only the result is used, and blocks whose convolution is used as well."""
 
-    FORMATS = tuple((dtype, layout) for dtype in (FP32, BF16) for layout in ("contiguous", "channels_last"))
+    KINDS = tuple(
+        (own, dtype, layout)
+        for own in (False, True)
+        for dtype in (FP32, BF16)
+        for layout in ("contiguous", "channels_last")
+    )
 
-    def __init__(self, own_results: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.own_results = own_results
-        self.blocks = nn.ModuleList(Block().to(dtype) for dtype, _ in self.FORMATS)
-        samples = [arguments(layout=layout, offset_layout=layout).to(dtype) for dtype, layout in self.FORMATS]
+        self.blocks = nn.ModuleList(Block().to(dtype) for _, dtype, _ in self.KINDS)
+        samples = [arguments(layout=layout, offset_layout=layout).to(dtype) for _, dtype, layout in self.KINDS]
         self.calls = [(s.args[0], s.args[1], s.kwargs["mask"]) for s in samples]
 
     def forward(self, calls: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
         results = [block(*call) for block, call in zip(self.blocks, calls)]
-        return results if self.own_results else [result[1:] for result in results]
+        return [result if own else result[1:] for result, (own, _, _) in zip(results, self.KINDS)]
 
 
-@pytest.mark.parametrize("own_results", [False, True], ids=["fused", "own_and_fused"])
-def test_bias_norm_activation_and_residual_are_fused(own_results):
-    network = Blocks(own_results)
+def test_bias_norm_activation_and_residual_are_fused():
+    network = Blocks()
     with torch.no_grad():
-        compiled = compile_and_run(network, network.calls, config={"freezing": True})
-        assert compiled.templates == compiled.fused == compiled.kernels == len(network.FORMATS)
-        for (dtype, layout), block, call, results in zip(
-            network.FORMATS, network.blocks, network.calls, compiled.result
-        ):
+        compiled = compile_and_run(network, network.calls, config={"freezing": True, "cpp_wrapper": True})
+        assert compiled.templates == compiled.fused == compiled.kernels == len(network.KINDS)
+        for kind, block, call, results in zip(network.KINDS, network.blocks, network.calls, compiled.result):
+            own, dtype, _ = kind
             expected = block.reference(*call)
-            for result, values in zip(results, expected if own_results else expected[1:]):
-                assert_close(result, values, dtype, f"{dtype}, {layout}")
+            for result, values in zip(results, expected if own else expected[1:]):
+                assert_close(result, values, dtype, str(kind))
                 assert result.stride() == call[0].stride()
 
 
@@ -108,27 +110,27 @@ def flat(results: Any) -> list[Tensor]:
     return list(results) if isinstance(results, (tuple, list)) else [results]
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_epilogues_of_all_shapes(layout):
-    s = arguments(layout=layout, offset_layout=layout)
-
-    def run(x, offset, weight, bias, mask):
+def test_epilogues_of_all_shapes():
+    calls = []
+    for i, (name, layout) in enumerate(
+        (name, layout) for name in EPILOGUES for layout in ("contiguous", "channels_last")
+    ):
+        s = arguments(layout=layout, offset_layout=layout)
         # Each call's input is its own, or all calls would be one.
-        inputs = [x * (i + 1) for i in range(len(EPILOGUES))]
+        calls.append((name, (s.args[0] * (i + 1), *s.args[1:], s.kwargs["mask"])))
+
+    def run(calls):
         return [
-            flat(epilogue(deform_conv2d(scaled, offset, weight, bias, padding=1, mask=mask), x))
-            for epilogue, scaled in zip(EPILOGUES.values(), inputs)
+            flat(EPILOGUES[name](deform_conv2d(*call[:4], padding=1, mask=call[4]), call[0])) for name, call in calls
         ]
 
-    tensors = (*s.args, s.kwargs["mask"])
-    compiled = compile_and_run(run, *tensors, config={"cpp_wrapper": True})
-    assert compiled.templates == len(EPILOGUES)
-    assert compiled.fused > 0
-    for i, (name, epilogue) in enumerate(EPILOGUES.items()):
-        x, *others = tensors
-        own = oracle(x * (i + 1), *others[:3], padding=1, mask=others[3])
-        for result, expected in zip(compiled.result[i], flat(epilogue(own, x.double()))):
-            assert_close(result, expected, FP32, name)
+    compiled = compile_and_run(run, calls, config={"cpp_wrapper": True})
+    assert compiled.templates == len(calls)
+    assert compiled.fused > len(EPILOGUES)
+    for (name, call), results in zip(calls, compiled.result):
+        expected = EPILOGUES[name](oracle(*call[:4], padding=1, mask=call[4]), call[0].double())
+        for result, values in zip(results, flat(expected)):
+            assert_close(result, values, FP32, name)
 
 
 class Network(nn.Module):
@@ -160,7 +162,7 @@ class ChunkViews(nn.Module):
         return self.conv(x, offset, mask)
 
 
-@pytest.mark.parametrize("freezing", [False, True])
+@pytest.mark.parametrize("freezing", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_networks(freezing):
     network, views = Network().eval(), ChunkViews().eval()
 

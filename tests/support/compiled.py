@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -40,8 +41,8 @@ class Compiled:
 
     @property
     def kernels(self) -> int:
-        """How many C++ kernels there are, templates included; not for ``cpp_wrapper``."""
-        return self.source.count("async_compile.cpp_pybinding(")
+        """How many C++ kernels there are, templates included."""
+        return len(re.findall(r'extern "C"\s[^;{]*\)\s*\{', self.source))
 
     @property
     def kinds(self) -> list[str]:

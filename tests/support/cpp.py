@@ -52,14 +52,10 @@ class Capability:
 
 
 CAPABILITIES = {
+    "AVX-512": Capability("AVX512", 16, ("-march=native", "-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512")),
+    "AVX2": Capability("AVX2", 8, ("-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2")),
     "no vector instructions": Capability("DEFAULT", 8),
-    "AVX2": Capability(
-        "AVX2", 8, ("-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2")
-    ),
-    "AVX-512": Capability(
-        "AVX512", 16, ("-march=native", "-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512")
-    ),
-}  # fmt: skip
+}
 
 _COMMON = ("-std=c++17", "-fopenmp", f"-I{HEADERS}", *(f"-isystem{path}" for path in include_paths()))
 # What Inductor's math flags come to, without those that cancel each other.
