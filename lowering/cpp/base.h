@@ -7,19 +7,23 @@
 
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
+#include <c10/util/Unroll.h>
 #include <omp.h>
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
 #include <new>
 #include <type_traits>
+#include <utility>
 
 namespace inductor_vision {
 
 using at::vec::Vectorized;
+using c10::ForcedUnroll;
 
 constexpr int64_t kCacheLine = 64;  // bytes; also the row of a weight panel (gemm.h)
 
@@ -38,6 +42,18 @@ inline int64_t round_down(int64_t a, int64_t b) {
 // The type that sums are kept in: float for float, bf16 and fp16, double for double.
 template <typename scalar_t>
 using accumulate_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+
+template <typename F, int... n>
+inline auto generate(const F& f, std::integer_sequence<int, n...>) {
+  return std::array<decltype(f(0)), sizeof...(n)>{f(n)...};
+}
+
+// {f(0), ..., f(kCount - 1)}.  For arrays that are to be kept in registers: they must be read and written at constant
+// places only (ForcedUnroll), from the very beginning; the constructor of Vec[kCount] is a loop.
+template <int kCount, typename F>
+inline auto generate(const F& f) {
+  return generate(f, std::make_integer_sequence<int, kCount>{});
+}
 
 // Uninitialized memory, aligned to a cache line, released at the end of the scope.
 template <typename T>

@@ -106,13 +106,21 @@ struct DeformPixels {
   Scratch<const scalar_t*> image;
   Places offset, mask;
   Scratch<accumulate_t<scalar_t>> y, x;
+  Scratch<accumulate_t<scalar_t>> tap_y, tap_x;  // how far each tap is from the first
 
-  explicit DeformPixels(int64_t count)
+  DeformPixels(const DeformConv2d<scalar_t>& op, int64_t count)
       : image(count),
         offset{Scratch<const scalar_t*>(count), Scratch<bool>(divide_up(count, kLanes))},
         mask{Scratch<const scalar_t*>(count), Scratch<bool>(divide_up(count, kLanes))},
         y(count),
-        x(count) {
+        x(count),
+        tap_y(op.taps()),
+        tap_x(op.taps()) {
+    using acc_t = accumulate_t<scalar_t>;
+    for (int64_t tap = 0; tap < op.taps(); ++tap) {
+      tap_y[tap] = static_cast<acc_t>(tap / op.kernel_width * op.dilation_height);
+      tap_x[tap] = static_cast<acc_t>(tap % op.kernel_width * op.dilation_width);
+    }
   }
 };
 
@@ -201,8 +209,7 @@ inline void locate(
   constexpr int64_t kLanes = Vec::size();
   const int64_t channel = offset_group * op.taps() + tap;
   const int64_t offset_at = 2 * channel * op.offset.channel;
-  const Vec tap_y(static_cast<acc_t>(tap / op.kernel_width * op.dilation_height));
-  const Vec tap_x(static_cast<acc_t>(tap % op.kernel_width * op.dilation_width));
+  const Vec tap_y(pixels.tap_y[tap]), tap_x(pixels.tap_x[tap]);
 
   const Vec y = Vec::loadu(pixels.y.get() + first) + tap_y + load_pixels<scalar_t>(pixels.offset, first, n, offset_at);
   const Vec x = Vec::loadu(pixels.x.get() + first) + tap_x +
@@ -357,7 +364,7 @@ class DeformTile {
         weight_(weight),
         blocks_(blocks),
         padded_(round_up(round_up(pixels, kMicroRows), kLanes)),
-        pixels_(padded_),
+        pixels_(op, padded_),
         samples_(kKernel == DeformKernel::gemm ? 1 : padded_ / kLanes * op.taps()),
         depth_(kKernel == DeformKernel::gemm ? padded_ * kRowDistance : 0),
         zeros_(op.channels),

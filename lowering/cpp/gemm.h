@@ -51,46 +51,36 @@ struct Panels {
   int64_t panel_stride;
 };
 
+// How many lines of a panel are read ahead: a block of panels does not fit the first-level cache.
+constexpr int64_t kAhead = 16;
+
 template <typename acc_t, int kRows, int kPanels>
 inline void micro_kernel(const Rows<acc_t>& a, const Panels<acc_t>& b, acc_t* c, int64_t ldc) {
   using Vec = Vectorized<acc_t>;
   constexpr int kVec = static_cast<int>(kPanel<acc_t> / Vec::size());  // vectors in a panel's row
   constexpr int kColumns = kPanels * kVec;
-  Vec sum[kRows][kColumns];
-#pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 8
-    for (int j = 0; j < kColumns; ++j) {
-      sum[i][j] = Vec::loadu(c + i * ldc + j * Vec::size());
-    }
-  }
+  const auto element = [&](int n) { return c + n / kColumns * ldc + n % kColumns * Vec::size(); };
+  auto sum = generate<kRows * kColumns>([&](int n) { return Vec::loadu(element(n)); });
   const acc_t* panel = b.data;
   for (int64_t r = 0; r < a.runs; ++r) {
     const acc_t* row = a.data + r * a.run_stride;
     for (int64_t k = 0; k < a.run; ++k) {
-      Vec column[kColumns];
-#pragma GCC unroll 8
-      for (int j = 0; j < kColumns; ++j) {
-        column[j] = Vec::loadu(panel + (j / kVec) * b.panel_stride + (j % kVec) * Vec::size());
-      }
-#pragma GCC unroll 16
-      for (int i = 0; i < kRows; ++i) {
-        const Vec value(row[i * kRowDistance + k]);
-#pragma GCC unroll 8
-        for (int j = 0; j < kColumns; ++j) {
-          sum[i][j] = at::vec::fmadd(value, column[j], sum[i][j]);
+      const auto column = generate<kColumns>([&](int j) {
+        const acc_t* from = panel + (j / kVec) * b.panel_stride + (j % kVec) * Vec::size();
+        if (j % kVec == 0) {
+          __builtin_prefetch(from + kAhead * kPanel<acc_t>);
         }
-      }
+        return Vec::loadu(from);
+      });
+      ForcedUnroll<kRows>{}([&](auto i) {
+        const Vec value(row[i * kRowDistance + k]);
+        ForcedUnroll<kColumns>{}(
+            [&](auto j) { sum[i * kColumns + j] = at::vec::fmadd(value, column[j], sum[i * kColumns + j]); });
+      });
       panel += kPanel<acc_t>;
     }
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 8
-    for (int j = 0; j < kColumns; ++j) {
-      sum[i][j].store(c + i * ldc + j * Vec::size());
-    }
-  }
+  ForcedUnroll<kRows * kColumns>{}([&](auto n) { sum[n].store(element(n)); });
 }
 
 #if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
@@ -98,43 +88,28 @@ inline void micro_kernel(const Rows<acc_t>& a, const Panels<acc_t>& b, acc_t* c,
 // bf16 A and B, fp32 C: k runs over pairs, B holds [K / 2][kPanel][2].
 template <typename acc_t, int kRows, int kPanels>
 inline void micro_kernel(const Rows<at::BFloat16>& a, const Panels<at::BFloat16>& b, float* c, int64_t ldc) {
-  __m512 sum[kRows][kPanels];
-#pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 8
-    for (int j = 0; j < kPanels; ++j) {
-      sum[i][j] = _mm512_loadu_ps(c + i * ldc + j * kPanel<float>);
-    }
-  }
+  const auto element = [&](int n) { return c + n / kPanels * ldc + n % kPanels * kPanel<float>; };
+  auto sum = generate<kRows * kPanels>([&](int n) { return _mm512_loadu_ps(element(n)); });
   const at::BFloat16* panel = b.data;
   for (int64_t r = 0; r < a.runs; ++r) {
     const at::BFloat16* row = a.data + r * a.run_stride;
     for (int64_t k = 0; k < a.run; k += 2) {
-      __m512bh column[kPanels];
-#pragma GCC unroll 8
-      for (int j = 0; j < kPanels; ++j) {
-        column[j] = (__m512bh)_mm512_loadu_si512(panel + j * b.panel_stride);
-      }
-#pragma GCC unroll 16
-      for (int i = 0; i < kRows; ++i) {
+      const auto column = generate<kPanels>([&](int j) {
+        const at::BFloat16* from = panel + j * b.panel_stride;
+        __builtin_prefetch(from + 2 * kAhead * kPanel<float>);
+        return (__m512bh)_mm512_loadu_si512(from);
+      });
+      ForcedUnroll<kRows>{}([&](auto i) {
         int32_t pair;
         std::memcpy(&pair, row + i * kRowDistance + k, sizeof(pair));
         const __m512bh value = (__m512bh)_mm512_set1_epi32(pair);
-#pragma GCC unroll 8
-        for (int j = 0; j < kPanels; ++j) {
-          sum[i][j] = _mm512_dpbf16_ps(sum[i][j], value, column[j]);
-        }
-      }
+        ForcedUnroll<kPanels>{}(
+            [&](auto j) { sum[i * kPanels + j] = _mm512_dpbf16_ps(sum[i * kPanels + j], value, column[j]); });
+      });
       panel += 2 * kPanel<float>;
     }
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 8
-    for (int j = 0; j < kPanels; ++j) {
-      _mm512_storeu_ps(c + i * ldc + j * kPanel<float>, sum[i][j]);
-    }
-  }
+  ForcedUnroll<kRows * kPanels>{}([&](auto n) { _mm512_storeu_ps(element(n), sum[n]); });
 }
 #else
 #define INDUCTOR_VISION_BF16_DOT 0
