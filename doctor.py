@@ -110,7 +110,7 @@ def check_bf16() -> Check:
 
 def find_compiler() -> str:
     """The C++ compiler that Inductor will call. Raises RuntimeError if there is none."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
+    from .lowering.inductor import get_cpp_compiler
 
     return get_cpp_compiler()
 

@@ -47,9 +47,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     Returns:
         An :class:`Explanation`.
     """
-    from torch._inductor import config
-
-    with recorded_paths() as paths, config.patch(force_disable_caches=True):
+    with recorded_paths() as paths:
         # isolate_recompiles is missing from the overloads that type checkers see.
         compiled = torch.compile(fn, backend=_fresh_inductor, isolate_recompiles=True)  # type: ignore[call-overload]
         compiled(*args, **kwargs)
@@ -58,6 +56,8 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
 
 def _fresh_inductor(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
     """Inductor under another name: Dynamo shares no compiled code between backends."""
+    from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(graph, example_inputs)
+    with config.patch(force_disable_caches=True):
+        return compile_fx(graph, example_inputs)

@@ -19,23 +19,42 @@ def fold_constant(node: torch.fx.Node, value: ir.TensorBox) -> ir.TensorBox:
     options = config.aot_inductor
     if not V.graph.aot_mode or options.use_runtime_constant_folding or not options.package_constants_in_so:
         return value
-    chain: list[torch.fx.Node] = []
+    chain: dict[torch.fx.Node, bool] = {}
     if node.op == "get_attr" or not _is_constant(node, chain):
         return value
-    folded = V.graph.add_tensor_constant(_evaluate(node, {}).clone())  # it may be a view of what is forgotten
-    if all(len(link.users) == 1 for link in chain):
-        _forget([link for link in chain if link.op == "get_attr"])
+    folded = V.graph.add_tensor_constant(_shared(_evaluate(node, {})))
+    node.meta[_FOLDED] = len(node.users) == 1
+    _forget([link for link in chain if link.op == "get_attr" and _is_gone(link)])
     return folded
 
 
-def _is_constant(node: torch.fx.Node, chain: list[torch.fx.Node]) -> bool:
-    """Whether it depends on constants alone; ``chain`` gets all that it depends on, and itself."""
-    chain.append(node)
-    if node.op == "get_attr":
-        return node.target not in V.graph.mutated_named_buffers
-    if node.op != "call_function" or node.is_impure() or not node.all_input_nodes:
-        return False
-    return all(_is_constant(argument, chain) for argument in node.all_input_nodes)
+_FOLDED = "inductor_vision_folded"  # in a node's meta: nothing reads its value, but what was folded from it
+
+
+def _is_gone(node: torch.fx.Node) -> bool:
+    """Whether nothing is left in the graph that reads it."""
+    return node.meta.get(_FOLDED, False) or (len(node.users) > 0 and all(map(_is_gone, node.users)))
+
+
+def _is_constant(node: torch.fx.Node, known: dict[torch.fx.Node, bool]) -> bool:
+    """Whether it depends on constants alone; ``known`` gets the answer for all that it depends on, and itself."""
+    if node not in known:
+        if node.op == "get_attr":
+            known[node] = node.target not in V.graph.mutated_named_buffers
+        else:
+            pure = node.op == "call_function" and not node.is_impure() and bool(node.all_input_nodes)
+            known[node] = pure and all(_is_constant(argument, known) for argument in node.all_input_nodes)
+    return known[node]
+
+
+def _shared(tensor: torch.Tensor) -> torch.Tensor:
+    """A constant of the graph that equals it, as where a layer is applied twice, or a copy: it may be a view of what is
+    forgotten."""
+    for other in V.graph.constants.values():
+        alike = other.dtype == tensor.dtype and other.size() == tensor.size() and other.stride() == tensor.stride()
+        if alike and torch.equal(other, tensor):
+            return other
+    return tensor.clone()
 
 
 def _tensor(node: torch.fx.Node) -> torch.Tensor:

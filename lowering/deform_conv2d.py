@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
+from ..ops.deform_conv2d import Arguments, empty_output
+from ..ops.registry import accumulate_dtype
 from .constants import fold_constant
 from .inductor import DTYPE_TO_CPP, CppCodeCache, CppTemplateKernel, V, config, ir, pick_vec_isa
 from .layout import channels_last_strides, feeds_channels_last_convolution
 from .registry import Template, define_internal_op, template_for
-from .template import RowsTemplate, accumulate_dtype, splice_header
+from .template import RowsTemplate, splice_header
 from .tuning import fastest
 
 
@@ -70,57 +71,37 @@ def default_blocking(convolution: Convolution) -> Blocking:
 def bf16_dot_products() -> bool:
     """Whether the kernel is compiled with INDUCTOR_VISION_BF16_DOT (cpp/gemm.h)."""
     isa = pick_vec_isa()
-    native = config.cpp.march is None or "avx512bf16" in isa.build_arch_flags()
-    return bool(isa) and isa.bit_width() == 512 and torch.cpu._is_avx512_bf16_supported() and native
+    return bool(isa) and "avx512bf16" in isa.build_arch_flags()  # there where CPU and compiler have them
 
 
-def _convolution(
-    input: Tensor, offset: Tensor, weight_shape: Sequence[int], geometry: Sequence[Sequence[int]]
-) -> Convolution:
+def _convolution(call: Arguments, weight_shape: Sequence[int]) -> Convolution:
     out_channels, group_channels, *kernel = weight_shape
-    stride, padding, dilation = map(tuple, geometry)
+    channels = int(call.input.shape[1])
     return Convolution(
-        channels=int(input.shape[1]),
+        channels=channels,
         out_channels=out_channels,
         kernel=tuple(kernel),
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        groups=int(input.shape[1]) // group_channels,
-        offset_groups=int(offset.shape[1]) // (2 * kernel[0] * kernel[1]),
-        dtype=input.dtype,
+        stride=tuple(call.stride),
+        padding=tuple(call.padding),
+        dilation=tuple(call.dilation),
+        groups=channels // group_channels,
+        offset_groups=int(call.offset.shape[1]) // (2 * kernel[0] * kernel[1]),
+        dtype=call.input.dtype,
     )
 
 
-def _refusal(
-    input: Tensor,
-    offset: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    mask: Tensor | None,
-) -> str | None:
-    if not all(isinstance(number, int) for number in (*stride, *padding, *dilation)):
+def _refusal(*args: Any) -> str | None:
+    call = Arguments(*args)
+    if not all(isinstance(number, int) for number in (*call.stride, *call.padding, *call.dilation)):
         return "stride, padding and dilation must be constants"
     return None
 
 
-def _prepack(
-    input: Tensor,
-    offset: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    mask: Tensor | None,
-) -> Tensor:
-    shape = [int(n) for n in weight.shape]
-    convolution = _convolution(input, offset, shape, (stride, padding, dilation))
-    kind, packed = pack(convolution, weight)
-    return _prepacked(input, offset, packed, bias, stride, padding, dilation, mask, shape, kind)
+def _prepack(*args: Any) -> Tensor:
+    call = Arguments(*args)
+    shape = [int(n) for n in call.weight.shape]
+    kind, packed = pack(_convolution(call, shape), call.weight)
+    return _prepacked(*call._replace(weight=packed), shape, kind)
 
 
 def pack(convolution: Convolution, weight: Tensor) -> tuple[str, Tensor]:
@@ -144,56 +125,33 @@ def pack(convolution: Convolution, weight: Tensor) -> tuple[str, Tensor]:
     return "gemm", weight.permute(0, 1, 4, 3, 2).contiguous()  # [G, panels, K, Cg, lanes]
 
 
-def _fake_prepacked(
-    input: Tensor,
-    offset: Tensor,
-    packed: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    mask: Tensor | None,
-    weight_shape: Sequence[int],
-    kind: str,
-) -> Tensor:
-    out = input.new_empty(input.shape[0], weight_shape[0], *offset.shape[2:])
-    return out.contiguous(memory_format=suggest_memory_format(input))
+def _fake_prepacked(*args: Any) -> Tensor:
+    call, (out_channels, *_) = Arguments(*args[:-2]), args[-2]
+    return empty_output(call.input, out_channels, call.offset.shape[2:])
 
 
-def _lower(
-    input: ir.TensorBox,
-    offset: ir.TensorBox,
-    packed: ir.TensorBox,
-    bias: ir.TensorBox | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    mask: ir.TensorBox | None,
-    weight_shape: Sequence[int],
-    kind: str,
-) -> ir.TensorBox:
+def _lower(*args: Any) -> ir.TensorBox:
+    call, (weight_shape, kind) = Arguments(*args[:-2]), args[-2:]  # of Inductor IR; `weight` is packed
     node = V.graph.current_node
-    fake_input, fake_offset = (arg.meta["val"] for arg in node.args[:2])
-    convolution = _convolution(fake_input, fake_offset, weight_shape, (stride, padding, dilation))
-    image, channels_last = _image(input, node)
-    weight = ir.ExternKernel.require_contiguous(fold_constant(node.args[2], packed))
+    fake = Arguments(*torch.fx.map_arg(node.args[:-2], lambda argument: argument.meta["val"]))
+    convolution = _convolution(fake, weight_shape)
+    image, channels_last = _image(call.input, node)
+    kernel = Kernel(convolution, kind, channels_last)
+    weight = ir.ExternKernel.require_contiguous(fold_constant(node.args[2], call.weight))
     size = ir.convert_shape_to_inductor(node.meta["val"].shape)
     blocking = default_blocking(convolution)
     if config.max_autotune:
-        hints = V.graph.sizevars.optimization_hints(size)
-        blocking = tuned_blocking(convolution, kind, weight, image, hints, channels_last)
+        blocking = tuned_blocking(kernel, weight, image, V.graph.sizevars.optimization_hints(size))
     realize = ir.ExternKernel.realize_input
     return DeformConv2dTemplate(
-        convolution,
+        kernel,
         blocking,
-        kind,
         image,
-        realize(offset),
+        realize(call.offset),
         realize(weight),
-        mask=None if mask is None else realize(mask),
-        bias=None if bias is None else ir.ExternKernel.require_contiguous(realize(bias)),
+        mask=None if call.mask is None else realize(call.mask),
+        bias=None if call.bias is None else ir.ExternKernel.require_contiguous(realize(call.bias)),
         size=size,
-        channels_last=channels_last,
     ).output()
 
 
@@ -225,6 +183,32 @@ def _layout_is_free(x: ir.TensorBox) -> bool:
     return not isinstance(box.data, ir.Buffer) or isinstance(box.data.get_layout(), ir.FlexibleLayout)
 
 
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """An instance of the C++ function template."""
+
+    convolution: Convolution
+    kind: str  # a DeformKernel
+    channels_last: bool  # the memory format of the result
+
+    def statement(self, tensors: Sequence[str], weight: str, size: Sequence[Any], out_size: Sequence[Any]) -> str:
+        """C++ that runs it, where `blocking` and `store` are defined.
+
+        Args:
+            tensors: image, offset and mask as View4d, bias as a pointer.
+            weight: a pointer.
+            size: of the image, [B, C, H, W].
+            out_size: height and width.
+        """
+        c = self.convolution
+        pairs = [*c.kernel, *c.stride, *c.padding, *c.dilation]
+        fields = [*tensors, *size, c.out_channels, *out_size, *pairs, c.groups, c.offset_groups]
+        return f"""
+    const inductor_vision::DeformConv2d<{DTYPE_TO_CPP[c.dtype]}> op{{{", ".join(map(str, fields))}}};
+    inductor_vision::deform_conv2d<{str(self.channels_last).lower()}, inductor_vision::DeformKernel::{self.kind}>(
+        op, {weight}, blocking, store);"""
+
+
 class DeformConv2dTemplate(RowsTemplate):
     """See cpp/deform_conv2d.h."""
 
@@ -233,9 +217,8 @@ class DeformConv2dTemplate(RowsTemplate):
 
     def __init__(
         self,
-        convolution: Convolution,
+        kernel: Kernel,
         blocking: Blocking,
-        kind: str,
         image: ir.IRNode,
         offset: ir.IRNode,
         weight: ir.IRNode,
@@ -243,19 +226,18 @@ class DeformConv2dTemplate(RowsTemplate):
         mask: ir.IRNode | None,
         bias: ir.IRNode | None,
         size: Sequence[Any],
-        channels_last: bool,
     ) -> None:
         optional = [t for t in (mask, bias) if t is not None]
-        super().__init__([image, offset, weight, *optional], convolution.dtype, size, channels_last)
-        self.convolution = convolution
+        super().__init__([image, offset, weight, *optional], kernel.convolution.dtype, size, kernel.channels_last)
+        self.kernel = kernel
         self.blocking = blocking
-        self.kind = kind
         self.has_mask, self.has_bias = mask is not None, bias is not None
 
     @property
     def path(self) -> str:
         precision = "bf16 dot products" if self.inputs[2].get_dtype() == torch.bfloat16 else "fused"
-        return f"{'GEMM' if self.kind == 'gemm' else self.kind} kernel, {precision}, {self.blocking}"
+        kind = "GEMM" if self.kernel.kind == "gemm" else self.kernel.kind
+        return f"{kind} kernel, {precision}, {self.blocking}"
 
     def call(self, kernel: CppTemplateKernel, inputs: Sequence[ir.IRNode], store: str) -> str:
         image, offset, weight, *optional = inputs
@@ -272,112 +254,69 @@ class DeformConv2dTemplate(RowsTemplate):
         def size(node: ir.IRNode) -> list[str]:
             return [kernel.size(node, d) for d in range(4)]
 
-        run = run_statement(
-            self.convolution, self.kind, self.channels_last, view(image), view(offset), view(mask), pointer(bias),
-            pointer(weight), size(image), size(offset)[2:],
-        )  # fmt: skip
+        tensors = [view(image), view(offset), view(mask), pointer(bias)]
+        run = self.kernel.statement(tensors, pointer(weight), size(image), size(offset)[2:])
         blocking = ", ".join(map(str, dataclasses.astuple(self.blocking)))
         return f"const inductor_vision::DeformBlocking blocking{{{blocking}}};\nconst auto store = {store};\n{run}"
 
 
-def run_statement(
-    convolution: Convolution,
-    kind: str,
-    channels_last: bool,
-    image: str,
-    offset: str,
-    mask: str,
-    bias: str,
-    weight: str,
-    image_size: Sequence[Any],
-    out_size: Sequence[Any],
-) -> str:
-    """C++ that runs the kernel on views (``image``, ``offset``, ``mask``) and pointers, with `blocking` and `store`."""
-    c = convolution
-    pairs = [*c.kernel, *c.stride, *c.padding, *c.dilation]
-    fields = [image, offset, mask, bias, *image_size, c.out_channels, *out_size, *pairs, c.groups, c.offset_groups]
-    return f"""
-    const inductor_vision::DeformConv2d<{DTYPE_TO_CPP[c.dtype]}> op{{{", ".join(map(str, fields))}}};
-    inductor_vision::deform_conv2d<{str(channels_last).lower()}, inductor_vision::DeformKernel::{kind}>(
-        op, {weight}, blocking, store);"""
-
-
-def tuned_blocking(
-    convolution: Convolution, kind: str, weight: ir.IRNode, image: ir.IRNode, size: Sequence[int], channels_last: bool
-) -> Blocking:
-    """The blocking that runs fastest on random data; ``size`` is the output's, with hints for what is dynamic."""
+def tuned_blocking(kernel: Kernel, weight: ir.IRNode, image: ir.IRNode, out_size: Sequence[int]) -> Blocking:
+    """The blocking that runs fastest on random data; ``out_size`` is [B, O, Ho, Wo], with hints for what is dynamic."""
     hints = V.graph.sizevars.optimization_hints
-    image_size, strides = hints(image.get_size()), hints(image.get_layout().stride)
-    default = default_blocking(convolution)
+    size, strides = hints(image.get_size()), hints(image.get_layout().stride)
+    default = default_blocking(kernel.convolution)
     choices = [
         Blocking(pixels, depth, default.transposed_bytes)
         for pixels in (12, 24, 48, 96, 192)
-        for depth in ((default.depth,) if convolution.depthwise else (128, 192, MAX_DEPTH))
+        for depth in ((default.depth,) if kernel.convolution.depthwise else (128, 192, MAX_DEPTH))
     ]
-    memory = "channels_last" if channels_last else "contiguous"
-    problem = (
-        f"deform_conv2d {convolution}, {kind} {weight.get_dtype()}, "
-        f"{list(image_size)} with strides {list(strides)} to {memory}"
-    )
+    problem = f"deform_conv2d {kernel}, weight {weight.get_dtype()}, {list(size)} with strides {list(strides)}"
 
     def prepare() -> Callable[[Blocking], None]:
-        return compile_runner(convolution, kind, weight, image_size, strides, size, channels_last)
+        packed = torch.zeros(hints(weight.get_size()), dtype=weight.get_dtype())
+        return compile_runner(kernel, packed, size, strides, out_size)
 
     return fastest(problem, choices, prepare)
 
 
 def compile_runner(
-    convolution: Convolution,
-    kind: str,
-    weight: ir.IRNode,
-    image_size: Sequence[int],
-    image_strides: Sequence[int],
-    size: Sequence[int],
-    channels_last: bool,
+    kernel: Kernel, weight: Tensor, size: Sequence[int], strides: Sequence[int], out_size: Sequence[int]
 ) -> Callable[[Blocking], None]:
-    """The kernel, compiled by itself on random data of these shapes, as a function of its blocking."""
-    dtype = convolution.dtype
-    batch, out_channels, *out_size = size
-    taps = convolution.offset_groups * convolution.taps
-    offset = torch.randn(batch, 2 * taps, *out_size, dtype=dtype)
-    mask = torch.rand(batch, taps, *out_size, dtype=dtype)
-    extent = 1 + sum((n - 1) * stride for n, stride in zip(image_size, image_strides))
-    tensors = [
-        torch.randn(extent, dtype=dtype).as_strided(image_size, image_strides),
-        offset,
-        mask,
-        torch.zeros(V.graph.sizevars.optimization_hints(weight.get_size()), dtype=weight.get_dtype()),
-        torch.empty(size, dtype=dtype),
-    ]
-    scalar = DTYPE_TO_CPP[dtype]
+    """The kernel, compiled by itself on a random image of this size, as a function of its blocking."""
+    dtype, scalar = kernel.convolution.dtype, DTYPE_TO_CPP[kernel.convolution.dtype]
+    batch, out_channels, height, width = out_size
+    taps = kernel.convolution.offset_groups * kernel.convolution.taps
+    extent = 1 + sum((n - 1) * stride for n, stride in zip(size, strides))
+    image = torch.randn(extent, dtype=dtype).as_strided(size, strides)
+    offset = torch.randn(batch, 2 * taps, height, width, dtype=dtype)
+    mask = torch.rand(batch, taps, height, width, dtype=dtype)
+    out = torch.empty(out_size, dtype=dtype)
 
     def view(name: str, tensor: Tensor) -> str:
         return f"{{{name}, {', '.join(map(str, tensor.stride()))}}}"
 
-    run = run_statement(
-        convolution, kind, channels_last, view("image", tensors[0]), view("offset", offset), view("mask", mask),
-        "nullptr", "weight", image_size, out_size,
-    )  # fmt: skip
-    outer, inner = ("n_columns", str(out_channels)) if channels_last else (str(out_channels), "n_columns")
+    tensors = [view("image", image), view("offset", offset), view("mask", mask), "nullptr"]
+    outer, inner = ("n_columns", str(out_channels)) if kernel.channels_last else (str(out_channels), "n_columns")
     source = f"""
 #include <torch/csrc/inductor/cpp_prefix.h>
 {splice_header(DeformConv2dTemplate.header)}
 extern "C" void run(const {scalar}* image, const {scalar}* offset, const {scalar}* mask,
-    const {DTYPE_TO_CPP[weight.get_dtype()]}* weight, {scalar}* out, int64_t pixels, int64_t depth, int64_t bytes) {{
-    const inductor_vision::DeformBlocking blocking{{pixels, depth, bytes}};
+    const {DTYPE_TO_CPP[weight.dtype]}* weight, {scalar}* out,
+    int64_t pixels, int64_t depth, int64_t transposed_bytes) {{
+    const inductor_vision::DeformBlocking blocking{{pixels, depth, transposed_bytes}};
     const auto store = [&](int64_t b, int64_t y, int64_t x, int64_t n_columns, const auto* sums, int64_t distance) {{
-        {scalar}* to = out + ((b * {out_size[0]} + y) * {out_size[1]} + x) * {out_channels};
+        {scalar}* to = out + ((b * {height} + y) * {width} + x) * {out_channels};
         for (int64_t i = 0; i < {outer}; ++i) {{
             std::copy_n(sums + i * distance, {inner}, to + i * {inner});
         }}
     }};
-    {run}
+    {kernel.statement(tensors, "weight", size, (height, width))}
 }}
 """
     library = CppCodeCache.load(source)
 
     def run_once(blocking: Blocking) -> None:
-        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (image, offset, mask, weight, out)]
         library.run(*pointers, *map(ctypes.c_int64, dataclasses.astuple(blocking)))
 
     return run_once

@@ -1,4 +1,8 @@
-"""All that is used of Inductor's private parts, checked on torch 2.13. A new release of torch is this file's work."""
+"""What is used of Inductor's private parts, checked on torch 2.13: a new release of torch is this file's work.
+
+Only the tables that operators are entered into are not here but in registry.py and hook.py: that happens while Inductor
+is being imported, when this file cannot be.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from torch._inductor.codegen.cpp import get_export_declaration
 from torch._inductor.codegen.cpp_gemm_template import gen_2d_view_of_epilogue_buf
 from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel, parse_expr_with_index_symbols
 from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
+from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.cpu_vec_isa import VecISA, pick_vec_isa
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._inductor.utils import Placeholder
@@ -24,6 +29,7 @@ __all__ = [
     "cache_dir",
     "config",
     "gen_2d_view_of_epilogue_buf",
+    "get_cpp_compiler",
     "get_export_declaration",
     "ir",
     "ops",

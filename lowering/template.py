@@ -17,6 +17,7 @@ from unittest.mock import patch
 
 import torch
 
+from ..ops.registry import accumulate_dtype
 from ..paths import record_path
 from .inductor import (
     DTYPE_TO_CPP,
@@ -48,11 +49,6 @@ def splice_header(name: str) -> str:
         return re.sub(r'^#include "(\w+\.h)"$', lambda match: splice(match[1]), text, flags=re.MULTILINE)
 
     return splice(name)
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums are kept in; ``accumulate_t`` in base.h."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class RowsTemplate(abc.ABC):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 from torch.nn.modules.utils import _pair
 
-from .registry import define_op, forbid_double_backward, serves_torchvision
+from .registry import accumulate_dtype, define_op, forbid_double_backward, serves_torchvision
 
 
 def deform_conv2d(
@@ -114,17 +115,22 @@ def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
-def _check(
-    input: Tensor,
-    offset: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    mask: Tensor | None,
-) -> tuple[int, int]:
+class Arguments(NamedTuple):
+    """What the operator takes, in its order."""
+
+    input: Tensor
+    offset: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    mask: Tensor | None
+
+
+def _check(arguments: Arguments) -> tuple[int, int]:
     """Raise RuntimeError unless the arguments go together; the output's height and width."""
+    input, offset, weight, bias, stride, padding, dilation, mask = arguments
 
     def check(condition: bool, message: str) -> None:
         torch._check(condition, lambda: f"deform_conv2d: {message}")
@@ -196,18 +202,14 @@ def _check(
     return out_height, out_width
 
 
-def _fake(
-    input: Tensor,
-    offset: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    mask: Tensor | None,
-) -> Tensor:
-    size = _check(input, offset, weight, bias, stride, padding, dilation, mask)
-    out = input.new_empty((input.shape[0], weight.shape[0], *size))
+def _fake(*args: Any) -> Tensor:
+    arguments = Arguments(*args)
+    return empty_output(arguments.input, arguments.weight.shape[0], _check(arguments))
+
+
+def empty_output(input: Tensor, out_channels: int, size: Sequence[int]) -> Tensor:
+    """Shape and memory format of the result."""
+    out = input.new_empty((input.shape[0], out_channels, *size))
     return out.contiguous(memory_format=suggest_memory_format(input))
 
 
@@ -280,23 +282,11 @@ class _Sampling:
         return value.where(self.inside, 0)
 
 
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _decomposition(
-    input: Tensor,
-    offset: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    mask: Tensor | None,
-) -> Tensor:
-    out_height, out_width = _check(input, offset, weight, bias, stride, padding, dilation, mask)
+def _decomposition(*args: Any) -> Tensor:
+    input, offset, weight, bias, stride, padding, dilation, mask = arguments = Arguments(*args)
+    out_height, out_width = _check(arguments)
     dtype, memory_format = input.dtype, suggest_memory_format(input)
-    input, offset, weight = (t.to(_compute_dtype(dtype)) for t in (input, offset, weight))
+    input, offset, weight = (t.to(accumulate_dtype(dtype)) for t in (input, offset, weight))
     batch, channels = input.shape[:2]
     out_channels, group_channels, kernel_height, kernel_width = weight.shape
     groups, taps, pixels = channels // group_channels, kernel_height * kernel_width, out_height * out_width
@@ -322,45 +312,31 @@ _op = define_op(
 )
 
 
-def _fake_backward(
-    grad: Tensor,
-    input: Tensor,
-    offset: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    mask: Tensor | None,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    _check(input, offset, weight, bias, stride, padding, dilation, mask)
+def _differentiable(arguments: Arguments) -> tuple[Tensor | None, ...]:
+    """What has a gradient, in the order in which the backward operator returns them."""
+    return arguments.input, arguments.offset, arguments.weight, arguments.bias, arguments.mask
+
+
+def _fake_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    arguments, wanted = Arguments(*args[:-1]), args[-1]
+    _check(arguments)
     return tuple(
-        input.new_empty(tensor.shape) if want and tensor is not None else input.new_empty(0)
-        for tensor, want in zip((input, offset, weight, bias, mask), wanted)
+        arguments.input.new_empty(tensor.shape if want and tensor is not None else (0,))
+        for tensor, want in zip(_differentiable(arguments), wanted)
     )
 
 
-def _decomposition_backward(
-    grad: Tensor,
-    input: Tensor,
-    offset: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    mask: Tensor | None,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, ...]:
+def _decomposition_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """Gradients of input, offset, weight, bias and mask; an empty tensor for each that is not wanted.
 
     At the kinks of the interpolation, integer coordinates, the derivative by the offset is the one to the right, as in
     torchvision; at exactly -1 too, where the sample itself is still zero.
     """
-    out_height, out_width = _check(input, offset, weight, bias, stride, padding, dilation, mask)
+    arguments, wanted = Arguments(*args[:-1]), args[-1]
+    out_height, out_width = _check(arguments)
+    input, offset, weight, bias, stride, padding, dilation, mask = arguments
     dtype = input.dtype
-    grad, input, offset, weight = (t.to(_compute_dtype(dtype)) for t in (grad, input, offset, weight))
+    grad, input, offset, weight = (t.to(accumulate_dtype(dtype)) for t in (grad, input, offset, weight))
     batch, channels = input.shape[:2]
     out_channels, group_channels, kernel_height, kernel_width = weight.shape
     groups, taps, pixels = channels // group_channels, kernel_height * kernel_width, out_height * out_width
@@ -398,9 +374,9 @@ def _decomposition_backward(
         results[3] = grad.sum((0, 3))
     if wanted[4] and mask is not None:
         results[4] = (grad_columns * values).sum(2)
-    shapes = [t.shape if t is not None else (0,) for t in (input, offset, weight, bias, mask)]
     return tuple(
-        result.reshape(shape if want else (0,)).to(dtype) for result, shape, want in zip(results, shapes, wanted)
+        result.reshape(tensor.shape if want and tensor is not None else (0,)).to(dtype)
+        for result, tensor, want in zip(results, _differentiable(arguments), wanted)
     )
 
 
@@ -432,8 +408,7 @@ torch.library.register_autograd(_op.overload, _autograd, setup_context=_setup_co
 forbid_double_backward(_op_backward, "deform_conv2d")
 
 
-@serves_torchvision("deform_conv2d")
-def _torchvision(
+def _from_torchvision(
     input: Tensor,
     weight: Tensor,
     offset: Tensor,
@@ -448,34 +423,23 @@ def _torchvision(
     groups: int,
     offset_groups: int,
     use_mask: bool,
-) -> Tensor:
+) -> Arguments:
     stride, padding, dilation = (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w)
-    return _op(input, offset, weight, bias, stride, padding, dilation, mask if use_mask else None)
+    return Arguments(input, offset, weight, bias, stride, padding, dilation, mask if use_mask else None)
+
+
+@serves_torchvision("deform_conv2d")
+def _torchvision(*args: Any) -> Tensor:
+    return _op(*_from_torchvision(*args))
 
 
 @serves_torchvision("_deform_conv2d_backward")
-def _torchvision_backward(
-    grad: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    offset: Tensor,
-    mask: Tensor,
-    bias: Tensor,
-    stride_h: int,
-    stride_w: int,
-    pad_h: int,
-    pad_w: int,
-    dilation_h: int,
-    dilation_w: int,
-    groups: int,
-    offset_groups: int,
-    use_mask: bool,
-) -> tuple[Tensor, ...]:
-    stride, padding, dilation = (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w)
-    wanted = [True, True, True, True, use_mask]
+def _torchvision_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    arguments = _from_torchvision(*args)
+    use_mask = arguments.mask is not None
     grad_input, grad_offset, grad_weight, grad_bias, grad_mask = _op_backward(
-        grad, input, offset, weight, bias, stride, padding, dilation, mask if use_mask else None, wanted
+        grad, *arguments, [True, True, True, True, use_mask]
     )
     if not use_mask:  # torchvision passes a stand-in of shape [B, 1] and wants its gradient
-        grad_mask = torch.zeros_like(mask)
+        grad_mask = torch.zeros_like(args[3])
     return grad_input, grad_weight, grad_offset, grad_mask, grad_bias

@@ -110,6 +110,11 @@ def _in_float32(op: VisionOp, device: str) -> Callable[..., Any]:
     return autocast
 
 
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What operators compute in: float32 for the low precisions."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def forbid_double_backward(op: VisionOp, forward: str) -> None:
     """Have the gradient of a backward operator be a clear error."""
 

@@ -63,6 +63,28 @@ def test_stock_operators_take_the_template(stock):
         assert_close(stock.ops.deform_conv2d(*call), oracle(*call), torch.float32)
 
 
+SHARE_A_CACHE = """
+import sys
+import inductor_vision, torch, torchvision
+
+if sys.argv[1] == "accelerated":
+    inductor_vision.accelerate_torchvision()
+x, offset, weight = torch.ones(1, 2, 5, 5), torch.zeros(1, 18, 5, 5), torch.ones(2, 2, 3, 3)
+with torch.no_grad():
+    torch.compile(torchvision.ops.deform_conv2d)(x, offset, weight, padding=1)
+print("hit" if torch._dynamo.utils.counters["inductor"]["fxgraph_cache_hit"] else "miss")
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_share_a_cache_get_what_they_asked_for(torchvision, tmp_path):
+    def run(mode: str) -> str:
+        return run_python(SHARE_A_CACHE, mode, TORCHINDUCTOR_CACHE_DIR=str(tmp_path)).strip()
+
+    asked = ["stock", "accelerated", "stock", "accelerated"]
+    assert [run(mode) for mode in asked] == ["miss", "miss", "hit", "hit"]
+
+
 def train(fn: Callable, layer: nn.Module, *arguments: Tensor) -> list[Tensor]:
     """Gradients of the arguments and the layer's parameters, where ``fn`` is the layer or what it was compiled to."""
     leaves = [tensor.clone().requires_grad_() for tensor in arguments]

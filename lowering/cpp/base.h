@@ -39,7 +39,8 @@ inline int64_t round_down(int64_t a, int64_t b) {
   return a / b * b;
 }
 
-// The type that sums are kept in: float for float, bf16 and fp16, double for double.
+// The type that sums are kept in: float for float, bf16 and fp16, double for double (accumulate_dtype,
+// ops/registry.py).
 template <typename scalar_t>
 using accumulate_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
 

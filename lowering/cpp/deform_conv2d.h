@@ -18,6 +18,7 @@
 #define INDUCTOR_VISION_DEFORM_CONV2D_H
 
 #include <cmath>
+#include <vector>
 
 #include "base.h"
 #include "gemm.h"
@@ -38,7 +39,7 @@ struct View4d {
 
 template <typename scalar_t>
 struct DeformConv2d {
-  View4d<scalar_t> input;
+  View4d<scalar_t> input;  // its channels or its columns are neighbours
   View4d<scalar_t> offset;
   View4d<scalar_t> mask;  // data is null: no mask
   const scalar_t* bias;   // null: no bias
@@ -62,7 +63,8 @@ struct DeformConv2d {
 struct DeformBlocking {
   int64_t pixels;  // in a tile, at most
   int64_t depth;   // samples of a pixel that are buffered, at most; no more than kMaxDepth
-  int64_t bytes;   // an input that is not channels_last is transposed in whole images of at most so many, or one
+  int64_t
+      transposed_bytes;  // an input that is not channels_last is transposed in whole images of at most so many, or one
 };
 
 // The depth is cut into equal numbers of taps with all channels, or, if the channels of one tap are too many, into
@@ -552,7 +554,7 @@ struct DeformSchedule {
   int64_t copies;    // of `images` transposed images
 
   template <typename scalar_t>
-  DeformSchedule(const DeformConv2d<scalar_t>& op, int64_t bytes, int64_t threads)
+  DeformSchedule(const DeformConv2d<scalar_t>& op, int64_t transposed_bytes, int64_t threads)
       : transposed(op.channels > 1 && op.input.channel != 1),
         images(op.batch),
         own(0),
@@ -561,7 +563,7 @@ struct DeformSchedule {
     if (transposed) {
       // A cache line more than the channels need: pixels a power of two apart would share cache sets.
       distance = op.channels + kCacheLine / static_cast<int64_t>(sizeof(scalar_t));
-      const int64_t fit = bytes / (op.height * op.width * distance * static_cast<int64_t>(sizeof(scalar_t)));
+      const int64_t fit = transposed_bytes / (op.height * op.width * distance * static_cast<int64_t>(sizeof(scalar_t)));
       images = std::clamp<int64_t>(op.batch / threads, 1, std::max<int64_t>(fit, 1));
       own = fit == 0 ? 0 : round_down(op.batch, images * threads);
       copies = own == 0 ? 1 : threads;
@@ -581,7 +583,7 @@ inline void deform_conv2d(
   }
   const DeformBlocks blocks(op, blocking);
   const int threads = omp_get_max_threads();
-  const DeformSchedule schedule(op, blocking.bytes, threads);
+  const DeformSchedule schedule(op, blocking.transposed_bytes, threads);
   const int64_t copy_size = schedule.images * op.height * op.width * schedule.distance;
   const Scratch<scalar_t> copies(schedule.copies * copy_size);
   const auto channels_last = [&](int64_t copy) {
@@ -593,10 +595,18 @@ inline void deform_conv2d(
   const int64_t limit =
       std::min(divide_up(blocking.pixels, kMicroRows), divide_up(schedule.images * out_pixels, kMicroRows));
 
+  // Allocated here, because no exception may leave the parallel region.
+  std::vector<DeformTile<kKernel, scalar_t, weight_t>> tiles;
+  std::vector<Scratch<acc_t>> results_by_channel;
+  for (int thread = 0; thread < threads; ++thread) {
+    tiles.emplace_back(op, weight, blocks, limit * kMicroRows);
+    results_by_channel.emplace_back(kChannelsLast ? 0 : limit * kMicroRows * op.out_channels);
+  }
+
 #pragma omp parallel num_threads(threads)
   {
-    DeformTile<kKernel, scalar_t, weight_t> tile(op, weight, blocks, limit * kMicroRows);
-    const Scratch<acc_t> by_channel(kChannelsLast ? 0 : limit * kMicroRows * op.out_channels);
+    auto& tile = tiles[omp_get_thread_num()];
+    const auto& by_channel = results_by_channel[omp_get_thread_num()];
 
     // Tile t of the `count` images from `first` on.
     const auto run_tile = [&](const View4d<scalar_t>& input, int64_t first, int64_t count, const Tiling& tiling,

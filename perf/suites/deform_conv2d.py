@@ -6,13 +6,13 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...ops.deform_conv2d import deform_conv2d, output_size
+from ...ops.deform_conv2d import Arguments, deform_conv2d, output_size
 from ...ops.registry import OPS
 from .. import backends
 from ..spec import Case, Contender, Job, Prepared, Suite, Unavailable
@@ -49,28 +49,16 @@ class Shape:
         return ", ".join(parts + ([str(self.dtype).removeprefix("torch.")] if self.dtype != torch.float32 else []))
 
 
-class Arguments(NamedTuple):
-    """What the operator takes, in its order."""
+def _map(arguments: Arguments, change: Callable[[Tensor], Tensor]) -> Arguments:
+    """With all tensors changed."""
+    return Arguments(*(change(value) if isinstance(value, Tensor) else value for value in arguments))
 
-    input: Tensor
-    offset: Tensor
-    weight: Tensor
-    bias: Tensor
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    mask: Tensor
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> Arguments:
-        return Arguments(*(change(value) if isinstance(value, Tensor) else value for value in self))
-
-    @property
-    def groups(self) -> int:
-        return self.input.shape[1] // self.weight.shape[1]
-
-    @property
-    def offset_groups(self) -> int:
-        return self.mask.shape[1] // self.weight[0, 0].numel()
+def _groups(arguments: Arguments) -> dict[str, int]:
+    """Groups of the weight and of the offsets."""
+    taps = arguments.weight[0, 0].numel()
+    groups = arguments.input.shape[1] // arguments.weight.shape[1]
+    return {"weight": groups, "offset": arguments.offset.shape[1] // (2 * taps)}
 
 
 def _build(shape: Shape) -> Arguments:
@@ -80,7 +68,7 @@ def _build(shape: Shape) -> Arguments:
     out_channels, taps = shape.out_channels or shape.channels, shape.kernel**2
     out = [output_size(n, shape.kernel, shape.stride, shape.padding, shape.dilation) for n in (height, width)]
     fan_in = shape.channels // shape.groups * taps
-    return Arguments(
+    arguments = Arguments(
         input=normal(shape.batch, shape.channels, height, width),
         offset=normal(shape.batch, 2 * shape.offset_groups * taps, *out) * _OFFSET_SPREAD,
         weight=normal(out_channels, shape.channels // shape.groups, shape.kernel, shape.kernel) / math.sqrt(fan_in),
@@ -89,12 +77,13 @@ def _build(shape: Shape) -> Arguments:
         padding=(shape.padding, shape.padding),
         dilation=(shape.dilation, shape.dilation),
         mask=normal(shape.batch, shape.offset_groups * taps, *out).sigmoid(),
-    ).map(lambda tensor: tensor.to(shape.dtype))
+    )
+    return _map(arguments, lambda tensor: tensor.to(shape.dtype))
 
 
 def _reference(arguments: Arguments) -> Tensor:
     """The decomposition in float64, image by image because it takes many times the memory of its input."""
-    a = arguments.map(torch.Tensor.double)
+    a = _map(arguments, torch.Tensor.double)
     images = zip(a.input.split(1), a.offset.split(1), a.mask.split(1))
     decomposition = OPS["deform_conv2d"].decomposition
     return torch.cat(
@@ -134,7 +123,7 @@ def _channels_last(arguments: Arguments) -> Arguments:
 
 
 def _float32(arguments: Arguments) -> Arguments:
-    return arguments.map(torch.Tensor.float)
+    return _map(arguments, torch.Tensor.float)
 
 
 def _packaged(job: Job) -> Prepared:
@@ -171,8 +160,8 @@ def _onnxruntime(job: Job) -> Prepared:
         strides=a.stride,
         pads=a.padding * 2,
         dilations=a.dilation,
-        group=a.groups,
-        offset_group=a.offset_groups,
+        group=_groups(a)["weight"],
+        offset_group=_groups(a)["offset"],
     )
     feeds = {"input": a.input, "offset": a.offset, "mask": a.mask}
     constants = [
@@ -204,8 +193,8 @@ def _openvino(job: Job) -> Prepared:
         list(a.padding),
         list(a.dilation),
         mask=mask,
-        group=a.groups,
-        deformable_group=a.offset_groups,
+        group=_groups(a)["weight"],
+        deformable_group=_groups(a)["offset"],
         bilinear_interpolation_pad=True,
     )
     output = opset8.add(convolution, opset8.constant(a.bias[:, None, None].numpy()))
@@ -216,7 +205,7 @@ def _conv2d(job: Job) -> Prepared:
     """oneDNN's convolution of the same shape, in the layout that it likes best."""
     a = job.inputs
     image, weight = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (a.input, a.weight))
-    return backends.eager(F.conv2d, (image, weight, a.bias, a.stride, a.padding, a.dilation, a.groups))
+    return backends.eager(F.conv2d, (image, weight, a.bias, a.stride, a.padding, a.dilation, _groups(a)["weight"]))
 
 
 _CONTENDERS = (

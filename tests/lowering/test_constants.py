@@ -6,7 +6,7 @@ import pytest
 import torch
 from inductor_vision import DeformConv2d, deform_conv2d
 from inductor_vision.tests.support.compare import assert_close
-from inductor_vision.tests.support.compiled import caches_disabled, compile_and_run
+from inductor_vision.tests.support.compiled import caches_disabled, compile_and_run, constants_of_package
 from inductor_vision.tests.support.deform_conv2d import Case, oracle, sample
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -114,3 +114,33 @@ def test_packages_keep_a_weight_that_others_use(tmp_path, freezing):
         deformable, plain = torch._inductor.aoti_load_package(path)(x, offset)
     assert_close(deformable, reference(model.conv, x, offset), torch.float32)
     assert_close(plain, nn.functional.conv2d(x.double(), model.conv.weight.double(), padding=1), torch.float32)
+
+
+class SmallAndRepeated(nn.Module):
+    """Packed weights that are views of the parameter, or equal it, and a layer that is applied twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = DeformConv2d(1, 1, 3, padding=1)
+        self.pointwise = DeformConv2d(8, 8, 1, groups=8)
+        self.repeated = DeformConv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor, offset: Tensor) -> tuple[Tensor, ...]:
+        once = self.repeated(x, offset)
+        return self.one(x[:, :1], offset), self.pointwise(x, offset[:, :2]), once, self.repeated(once, offset)
+
+
+@pytest.mark.slow
+def test_packages_hold_one_copy_of_each_packed_weight(tmp_path):
+    model = SmallAndRepeated()
+    x, offset = sample(Case(channels=8, out_channels=8, mask=False), torch.float32).args[:2]
+    with torch.no_grad(), caches_disabled():
+        exported = torch.export.export(model, (x, offset))
+        path = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "model.pt2"))
+        one, pointwise, once, twice = torch._inductor.aoti_load_package(path)(x, offset)
+    assert_close(one, reference(model.one, x[:, :1], offset), torch.float32)
+    assert_close(pointwise, oracle(x, offset[:, :2], model.pointwise.weight, model.pointwise.bias), torch.float32)
+    assert_close(once, reference(model.repeated, x, offset), torch.float32)
+    assert_close(twice, reference(model.repeated, once, offset), torch.float32)
+    # The biases are so small that Inductor writes them into the code.
+    assert sorted(constants_of_package(path)) == sorted(["9, 1", "1, 8", "1, 1, 9, 8, 16"])

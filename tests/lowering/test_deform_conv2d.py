@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
-import re
 import zipfile
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,7 +13,13 @@ import torch
 from inductor_vision import DeformConv2d, deform_conv2d
 from inductor_vision.paths import recorded_paths
 from inductor_vision.tests.support.compare import assert_close
-from inductor_vision.tests.support.compiled import Compiled, caches_disabled, compile_and_run, run_python
+from inductor_vision.tests.support.compiled import (
+    Compiled,
+    caches_disabled,
+    compile_and_run,
+    constants_of_package,
+    run_python,
+)
 from inductor_vision.tests.support.deform_conv2d import CASES, HOSTILE, Case, Sample, oracle, sample
 from torch import Tensor, nn
 from torch._inductor import config
@@ -240,9 +245,7 @@ def test_packages_have_fused_kernels_and_packed_weights(package):
         sources = {name: archive.read(name).decode() for name in archive.namelist() if name.endswith(".cpp")}
     (kernels,) = (text for name, text in sources.items() if name.endswith(".kernel.cpp"))
     assert kernels.count('extern "C"') == 2
-    (wrapper,) = (text for name, text in sources.items() if name.endswith(".wrapper.cpp"))
-    constants = re.findall(r"constants_info_\[\d+\]\.shape = \{(.*?)\}", wrapper)
-    assert sorted(constants) == sorted(["16", "16", "1, 1, 9, 16, 16", "9, 16"])
+    assert sorted(constants_of_package(package[0])) == sorted(["16", "16", "1, 1, 9, 16, 16", "9, 16"])
 
 
 RUN_PACKAGE = """

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -76,6 +77,13 @@ def compile_and_run(
         templates=counts["cpp_templated_kernel_counter"],
         fused=counts["cpp_epilogue_fusion_counter"],
     )
+
+
+def constants_of_package(path: os.PathLike | str) -> list[str]:
+    """The shapes of the constants that an AOTInductor package holds, as they stand in its source."""
+    with zipfile.ZipFile(path) as archive:
+        (wrapper,) = (archive.read(name).decode() for name in archive.namelist() if name.endswith(".wrapper.cpp"))
+    return re.findall(r"constants_info_\[\d+\]\.shape = \{(.*?)\}", wrapper)
 
 
 def run_python(program: str, *args: str, **environment: str) -> str:
