@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.compiler.config
 
-from ..ops.registry import NAMESPACE, OPS, TORCHVISION, VisionOp, intercepted_calls
+from ..ops.registry import NAMESPACE, OPS, TORCHVISION, VisionOp
 from ..paths import record_path
 from ..version import __version__
 from .hook import INDUCTOR_LOWERING
@@ -142,23 +142,13 @@ def accelerate_torchvision() -> None:
         _serve_torchvision()
 
 
-def _with_calls_decomposed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` with its calls of operators decomposed: Inductor's tracing does not always look at them again."""
-
-    def decompose(*args: Any, **kwargs: Any) -> Any:
-        with intercepted_calls(lambda op, *args: _decompose_or_keep(op)(*args)):
-            return function(*args, **kwargs)
-
-    return decompose
-
-
 def _serve_torchvision() -> None:
     from torch._inductor.decomposition import decompositions, fast_random_decomps
 
     if not _accelerated:
         return
     for name, function in TORCHVISION.items():
-        decompositions[getattr(torch.ops.torchvision, name).default] = _with_calls_decomposed(function)
+        decompositions[getattr(torch.ops.torchvision, name).default] = function
     fast_random_decomps.cache_clear()
     tag_caches("torchvision")  # the same graph compiles to something else from now on
 

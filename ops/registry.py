@@ -12,9 +12,8 @@ An operator of this package is, to PyTorch, a custom op in the namespace ``induc
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,23 +38,10 @@ class VisionOp:
         return getattr(getattr(torch.ops, NAMESPACE), self.name).default
 
     def __call__(self, *args: Any) -> Any:
-        result = _interceptors[-1](self, *args) if _interceptors else NotImplemented
-        return self.overload(*args) if result is NotImplemented else result
+        return self.overload(*args)
 
 
 OPS: dict[str, VisionOp] = {}
-_interceptors: list[Callable[..., Any]] = []
-
-
-@contextlib.contextmanager
-def intercepted_calls(interceptor: Callable[..., Any]) -> Iterator[None]:
-    """Have ``interceptor(op, *args)`` answer the calls of operators; NotImplemented lets one go through."""
-    _interceptors.append(interceptor)
-    try:
-        yield
-    finally:
-        _interceptors.pop()
-
 
 # torchvision's operator -> the same call in terms of this package's operators, see `serves_torchvision`.
 TORCHVISION: dict[str, Callable[..., Any]] = {}

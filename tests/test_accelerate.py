@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
+import torch._inductor.lowering  # from here on this package is among its tables
 from inductor_vision import accelerate_torchvision
 from inductor_vision.lowering import registry
 from inductor_vision.ops.registry import TORCHVISION
