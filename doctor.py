@@ -109,7 +109,7 @@ def check_bf16() -> Check:
 
 
 def find_compiler() -> str:
-    """The C++ compiler that Inductor will call. Raises RuntimeError if there is none."""
+    """The C++ compiler that Inductor will call. Raises RuntimeError if there is none, ImportError for unknown torch."""
     from .lowering.inductor import get_cpp_compiler
 
     return get_cpp_compiler()
@@ -120,6 +120,9 @@ def check_compiler() -> Check:
     try:
         compiler = find_compiler()
         version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
+    except ImportError as error:
+        remedy = f"use a release of inductor_vision for torch {torch.__version__}, or the torch that this one is for"
+        return Check("compiler", "fail", f"Inductor has not what this package uses of it: {error}", remedy)
     except (RuntimeError, OSError, subprocess.CalledProcessError):
         wanted = os.environ.get("CXX", "g++")
         remedy = "install g++ (Debian, Ubuntu: apt install g++), or let CXX name another compiler"

@@ -19,42 +19,43 @@ def fold_constant(node: torch.fx.Node, value: ir.TensorBox) -> ir.TensorBox:
     options = config.aot_inductor
     if not V.graph.aot_mode or options.use_runtime_constant_folding or not options.package_constants_in_so:
         return value
-    chain: dict[torch.fx.Node, bool] = {}
-    if node.op == "get_attr" or not _is_constant(node, chain):
+    constants = _constants()
+    if node.op == "get_attr" or node not in constants:
         return value
-    folded = V.graph.add_tensor_constant(_shared(_evaluate(node, {})))
-    node.meta[_FOLDED] = len(node.users) == 1
-    _forget([link for link in chain if link.op == "get_attr" and _is_gone(link)])
-    return folded
+    tensor = _evaluate(node, {})
+    # It may be a view of what is forgotten, so it is copied, once if a layer is applied several times.
+    alike = (other for other in _folded_tensors() if _same(other, tensor))
+    node.meta[_FOLDED] = next(alike, None)
+    if node.meta[_FOLDED] is None:
+        node.meta[_FOLDED] = tensor.clone()
+    _forget(constants)
+    return V.graph.add_tensor_constant(node.meta[_FOLDED])
 
 
-_FOLDED = "inductor_vision_folded"  # in a node's meta: nothing reads its value, but what was folded from it
+_FOLDED = "inductor_vision_folded"  # in a node's meta: the tensor that takes the node's place
 
 
-def _is_gone(node: torch.fx.Node) -> bool:
-    """Whether nothing is left in the graph that reads it."""
-    return node.meta.get(_FOLDED, False) or (len(node.users) > 0 and all(map(_is_gone, node.users)))
-
-
-def _is_constant(node: torch.fx.Node, known: dict[torch.fx.Node, bool]) -> bool:
-    """Whether it depends on constants alone; ``known`` gets the answer for all that it depends on, and itself."""
-    if node not in known:
+def _constants() -> set[torch.fx.Node]:
+    """The nodes that depend on constants alone."""
+    found: set[torch.fx.Node] = set()
+    for node in V.graph.graph.nodes:
         if node.op == "get_attr":
-            known[node] = node.target not in V.graph.mutated_named_buffers
+            constant = node.target not in V.graph.mutated_named_buffers
         else:
-            pure = node.op == "call_function" and not node.is_impure() and bool(node.all_input_nodes)
-            known[node] = pure and all(_is_constant(argument, known) for argument in node.all_input_nodes)
-    return known[node]
+            inputs = node.all_input_nodes
+            constant = node.op == "call_function" and not node.is_impure() and bool(inputs) and found.issuperset(inputs)
+        if constant:
+            found.add(node)
+    return found
 
 
-def _shared(tensor: torch.Tensor) -> torch.Tensor:
-    """A constant of the graph that equals it, as where a layer is applied twice, or a copy: it may be a view of what is
-    forgotten."""
-    for other in V.graph.constants.values():
-        alike = other.dtype == tensor.dtype and other.size() == tensor.size() and other.stride() == tensor.stride()
-        if alike and torch.equal(other, tensor):
-            return other
-    return tensor.clone()
+def _folded_tensors() -> list[torch.Tensor]:
+    return [node.meta[_FOLDED] for node in V.graph.graph.nodes if _FOLDED in node.meta]
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    alike = (a.device, a.dtype, a.size(), a.stride()) == (b.device, b.dtype, b.size(), b.stride())
+    return alike and torch.equal(a, b)
 
 
 def _tensor(node: torch.fx.Node) -> torch.Tensor:
@@ -71,11 +72,17 @@ def _evaluate(node: torch.fx.Node, known: dict[torch.fx.Node, Any]) -> Any:
     return known[node]
 
 
-def _forget(nodes: list[torch.fx.Node]) -> None:
-    """Leave out of the package the tensors of constants that nothing else uses."""
-    others = [n for n in V.graph.graph.nodes if n.op == "get_attr" and n not in nodes]
-    used = {_tensor(n).untyped_storage().data_ptr() for n in others if isinstance(_tensor(n), torch.Tensor)}
-    folded = {_tensor(n).untyped_storage().data_ptr() for n in nodes} - used
+def _forget(constants: set[torch.fx.Node]) -> None:
+    """Leave out of the package the tensors that nothing reads any more but what was folded from them."""
+    unread: set[torch.fx.Node] = set()
+    for node in reversed(V.graph.graph.nodes):
+        replaced = _FOLDED in node.meta and len(node.users) == 1
+        if node in constants and (replaced or (len(node.users) > 0 and unread.issuperset(node.users))):
+            unread.add(node)
+    storages: dict[bool, set[int]] = {True: set(), False: set()}
+    for node in V.graph.graph.nodes:
+        if node.op == "get_attr" and isinstance(_tensor(node), torch.Tensor):
+            storages[node in unread].add(_tensor(node).untyped_storage().data_ptr())
     for name, tensor in list(V.graph.constants.items()):
-        if tensor.untyped_storage().data_ptr() in folded:
+        if tensor.untyped_storage().data_ptr() in storages[True] - storages[False]:
             del V.graph.constants[name]

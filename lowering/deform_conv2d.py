@@ -136,15 +136,15 @@ def _lower(*args: Any) -> ir.TensorBox:
     fake = Arguments(*torch.fx.map_arg(node.args[:-2], lambda argument: argument.meta["val"]))
     convolution = _convolution(fake, weight_shape)
     image, channels_last = _image(call.input, node)
-    kernel = Kernel(convolution, kind, channels_last)
+    instance = Instance(convolution, kind, channels_last)
     weight = ir.ExternKernel.require_contiguous(fold_constant(node.args[2], call.weight))
     size = ir.convert_shape_to_inductor(node.meta["val"].shape)
     blocking = default_blocking(convolution)
     if config.max_autotune:
-        blocking = tuned_blocking(kernel, weight, image, V.graph.sizevars.optimization_hints(size))
+        blocking = tuned_blocking(instance, weight, image, V.graph.sizevars.optimization_hints(size))
     realize = ir.ExternKernel.realize_input
     return DeformConv2dTemplate(
-        kernel,
+        instance,
         blocking,
         image,
         realize(call.offset),
@@ -184,7 +184,7 @@ def _layout_is_free(x: ir.TensorBox) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class Kernel:
+class Instance:
     """An instance of the C++ function template."""
 
     convolution: Convolution
@@ -217,7 +217,7 @@ class DeformConv2dTemplate(RowsTemplate):
 
     def __init__(
         self,
-        kernel: Kernel,
+        instance: Instance,
         blocking: Blocking,
         image: ir.IRNode,
         offset: ir.IRNode,
@@ -228,15 +228,15 @@ class DeformConv2dTemplate(RowsTemplate):
         size: Sequence[Any],
     ) -> None:
         optional = [t for t in (mask, bias) if t is not None]
-        super().__init__([image, offset, weight, *optional], kernel.convolution.dtype, size, kernel.channels_last)
-        self.kernel = kernel
+        super().__init__([image, offset, weight, *optional], instance.convolution.dtype, size, instance.channels_last)
+        self.instance = instance
         self.blocking = blocking
         self.has_mask, self.has_bias = mask is not None, bias is not None
 
     @property
     def path(self) -> str:
         precision = "bf16 dot products" if self.inputs[2].get_dtype() == torch.bfloat16 else "fused"
-        kind = "GEMM" if self.kernel.kind == "gemm" else self.kernel.kind
+        kind = "GEMM" if self.instance.kind == "gemm" else self.instance.kind
         return f"{kind} kernel, {precision}, {self.blocking}"
 
     def call(self, kernel: CppTemplateKernel, inputs: Sequence[ir.IRNode], store: str) -> str:
@@ -255,37 +255,37 @@ class DeformConv2dTemplate(RowsTemplate):
             return [kernel.size(node, d) for d in range(4)]
 
         tensors = [view(image), view(offset), view(mask), pointer(bias)]
-        run = self.kernel.statement(tensors, pointer(weight), size(image), size(offset)[2:])
+        run = self.instance.statement(tensors, pointer(weight), size(image), size(offset)[2:])
         blocking = ", ".join(map(str, dataclasses.astuple(self.blocking)))
         return f"const inductor_vision::DeformBlocking blocking{{{blocking}}};\nconst auto store = {store};\n{run}"
 
 
-def tuned_blocking(kernel: Kernel, weight: ir.IRNode, image: ir.IRNode, out_size: Sequence[int]) -> Blocking:
+def tuned_blocking(instance: Instance, weight: ir.IRNode, image: ir.IRNode, out_size: Sequence[int]) -> Blocking:
     """The blocking that runs fastest on random data; ``out_size`` is [B, O, Ho, Wo], with hints for what is dynamic."""
     hints = V.graph.sizevars.optimization_hints
     size, strides = hints(image.get_size()), hints(image.get_layout().stride)
-    default = default_blocking(kernel.convolution)
+    default = default_blocking(instance.convolution)
     choices = [
         Blocking(pixels, depth, default.transposed_bytes)
         for pixels in (12, 24, 48, 96, 192)
-        for depth in ((default.depth,) if kernel.convolution.depthwise else (128, 192, MAX_DEPTH))
+        for depth in ((default.depth,) if instance.convolution.depthwise else (128, 192, MAX_DEPTH))
     ]
-    problem = f"deform_conv2d {kernel}, weight {weight.get_dtype()}, {list(size)} with strides {list(strides)}"
+    problem = f"deform_conv2d {instance}, weight {weight.get_dtype()}, {list(size)} with strides {list(strides)}"
 
     def prepare() -> Callable[[Blocking], None]:
         packed = torch.zeros(hints(weight.get_size()), dtype=weight.get_dtype())
-        return compile_runner(kernel, packed, size, strides, out_size)
+        return compile_runner(instance, packed, size, strides, out_size)
 
     return fastest(problem, choices, prepare)
 
 
 def compile_runner(
-    kernel: Kernel, weight: Tensor, size: Sequence[int], strides: Sequence[int], out_size: Sequence[int]
+    instance: Instance, weight: Tensor, size: Sequence[int], strides: Sequence[int], out_size: Sequence[int]
 ) -> Callable[[Blocking], None]:
     """The kernel, compiled by itself on a random image of this size, as a function of its blocking."""
-    dtype, scalar = kernel.convolution.dtype, DTYPE_TO_CPP[kernel.convolution.dtype]
+    dtype, scalar = instance.convolution.dtype, DTYPE_TO_CPP[instance.convolution.dtype]
     batch, out_channels, height, width = out_size
-    taps = kernel.convolution.offset_groups * kernel.convolution.taps
+    taps = instance.convolution.offset_groups * instance.convolution.taps
     extent = 1 + sum((n - 1) * stride for n, stride in zip(size, strides))
     image = torch.randn(extent, dtype=dtype).as_strided(size, strides)
     offset = torch.randn(batch, 2 * taps, height, width, dtype=dtype)
@@ -296,7 +296,7 @@ def compile_runner(
         return f"{{{name}, {', '.join(map(str, tensor.stride()))}}}"
 
     tensors = [view("image", image), view("offset", offset), view("mask", mask), "nullptr"]
-    outer, inner = ("n_columns", str(out_channels)) if kernel.channels_last else (str(out_channels), "n_columns")
+    outer, inner = ("n_columns", str(out_channels)) if instance.channels_last else (str(out_channels), "n_columns")
     source = f"""
 #include <torch/csrc/inductor/cpp_prefix.h>
 {splice_header(DeformConv2dTemplate.header)}
@@ -310,7 +310,7 @@ extern "C" void run(const {scalar}* image, const {scalar}* offset, const {scalar
             std::copy_n(sums + i * distance, {inner}, to + i * {inner});
         }}
     }};
-    {kernel.statement(tensors, "weight", size, (height, width))}
+    {instance.statement(tensors, "weight", size, (height, width))}
 }}
 """
     library = CppCodeCache.load(source)

@@ -1,7 +1,7 @@
-"""What is used of Inductor's private parts, checked on torch 2.13: a new release of torch is this file's work.
+"""What templates use of Inductor's private parts, checked on torch 2.13: a new release of torch is this file's work.
 
-Only the tables that operators are entered into are not here but in registry.py and hook.py: that happens while Inductor
-is being imported, when this file cannot be.
+The tables that operators are entered into are not here but in registry.py and hook.py: that happens while Inductor is
+being imported, when this file cannot be.
 """
 
 from __future__ import annotations

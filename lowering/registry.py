@@ -164,8 +164,13 @@ def source_digest() -> str:
     return digest.hexdigest()[:16]
 
 
-# The vector instructions are part of it: how weights are packed depends on them.
-TAG = f"inductor_vision-{__version__}-{source_digest()}-{torch.backends.cpu.get_cpu_capability()}"
+def _instructions() -> str:
+    """The vector instructions, on which it depends how weights are packed."""
+    bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return torch.backends.cpu.get_cpu_capability() + (" bf16" if bf16 else "")
+
+
+TAG = f"inductor_vision-{__version__}-{source_digest()}-{_instructions()}"
 
 
 def tag_caches(tag: str = TAG) -> None:

@@ -127,6 +127,18 @@ class Arguments(NamedTuple):
     dilation: Sequence[int]
     mask: Tensor | None
 
+    @property
+    def taps(self) -> int:
+        return int(self.weight.shape[2]) * int(self.weight.shape[3])
+
+    @property
+    def groups(self) -> int:
+        return int(self.input.shape[1]) // int(self.weight.shape[1])
+
+    @property
+    def offset_groups(self) -> int:
+        return int(self.offset.shape[1]) // (2 * self.taps)
+
 
 def _check(arguments: Arguments) -> tuple[int, int]:
     """Raise RuntimeError unless the arguments go together; the output's height and width."""
@@ -287,14 +299,14 @@ def _decomposition(*args: Any) -> Tensor:
     out_height, out_width = _check(arguments)
     dtype, memory_format = input.dtype, suggest_memory_format(input)
     input, offset, weight = (t.to(accumulate_dtype(dtype)) for t in (input, offset, weight))
-    batch, channels = input.shape[:2]
+    batch = input.shape[0]
     out_channels, group_channels, kernel_height, kernel_width = weight.shape
-    groups, taps, pixels = channels // group_channels, kernel_height * kernel_width, out_height * out_width
+    groups, taps, pixels = arguments.groups, arguments.taps, out_height * out_width
 
     columns = _Sampling(input, offset, (kernel_height, kernel_width), stride, padding, dilation).values()
     if mask is not None:
         # [B, G, D, K, P]
-        columns = columns * mask.to(columns.dtype).reshape(batch, mask.shape[1] // taps, 1, taps, pixels)
+        columns = columns * mask.to(columns.dtype).reshape(batch, arguments.offset_groups, 1, taps, pixels)
     columns = columns.reshape(batch, groups, group_channels * taps, pixels)
     filters = weight.reshape(groups, out_channels // groups, group_channels * taps)
     out = (filters @ columns).reshape(batch, out_channels, out_height, out_width)
@@ -337,14 +349,14 @@ def _decomposition_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     input, offset, weight, bias, stride, padding, dilation, mask = arguments
     dtype = input.dtype
     grad, input, offset, weight = (t.to(accumulate_dtype(dtype)) for t in (grad, input, offset, weight))
-    batch, channels = input.shape[:2]
+    batch = input.shape[0]
     out_channels, group_channels, kernel_height, kernel_width = weight.shape
-    groups, taps, pixels = channels // group_channels, kernel_height * kernel_width, out_height * out_width
+    groups, taps, pixels = arguments.groups, arguments.taps, out_height * out_width
     sampling = _Sampling(input, offset, (kernel_height, kernel_width), stride, padding, dilation)
     values = sampling.values()  # [B, G, D, K, P]
     scale = torch.ones((), dtype=grad.dtype, device=grad.device)
     if mask is not None:
-        scale = mask.to(grad.dtype).reshape(batch, mask.shape[1] // taps, 1, taps, pixels)  # [B, G, 1, K, P]
+        scale = mask.to(grad.dtype).reshape(batch, arguments.offset_groups, 1, taps, pixels)  # [B, G, 1, K, P]
 
     grad = grad.reshape(batch, groups, out_channels // groups, pixels)
     filters = weight.reshape(groups, out_channels // groups, group_channels * taps)
@@ -441,5 +453,6 @@ def _torchvision_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
         grad, *arguments, [True, True, True, True, use_mask]
     )
     if not use_mask:  # torchvision passes a stand-in of shape [B, 1] and wants its gradient
-        grad_mask = torch.zeros_like(args[3])
+        _, _, _, stand_in, *_ = args
+        grad_mask = torch.zeros_like(stand_in)
     return grad_input, grad_weight, grad_offset, grad_mask, grad_bias

@@ -63,8 +63,8 @@ struct DeformConv2d {
 struct DeformBlocking {
   int64_t pixels;  // in a tile, at most
   int64_t depth;   // samples of a pixel that are buffered, at most; no more than kMaxDepth
-  int64_t
-      transposed_bytes;  // an input that is not channels_last is transposed in whole images of at most so many, or one
+  // An input that is not channels_last is transposed in whole images of at most so many, or one.
+  int64_t transposed_bytes;
 };
 
 // The depth is cut into equal numbers of taps with all channels, or, if the channels of one tap are too many, into
@@ -500,24 +500,16 @@ class DeformTile {
     using Vec = Vectorized<acc_t>;
     for (int64_t p = 0; p < count_; ++p) {
       acc_t* sum = sums_.get() + p * op_.channels + c;
-      Vec total[U];
-#pragma GCC unroll 8
-      for (int u = 0; u < U; ++u) {
-        total[u] = Vec::loadu(sum + u * kLanes);
-      }
+      auto total = generate<U>([&](int u) { return Vec::loadu(sum + u * kLanes); });
       for (int64_t tap = 0; tap < op_.taps(); ++tap) {
         const Interpolation<scalar_t> interpolation(samples(tap, p), p % kLanes);
         const acc_t* weight = weight_ + (kShared ? tap : tap * op_.channels + c);
-#pragma GCC unroll 8
-        for (int u = 0; u < U; ++u) {
+        ForcedUnroll<U>{}([&](auto u) {
           const Vec w = kShared ? Vec(*weight) : Vec::loadu(weight + u * kLanes);
           total[u] = ::at::vec::fmadd(w, interpolation.at(c + u * kLanes), total[u]);
-        }
+        });
       }
-#pragma GCC unroll 8
-      for (int u = 0; u < U; ++u) {
-        total[u].store(sum + u * kLanes);
-      }
+      ForcedUnroll<U>{}([&](auto u) { total[u].store(sum + u * kLanes); });
     }
   }
 
@@ -597,16 +589,16 @@ inline void deform_conv2d(
 
   // Allocated here, because no exception may leave the parallel region.
   std::vector<DeformTile<kKernel, scalar_t, weight_t>> tiles;
-  std::vector<Scratch<acc_t>> results_by_channel;
+  const int64_t results = kChannelsLast ? 0 : round_up(limit * kMicroRows * op.out_channels, kPanel<acc_t>);
+  const Scratch<acc_t> results_by_channel(threads * results);
   for (int thread = 0; thread < threads; ++thread) {
     tiles.emplace_back(op, weight, blocks, limit * kMicroRows);
-    results_by_channel.emplace_back(kChannelsLast ? 0 : limit * kMicroRows * op.out_channels);
   }
 
 #pragma omp parallel num_threads(threads)
   {
     auto& tile = tiles[omp_get_thread_num()];
-    const auto& by_channel = results_by_channel[omp_get_thread_num()];
+    acc_t* by_channel = results_by_channel.get() + omp_get_thread_num() * results;
 
     // Tile t of the `count` images from `first` on.
     const auto run_tile = [&](const View4d<scalar_t>& input, int64_t first, int64_t count, const Tiling& tiling,
@@ -620,8 +612,8 @@ inline void deform_conv2d(
       if constexpr (!kChannelsLast) {
         pixel_distance = 1;
         distance = end - begin;
-        transpose(tile.sums(), tile.columns(), by_channel.get(), distance, end - begin, op.out_channels);
-        sums = by_channel.get();
+        transpose(tile.sums(), tile.columns(), by_channel, distance, end - begin, op.out_channels);
+        sums = by_channel;
       }
       PixelCursor at(begin, op.out_height, op.out_width);
       for (int64_t p = begin; p < end;) {

@@ -54,13 +54,6 @@ def _map(arguments: Arguments, change: Callable[[Tensor], Tensor]) -> Arguments:
     return Arguments(*(change(value) if isinstance(value, Tensor) else value for value in arguments))
 
 
-def _groups(arguments: Arguments) -> dict[str, int]:
-    """Groups of the weight and of the offsets."""
-    taps = arguments.weight[0, 0].numel()
-    groups = arguments.input.shape[1] // arguments.weight.shape[1]
-    return {"weight": groups, "offset": arguments.offset.shape[1] // (2 * taps)}
-
-
 def _build(shape: Shape) -> Arguments:
     generator = torch.Generator().manual_seed(0)
     normal = functools.partial(torch.randn, generator=generator)
@@ -160,8 +153,8 @@ def _onnxruntime(job: Job) -> Prepared:
         strides=a.stride,
         pads=a.padding * 2,
         dilations=a.dilation,
-        group=_groups(a)["weight"],
-        offset_group=_groups(a)["offset"],
+        group=a.groups,
+        offset_group=a.offset_groups,
     )
     feeds = {"input": a.input, "offset": a.offset, "mask": a.mask}
     constants = [
@@ -193,8 +186,8 @@ def _openvino(job: Job) -> Prepared:
         list(a.padding),
         list(a.dilation),
         mask=mask,
-        group=_groups(a)["weight"],
-        deformable_group=_groups(a)["offset"],
+        group=a.groups,
+        deformable_group=a.offset_groups,
         bilinear_interpolation_pad=True,
     )
     output = opset8.add(convolution, opset8.constant(a.bias[:, None, None].numpy()))
@@ -205,7 +198,7 @@ def _conv2d(job: Job) -> Prepared:
     """oneDNN's convolution of the same shape, in the layout that it likes best."""
     a = job.inputs
     image, weight = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (a.input, a.weight))
-    return backends.eager(F.conv2d, (image, weight, a.bias, a.stride, a.padding, a.dilation, _groups(a)["weight"]))
+    return backends.eager(F.conv2d, (image, weight, a.bias, a.stride, a.padding, a.dilation, a.groups))
 
 
 _CONTENDERS = (

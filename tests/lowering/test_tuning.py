@@ -139,7 +139,7 @@ def test_max_autotune_measures_once(tuned, monkeypatch, groups, layout):
             assert compiled.paths[0].detail.endswith(repr(measured[0][1]))
     assert len(measured) == 1
     ((problem, chosen),) = json.loads(tuned.read_text())[tuning.machine()].items()
-    assert problem.startswith("deform_conv2d Kernel(convolution=Convolution(channels=24")
+    assert problem.startswith("deform_conv2d Instance(convolution=Convolution(channels=24")
     assert f"channels_last={layout == 'channels_last'}" in problem
     assert chosen == repr(measured[0][1])
 

@@ -57,6 +57,16 @@ CAPABILITIES = {
     "no vector instructions": Capability("DEFAULT", 8),
 }
 
+# Not in the table above: few CPUs run it.
+BF16_DOT_PRODUCTS = Capability(
+    "AVX512",
+    16,
+    (
+        *(f"-mavx512{part}" for part in ("f", "dq", "vl", "bw", "bf16")),
+        *("-mfma", "-mf16c", "-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"),
+    ),
+)
+
 _COMMON = ("-std=c++17", "-fopenmp", f"-I{HEADERS}", *(f"-isystem{path}" for path in include_paths()))
 # What Inductor's math flags come to, without those that cancel each other.
 _MATH = ("-fno-trapping-math", "-fno-signed-zeros", "-ffp-contract=off", "-fno-tree-loop-vectorize")
@@ -103,13 +113,13 @@ def run_sanitized(program: pathlib.Path, *args: str) -> dict[str, float]:
     return {name: float(value) for name, _, value in (word.partition("=") for word in output.split())}
 
 
-def compile_with_clang(source: pathlib.Path, capability: Capability) -> None:
+def compile_only(compiler: str, source: pathlib.Path, capability: Capability) -> None:
     """Compile without running, warnings being errors."""
-    clang = _compiler("clang++")
+    path = _compiler(compiler)
     probe = subprocess.run(
-        [clang, "-fopenmp", "-E", "-xc++", "-"], input="#include <omp.h>", text=True, capture_output=True
+        [path, "-fopenmp", "-E", "-xc++", "-"], input="#include <omp.h>", text=True, capture_output=True
     )
     if probe.returncode != 0:
-        pytest.skip("clang++ is installed without its OpenMP runtime (libomp-dev)")
+        pytest.skip(f"{compiler} is installed without its OpenMP runtime (clang++: libomp-dev)")
     flags = (*_COMMON, "-Wall", "-Wextra", "-Werror", *capability.flags)
-    _run([clang, *flags, "-c", source, "-o", os.devnull])
+    _run([path, *flags, "-c", source, "-o", os.devnull])

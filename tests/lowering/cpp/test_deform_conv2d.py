@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import pathlib
+import platform
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from inductor_vision.tests.support.cpp import CAPABILITIES, build_sanitized, compile_with_clang, run_sanitized
+import torch
+from inductor_vision.tests.support.cpp import (
+    BF16_DOT_PRODUCTS,
+    CAPABILITIES,
+    build_sanitized,
+    compile_only,
+    run_sanitized,
+)
 
 SOURCE = pathlib.Path(__file__).with_name("deform_conv2d_test.cpp")
 
@@ -44,9 +52,31 @@ def test_under_sanitizers(program, name):
     assert figures["lanes"] == CAPABILITIES[name].lanes
     assert figures["calls"] >= 12 * RANDOM_CALLS[name]  # each by 3 kernels, in 4 types
     assert figures["runs"] > figures["calls"]
+    native = name == "AVX-512" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+    assert figures["bf16_dot"] == native
 
 
 @pytest.mark.parametrize("name", CAPABILITIES)
 def test_compiles_with_clang(name):
     CAPABILITIES[name].skip_unless_it_runs_here()
-    compile_with_clang(SOURCE, CAPABILITIES[name])
+    compile_only("clang++", SOURCE, CAPABILITIES[name])
+
+
+BF16_DOT = """
+#include "gemm.h"
+static_assert(INDUCTOR_VISION_BF16_DOT, "");
+namespace inductor_vision {
+template void gemm(
+    const Rows<at::BFloat16>&, Panels<at::BFloat16>, int64_t, float*, int64_t, int64_t);
+}
+"""
+
+
+@pytest.mark.parametrize("compiler", ["g++", "clang++"])
+def test_bf16_dot_products_compile(tmp_path, compiler):
+    """Also where no CPU is there to run them."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip(f"AVX-512 is for x86-64, this machine is {platform.machine()}")
+    source = tmp_path / "bf16_dot.cpp"
+    source.write_text(BF16_DOT)
+    compile_only(compiler, source, BF16_DOT_PRODUCTS)
