@@ -97,13 +97,24 @@ inline Vectorized<accumulate_t<scalar_t>> load_vector(const scalar_t* p) {
   }
 }
 
+// The same of only `count` elements; the others are zero, and their memory is not touched.
+template <typename scalar_t>
+inline Vectorized<accumulate_t<scalar_t>> load_vector(const scalar_t* p, int64_t count) {
+  using acc_t = accumulate_t<scalar_t>;
+  if constexpr (std::is_same_v<scalar_t, acc_t>) {
+    return Vectorized<acc_t>::loadu(p, count);
+  } else {
+    return at::vec::convert<acc_t>(Vectorized<scalar_t>::loadu(p, count));
+  }
+}
+
 // The reverse, to any floating type.
 template <typename acc_t, typename value_t>
-inline void store_vector(const Vectorized<acc_t>& value, value_t* p) {
+inline void store_vector(const Vectorized<acc_t>& value, value_t* p, int64_t count = Vectorized<acc_t>::size()) {
   if constexpr (std::is_same_v<value_t, acc_t>) {
-    value.store(p);
+    value.store(p, count);
   } else {
-    at::vec::convert<value_t>(value).store(p, Vectorized<acc_t>::size());
+    at::vec::convert<value_t>(value).store(p, count);
   }
 }
 
@@ -143,6 +154,9 @@ inline void transpose(const T* src, int64_t ld_src, T* dst, int64_t ld_dst, int6
       const int64_t n_count = std::min(kBlock, columns - n);
       const T* from = src + m * ld_src + n;
       T* to = dst + n * ld_dst + m;
+      for (int64_t i = 0; i < m_count; ++i) {  // so many short streams are too many for the hardware
+        __builtin_prefetch(from + i * ld_src + 2 * kBlock);
+      }
       if constexpr (kWhole) {
         if (m_count == kBlock && n_count == kBlock) {
           at::vec::transpose_mxn<T, kBlock, kBlock>(from, ld_src, to, ld_dst);

@@ -279,24 +279,23 @@ struct Interpolation {
 
   // At Vec::size() channels from c on.
   Vec at(int64_t c) const {
-    Vec value = weight0 * load_vector(corner0 + c);
-    value = ::at::vec::fmadd(weight1, load_vector(corner1 + c), value);
-    value = ::at::vec::fmadd(weight2, load_vector(corner2 + c), value);
-    value = ::at::vec::fmadd(weight3, load_vector(corner3 + c), value);
+    return interpolate([c](const scalar_t* corner) { return load_vector(corner + c); });
+  }
+  // At only `count` channels.
+  Vec at(int64_t c, int64_t count) const {
+    return interpolate([c, count](const scalar_t* corner) { return load_vector(corner + c, count); });
+  }
+
+ private:
+  template <typename Load>
+  Vec interpolate(const Load& load) const {
+    Vec value = weight0 * load(corner0);
+    value = ::at::vec::fmadd(weight1, load(corner1), value);
+    value = ::at::vec::fmadd(weight2, load(corner2), value);
+    value = ::at::vec::fmadd(weight3, load(corner3), value);
     return value * mask;
   }
 };
-
-// The same at one channel.
-template <typename scalar_t>
-inline accumulate_t<scalar_t> interpolate_channel(const DeformSamples<scalar_t>& samples, int64_t i, int64_t c) {
-  using acc_t = accumulate_t<scalar_t>;
-  acc_t value = samples.weight[0][i] * static_cast<acc_t>(samples.corner[0][i][c]);
-  for (int k = 1; k < 4; ++k) {
-    value = std::fma(samples.weight[k][i], static_cast<acc_t>(samples.corner[k][i][c]), value);
-  }
-  return value * samples.mask[i];
-}
 
 // out[c - begin] = sample i at channels [begin, end), in the type that the matrix product takes.
 template <typename scalar_t, typename value_t>
@@ -307,8 +306,8 @@ inline void interpolate(const DeformSamples<scalar_t>& samples, int64_t i, int64
   for (; c + kLanes <= end; c += kLanes) {
     store_vector(interpolation.at(c), out + (c - begin));
   }
-  for (; c < end; ++c) {
-    out[c - begin] = static_cast<value_t>(interpolate_channel(samples, i, c));
+  if (c < end) {
+    store_vector(interpolation.at(c, end - c), out + (c - begin), end - c);
   }
 }
 
@@ -480,11 +479,8 @@ class DeformTile {
       for (; c + 4 * kLanes <= end; c += 4 * kLanes) {
         depthwise_vectors<4>(c);
       }
-      for (; c + kLanes <= end; c += kLanes) {
-        depthwise_vectors<1>(c);
-      }
-      for (; c < end; ++c) {
-        depthwise_channel(c);
+      for (; c < end; c += kLanes) {
+        depthwise_vectors<1>(c, std::min(kLanes, end - c));
       }
     }
   }
@@ -494,32 +490,25 @@ class DeformTile {
     return samples_[tap * (padded_ / kLanes) + p / kLanes];
   }
 
-  // U vectors of channels from c on, for all pixels; sums stay in registers.
+  // U vectors of channels from c on, or `count` channels, for all pixels; sums stay in registers.
   template <int U>
-  void depthwise_vectors(int64_t c) {
+  void depthwise_vectors(int64_t c, int64_t count = kLanes) {
     using Vec = Vectorized<acc_t>;
+    const bool part = U == 1 && count < kLanes;
+    const auto load = [&](const acc_t* from) { return part ? load_vector(from, count) : load_vector(from); };
     for (int64_t p = 0; p < count_; ++p) {
       acc_t* sum = sums_.get() + p * op_.channels + c;
-      auto total = generate<U>([&](int u) { return Vec::loadu(sum + u * kLanes); });
+      auto total = generate<U>([&](int u) { return load(sum + u * kLanes); });
       for (int64_t tap = 0; tap < op_.taps(); ++tap) {
         const Interpolation<scalar_t> interpolation(samples(tap, p), p % kLanes);
         const acc_t* weight = weight_ + (kShared ? tap : tap * op_.channels + c);
         ForcedUnroll<U>{}([&](auto u) {
-          const Vec w = kShared ? Vec(*weight) : Vec::loadu(weight + u * kLanes);
-          total[u] = ::at::vec::fmadd(w, interpolation.at(c + u * kLanes), total[u]);
+          const Vec w = kShared ? Vec(*weight) : load(weight + u * kLanes);
+          const Vec value = part ? interpolation.at(c, count) : interpolation.at(c + u * kLanes);
+          total[u] = ::at::vec::fmadd(w, value, total[u]);
         });
       }
-      ForcedUnroll<U>{}([&](auto u) { total[u].store(sum + u * kLanes); });
-    }
-  }
-
-  void depthwise_channel(int64_t c) {
-    for (int64_t p = 0; p < count_; ++p) {
-      acc_t& sum = sums_[p * op_.channels + c];
-      for (int64_t tap = 0; tap < op_.taps(); ++tap) {
-        const acc_t w = kShared ? weight_[tap] : weight_[tap * op_.channels + c];
-        sum = std::fma(w, interpolate_channel(samples(tap, p), p % kLanes, c), sum);
-      }
+      ForcedUnroll<U>{}([&](auto u) { store_vector(total[u], sum + u * kLanes, part ? count : kLanes); });
     }
   }
 
