@@ -192,7 +192,7 @@ def check_kernel(folder: pathlib.Path) -> tuple[Check, Kernel | None]:
     """A deformable convolution compiles, and takes its fast path."""
     try:
         kernel = compile_kernel(folder)
-    except Exception as error:
+    except Exception as error:  # whatever breaks a compilation is what this check is to report
         remedy = "see the compiler's message with TORCH_LOGS=+inductor"
         if "Python.h" in str(error):
             remedy = "install Python's headers (Debian, Ubuntu: apt install python3-dev)"
