@@ -4,6 +4,14 @@ from .accelerate import accelerate_torchvision as accelerate_torchvision
 from .explain import Explanation as Explanation, explain as explain
 from .lowering.hook import install_when_inductor_is_imported
 from .ops.deform_conv2d import DeformConv2d as DeformConv2d, deform_conv2d as deform_conv2d
+from .ops.multiscale_roi_align import (
+    MultiScaleRoIAlign as MultiScaleRoIAlign,
+    multiscale_roi_align as multiscale_roi_align,
+)
+from .ops.ps_roi_align import PSRoIAlign as PSRoIAlign, ps_roi_align as ps_roi_align
+from .ops.ps_roi_pool import PSRoIPool as PSRoIPool, ps_roi_pool as ps_roi_pool
+from .ops.roi_align import RoIAlign as RoIAlign, roi_align as roi_align
+from .ops.roi_pool import RoIPool as RoIPool, roi_pool as roi_pool
 from .version import __version__ as __version__
 
 install_when_inductor_is_imported()

@@ -2,7 +2,8 @@
 
 Each operator has an entry among Inductor's decompositions. While a graph is traced for Inductor it decides, call by
 call: the operator stays as it is where a template takes the call, and is replaced by its decomposition everywhere
-else. What stays has an entry among Inductor's lowerings, which makes the template.
+else. What stays has an entry among Inductor's lowerings, which makes the template. A call that no template takes and
+whose decomposition cannot be traced, because it loops over data, stays too, and is run as it is eagerly.
 
 A family's templates are in ``lowering/<family>.py``, which is imported when the first call needs it, and declares them
 with :func:`template_for`.
@@ -92,6 +93,10 @@ def _decompose_or_keep(op: VisionOp) -> Callable[..., Any]:
         refusal = _refusal(template, *args, **kwargs) if template else "this operator has no template"
         if refusal is None and template is not None:
             return template.prepack(*args, **kwargs) if template.prepack else NotImplemented
+        untraceable = op.untraceable(*args, **kwargs)
+        if untraceable is not None:
+            record_path(op.name, "eager", f"{refusal}; {untraceable}: the compiled graph runs the aten decomposition")
+            return NotImplemented
         record_path(op.name, "decomposition", str(refusal))
         return op.decomposition(*args, **kwargs)
 
@@ -111,8 +116,14 @@ def _refusal(template: Template, *args: Any, **kwargs: Any) -> str | None:
 
 def _lower(op: VisionOp) -> Callable[..., Any]:
     def lower(*args: Any, **kwargs: Any) -> Any:
-        template = _template(op)
-        assert template is not None and template.lower is not None, op.name
+        from torch._inductor.lowering import fallback_handler
+
+        from .inductor import V
+
+        template, node = _template(op), V.graph.current_node
+        fakes = torch.fx.map_arg((node.args, node.kwargs), lambda argument: argument.meta["val"])
+        if template is None or template.lower is None or _refusal(template, *fakes[0], **fakes[1]) is not None:
+            return fallback_handler(op.overload, add_to_fallback_set=False)(*args, **kwargs)
         return template.lower(*args, **kwargs)
 
     return lower

@@ -32,6 +32,7 @@ class VisionOp:
     name: str
     family: str  # stem of ops/<family>.py, lowering/<family>.py, lowering/cpp/<family>.h
     decomposition: Callable[..., Any]
+    untraceable: Callable[..., str | None]
 
     @property
     def overload(self) -> torch._ops.OpOverload:
@@ -48,7 +49,13 @@ TORCHVISION: dict[str, Callable[..., Any]] = {}
 
 
 def define_op(
-    schema: str, *, family: str, decomposition: Callable[..., Any], fake: Callable[..., Any], autocast: bool = True
+    schema: str,
+    *,
+    family: str,
+    decomposition: Callable[..., Any],
+    fake: Callable[..., Any],
+    autocast: bool = True,
+    untraceable: Callable[..., str | None] = lambda *args: None,
 ) -> VisionOp:
     """Define ``inductor_vision::<schema>``.
 
@@ -58,6 +65,8 @@ def define_op(
         decomposition: aten program; runs eagerly and below autograd.
         fake: shapes, strides and dtypes of the result; raises what the decomposition would raise.
         autocast: whether autocast computes it in float32 and returns the first argument's dtype, as torchvision does.
+        untraceable: from the operator's arguments, why the decomposition cannot become part of a graph; None if it can.
+            Such a call, where no template takes it, runs in a compiled graph as it does eagerly.
 
     Raises:
         ValueError: an operator of that name exists.
@@ -65,7 +74,7 @@ def define_op(
     name = schema.partition("(")[0]
     if name in OPS:
         raise ValueError(f"operator {name!r} is defined twice; defined are: {', '.join(sorted(OPS))}")
-    op = VisionOp(name, family, decomposition)
+    op = VisionOp(name, family, decomposition, untraceable)
     qualified = f"{NAMESPACE}::{name}"
 
     def eager(*args: Any) -> Any:

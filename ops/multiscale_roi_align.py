@@ -1,0 +1,133 @@
+"""RoIAlign on the feature maps of a pyramid, each region on the map that suits its size: https://arxiv.org/abs/1612.03144."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
+
+from .regions import regions_of
+from .roi_align import align_on_levels
+
+
+def multiscale_roi_align(
+    features: Sequence[Tensor],
+    boxes: Tensor | Sequence[Tensor],
+    output_size: int | Sequence[int],
+    spatial_scales: Sequence[float],
+    sampling_ratio: int = -1,
+    *,
+    canonical_scale: float = 224,
+    canonical_level: int = 4,
+    aligned: bool = False,
+) -> Tensor:
+    r"""RoIAlign on a pyramid of feature maps, in one operator whose shapes do not depend on where boxes are.
+
+    A box of area :math:`a` is pooled from the map of level
+
+    .. math:: \Big\lfloor l_0 + \log_2 \frac{\sqrt a}{s_0} + 10^{-6} \Big\rfloor
+
+    or the nearest that there is, where a map of level :math:`l` is scaled by :math:`2^{-l}`; :math:`s_0` is
+    ``canonical_scale`` and :math:`l_0` is ``canonical_level``. A box of negative area, or with NaN, is on no level; what is
+    pooled from it is zero. With a single map all boxes are on that. Values are those of
+    :func:`torchvision.ops.MultiScaleRoIAlign`.
+
+    Args:
+        features: of decreasing resolution, each ``[B, C, H_l, W_l]`` with the same B, C and dtype.
+        boxes: ``[K, 5]``, rows of (image, x1, y1, x2, y2), or a list of ``[L, 4]`` with the boxes of each image; in pixels of
+            the image.
+        output_size: ``(PH, PW)``, or one number for both.
+        spatial_scales: of each map, :math:`2^{-l}`; each the half of the one before.
+        sampling_ratio, aligned: as for :func:`inductor_vision.roi_align`.
+
+    Returns:
+        ``[K, C, PH, PW]``, in the dtype and memory format of the first map.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not go together, or a box names an image that does not exist.
+        ValueError, TypeError: ``boxes`` or ``spatial_scales`` are not as described.
+    """
+    rois = regions_of("multiscale_roi_align", boxes)
+    if len(spatial_scales) != len(features) or not features:
+        raise ValueError(
+            "multiscale_roi_align: there must be a spatial scale for each feature map, and at least one, "
+            f"got {len(features)} maps and {len(spatial_scales)} scales"
+        )
+    levels = None
+    if len(features) > 1:
+        finest, coarsest = (int(-math.log2(scale)) for scale in (spatial_scales[0], spatial_scales[-1]))
+        if coarsest - finest != len(features) - 1:
+            raise ValueError(
+                "multiscale_roi_align: spatial_scales must be powers of two, each the half of the one before, "
+                f"got {list(spatial_scales)}"
+            )
+        levels = assign_levels(rois, finest, coarsest, canonical_scale, canonical_level)
+    return align_on_levels(features, rois, levels, spatial_scales, _pair(output_size), sampling_ratio, aligned)
+
+
+def assign_levels(rois: Tensor, finest: int, coarsest: int, canonical_scale: float, canonical_level: int) -> Tensor:
+    """The level of each region less ``finest``, int64 ``[K]``; -1 for a region without an area."""
+    _, x1, y1, x2, y2 = rois.unbind(1)
+    scale = ((x2 - x1) * (y2 - y1)).sqrt()
+    level = (canonical_level + torch.log2(scale / canonical_scale) + 1e-6).floor().clamp(finest, coarsest) - finest
+    return level.nan_to_num(-1).long()
+
+
+class MultiScaleRoIAlign(nn.Module):
+    """See :func:`multiscale_roi_align`; a drop-in for :class:`torchvision.ops.MultiScaleRoIAlign`.
+
+    Args:
+        featmap_names: which of the maps are pooled from.
+        output_size, sampling_ratio, canonical_scale, canonical_level: as for :func:`multiscale_roi_align`.
+    """
+
+    def __init__(
+        self,
+        featmap_names: Sequence[str],
+        output_size: int | Sequence[int],
+        sampling_ratio: int,
+        *,
+        canonical_scale: float = 224,
+        canonical_level: int = 4,
+    ) -> None:
+        super().__init__()
+        self.featmap_names = featmap_names
+        self.output_size = _pair(output_size)
+        self.sampling_ratio = sampling_ratio
+        self.canonical_scale = canonical_scale
+        self.canonical_level = canonical_level
+
+    def forward(
+        self, x: Mapping[str, Tensor], boxes: Sequence[Tensor], image_shapes: Sequence[Sequence[int]]
+    ) -> Tensor:
+        """
+        Args:
+            x: maps by name, from fine to coarse.
+            boxes: ``[L, 4]`` for each image.
+            image_shapes: (height, width) of the images that the maps are of; the largest decides the scales of the maps,
+                which are rounded to powers of two.
+        """
+        features = [feature for name, feature in x.items() if name in self.featmap_names]
+        if not features:
+            raise ValueError(f"MultiScaleRoIAlign: none of {list(self.featmap_names)} is among the maps {list(x)}")
+        if not image_shapes:
+            raise ValueError("MultiScaleRoIAlign: image_shapes must not be empty")
+        height = max(shape[0] for shape in image_shapes)
+        scales = [2.0 ** round(math.log2(feature.shape[2] / height)) for feature in features]
+        return multiscale_roi_align(
+            features,
+            boxes,
+            self.output_size,
+            scales,
+            self.sampling_ratio,
+            canonical_scale=self.canonical_scale,
+            canonical_level=self.canonical_level,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"featmap_names={self.featmap_names}, output_size={self.output_size}, sampling_ratio={self.sampling_ratio}"
+        )

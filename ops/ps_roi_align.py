@@ -1,0 +1,204 @@
+"""Position-sensitive RoIAlign: https://arxiv.org/abs/1711.07264."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
+from torch.nn.modules.utils import _pair
+
+from .regions import (
+    MapSize,
+    Pixels,
+    SampledAxis,
+    bilinear_samples,
+    by_bin,
+    channel_mapping,
+    check_grad,
+    check_position_sensitive,
+    empty_regions,
+    images_of,
+    regions_of,
+)
+from .registry import accumulate_dtype, define_op, forbid_double_backward, serves_torchvision
+
+
+def ps_roi_align(
+    input: Tensor,
+    boxes: Tensor | Sequence[Tensor],
+    output_size: int | Sequence[int],
+    spatial_scale: float = 1.0,
+    sampling_ratio: int = -1,
+) -> Tensor:
+    r"""RoIAlign where each bin averages channels of its own; a drop-in for :func:`torchvision.ops.ps_roi_align`.
+
+    .. math::
+        \text{out}[k, c, p, q] = \frac{1}{n_y n_x} \sum_{i < n_y} \sum_{j < n_x}
+            \text{input}[b_k, (c \cdot PH + p) \cdot PW + q](y, x)
+
+    with samples placed and interpolated as :func:`inductor_vision.roi_align` does with ``aligned=True``. Where an adaptive
+    grid has no samples, because the box's height or width is zero, the result is NaN.
+
+    Args:
+        input: ``[B, C * PH * PW, H, W]``, float32, float64, bfloat16 or float16; the low precisions are computed in
+            float32.
+        boxes: ``[K, 5]``, rows of (image, x1, y1, x2, y2), or a list of ``[L, 4]`` with the boxes of each image. float32,
+            or the dtype of ``input``.
+        output_size: ``(PH, PW)``, or one number for both.
+        spatial_scale: what the coordinates of boxes are multiplied by.
+        sampling_ratio: :math:`n_y` and :math:`n_x`; if it is not positive, :math:`n_y = \lceil h / PH \rceil` and likewise
+            :math:`n_x`, for each box of :math:`h \times w` pixels of the input.
+
+    Returns:
+        ``[K, C, PH, PW]``, in the dtype and memory format of ``input``.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not go together, or a box names an image that does not exist.
+        ValueError, TypeError: ``boxes`` is neither of the two.
+    """
+    return _op(input, regions_of("ps_roi_align", boxes), spatial_scale, *_pair(output_size), sampling_ratio)
+
+
+class PSRoIAlign(nn.Module):
+    """See :func:`ps_roi_align`; a drop-in for :class:`torchvision.ops.PSRoIAlign`."""
+
+    def __init__(self, output_size: int | Sequence[int], spatial_scale: float, sampling_ratio: int) -> None:
+        super().__init__()
+        self.output_size = output_size
+        self.spatial_scale = spatial_scale
+        self.sampling_ratio = sampling_ratio
+
+    def forward(self, input: Tensor, rois: Tensor | Sequence[Tensor]) -> Tensor:
+        """See :func:`ps_roi_align`."""
+        return ps_roi_align(input, rois, self.output_size, self.spatial_scale, self.sampling_ratio)
+
+    def extra_repr(self) -> str:
+        return (
+            f"output_size={self.output_size}, spatial_scale={self.spatial_scale}, sampling_ratio={self.sampling_ratio}"
+        )
+
+
+def _axes(
+    rois: Tensor, spatial_scale: float, bins: Sequence[int], sampling_ratio: int, size: MapSize
+) -> tuple[SampledAxis, SampledAxis, Tensor]:
+    """Where bins sample rows and columns, and by what the sum of the samples is divided, ``[K, 1, 1, 1]``."""
+    x1, y1, x2, y2 = (rois[:, 1:] * spatial_scale - 0.5).unbind(1)
+    y = SampledAxis(y1, y2 - y1, bins[0], sampling_ratio, size.height)
+    x = SampledAxis(x1, x2 - x1, bins[1], sampling_ratio, size.width)
+    return y, x, (y.count * x.count)[:, None, None, None]
+
+
+def _fake(
+    input: Tensor, rois: Tensor, spatial_scale: float, pooled_height: int, pooled_width: int, sampling_ratio: int
+) -> Tensor:
+    shape = check_position_sensitive("ps_roi_align", input, rois, (pooled_height, pooled_width))
+    return empty_regions(input, shape)
+
+
+def _decomposition(
+    input: Tensor, rois: Tensor, spatial_scale: float, pooled_height: int, pooled_width: int, sampling_ratio: int
+) -> Tensor:
+    regions, channels, *bins = check_position_sensitive("ps_roi_align", input, rois, (pooled_height, pooled_width))
+    dtype, memory_format = input.dtype, suggest_memory_format(input)
+    rois = rois.to(accumulate_dtype(dtype))
+    size = MapSize(*input.shape)
+    pixels = Pixels(images_of("ps_roi_align", rois, size.batch), size, bins, position_sensitive=True)
+    table = pixels.table(input.to(rois.dtype))
+    y, x, count = _axes(rois, spatial_scale, bins, sampling_ratio, size)
+    total = rois.new_zeros(regions, *bins, channels)  # [K, PH, PW, C]
+    for row, column, weight, inside in bilinear_samples(y, x):
+        total = total + (weight * pixels.read(table, row, column)).where(inside, 0)
+    return by_bin(total / count).to(dtype).contiguous(memory_format=memory_format)
+
+
+def _loops_over_data(*args: Any) -> str | None:
+    *_, sampling_ratio = args
+    return None if sampling_ratio > 0 else "how many samples an adaptive grid has depends on the values of the boxes"
+
+
+_op = define_op(
+    "ps_roi_align(Tensor input, Tensor rois, float spatial_scale, SymInt pooled_height, SymInt pooled_width, "
+    "int sampling_ratio) -> Tensor",
+    family="ps_roi_align",
+    decomposition=_decomposition,
+    fake=_fake,
+    autocast=False,  # the low precisions are computed in float32 as it is, and the boxes are never converted
+    untraceable=_loops_over_data,
+)
+
+
+def _fake_backward(
+    grad: Tensor, rois: Tensor, spatial_scale: float, size: Sequence[Any], sampling_ratio: int
+) -> Tensor:
+    check_grad("ps_roi_align", grad, rois, size)
+    return empty_regions(grad, size)
+
+
+def _decomposition_backward(
+    grad: Tensor, rois: Tensor, spatial_scale: float, size: Sequence[Any], sampling_ratio: int
+) -> Tensor:
+    check_grad("ps_roi_align", grad, rois, size)
+    size = MapSize(*size)
+    bins = grad.shape[2:]
+    dtype, memory_format = grad.dtype, suggest_memory_format(grad)
+    rois = rois.to(accumulate_dtype(dtype))
+    pixels = Pixels(images_of("ps_roi_align", rois, size.batch), size, bins, position_sensitive=True)
+    y, x, count = _axes(rois, spatial_scale, bins, sampling_ratio, size)
+    share = grad.to(rois.dtype).permute(0, 2, 3, 1) / count  # [K, PH, PW, C]
+    table = pixels.table(rois.new_zeros(size)).contiguous()
+    for row, column, weight, inside in bilinear_samples(y, x):
+        table = pixels.add(table, row, column, (weight * share).where(inside, 0))
+    return pixels.untable(table).to(dtype).contiguous(memory_format=memory_format)
+
+
+_op_backward = define_op(
+    "ps_roi_align_backward(Tensor grad, Tensor rois, float spatial_scale, SymInt[] size, int sampling_ratio) -> Tensor",
+    family="ps_roi_align",
+    decomposition=_decomposition_backward,
+    fake=_fake_backward,
+    autocast=False,
+    untraceable=_loops_over_data,
+)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    input, rois, ctx.spatial_scale, _, _, ctx.sampling_ratio = inputs
+    ctx.size = input.shape
+    ctx.save_for_backward(rois)
+
+
+def _autograd(ctx, grad):
+    (rois,) = ctx.saved_tensors
+    return _op_backward(grad, rois, ctx.spatial_scale, ctx.size, ctx.sampling_ratio), None, None, None, None, None
+
+
+torch.library.register_autograd(_op.overload, _autograd, setup_context=_setup_context)
+forbid_double_backward(_op_backward, "ps_roi_align")
+
+
+@serves_torchvision("ps_roi_align")
+def _torchvision(
+    input: Tensor, rois: Tensor, spatial_scale: float, pooled_height: int, pooled_width: int, sampling_ratio: int
+) -> tuple[Tensor, Tensor]:
+    out = _op(input, rois, spatial_scale, pooled_height, pooled_width, sampling_ratio)
+    return out, channel_mapping(out)
+
+
+@serves_torchvision("_ps_roi_align_backward")
+def _torchvision_backward(
+    grad: Tensor,
+    rois: Tensor,
+    channel_mapping: Tensor,
+    spatial_scale: float,
+    pooled_height: int,
+    pooled_width: int,
+    sampling_ratio: int,
+    batch_size: int,
+    channels: int,
+    height: int,
+    width: int,
+) -> Tensor:
+    return _op_backward(grad, rois, spatial_scale, (batch_size, channels, height, width), sampling_ratio)

@@ -1,0 +1,190 @@
+"""Position-sensitive RoIPool, the average over bins that have channels of their own: https://arxiv.org/abs/1605.06409."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
+from torch.nn.modules.utils import _pair
+
+from .regions import (
+    MapSize,
+    Pixels,
+    PooledAxis,
+    by_bin,
+    channel_mapping,
+    check_grad,
+    check_position_sensitive,
+    empty_regions,
+    images_of,
+    pooled_pixels,
+    regions_of,
+)
+from .registry import accumulate_dtype, define_op, forbid_double_backward, serves_torchvision
+
+
+def ps_roi_pool(
+    input: Tensor, boxes: Tensor | Sequence[Tensor], output_size: int | Sequence[int], spatial_scale: float = 1.0
+) -> Tensor:
+    r"""The average of the input over the bins of each box, where each bin has channels of its own; a drop-in for
+    :func:`torchvision.ops.ps_roi_pool`.
+
+    .. math::
+        \text{out}[k, c, p, q] = \frac{1}{|Y_p| |X_q|} \sum_{y \in Y_p} \sum_{x \in X_q}
+            \text{input}[b_k, (c \cdot PH + p) \cdot PW + q, y, x]
+
+        Y_p = \Big\{ y : y_1 + \Big\lfloor p\,\frac{h}{PH} \Big\rfloor \le y <
+            y_1 + \Big\lceil (p + 1)\,\frac{h}{PH} \Big\rceil,\; 0 \le y < H - 1 \Big\}
+
+    and :math:`X_q` likewise, where :math:`y_1` and :math:`y_2` are the box's coordinates times ``spatial_scale``, rounded to
+    integers (halves away from zero), and :math:`h = \max(y_2 - y_1, 1)`. As in torchvision the last row and column of the
+    input are never read, but the gradient is that of bins that have them. A bin without pixels is zero, and so are
+    those of a box with a coordinate that is NaN or infinite.
+
+    Args:
+        input: ``[B, C * PH * PW, H, W]``, float32, float64, bfloat16 or float16; the low precisions are computed in
+            float32.
+        boxes: ``[K, 5]``, rows of (image, x1, y1, x2, y2), or a list of ``[L, 4]`` with the boxes of each image. float32,
+            or the dtype of ``input``.
+        output_size: ``(PH, PW)``, or one number for both.
+        spatial_scale: what the coordinates of boxes are multiplied by.
+
+    Returns:
+        ``[K, C, PH, PW]``, in the dtype and memory format of ``input``.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not go together, or a box names an image that does not exist.
+        ValueError, TypeError: ``boxes`` is neither of the two.
+    """
+    return _op(input, regions_of("ps_roi_pool", boxes), spatial_scale, *_pair(output_size))
+
+
+class PSRoIPool(nn.Module):
+    """See :func:`ps_roi_pool`; a drop-in for :class:`torchvision.ops.PSRoIPool`."""
+
+    def __init__(self, output_size: int | Sequence[int], spatial_scale: float) -> None:
+        super().__init__()
+        self.output_size = output_size
+        self.spatial_scale = spatial_scale
+
+    def forward(self, input: Tensor, rois: Tensor | Sequence[Tensor]) -> Tensor:
+        """See :func:`ps_roi_pool`."""
+        return ps_roi_pool(input, rois, self.output_size, self.spatial_scale)
+
+    def extra_repr(self) -> str:
+        return f"output_size={self.output_size}, spatial_scale={self.spatial_scale}"
+
+
+def _axes(
+    rois: Tensor, spatial_scale: float, bins: Sequence[int], height: Any, width: Any
+) -> tuple[PooledAxis, PooledAxis, Tensor]:
+    """The rows and columns of bins that are cut off at height and width, and how many pixels each bin has, at least 1,
+    ``[K, PH, PW, 1]``."""
+    x1, y1, x2, y2 = (rois[:, 1:] * spatial_scale).unbind(1)
+    y = PooledAxis(y1, y2, bins[0], inclusive=False, limit=height)
+    x = PooledAxis(x1, x2, bins[1], inclusive=False, limit=width)
+    return y, x, (y.size[:, :, None] * x.size[:, None, :]).clamp(min=1)[..., None]
+
+
+def _fake(input: Tensor, rois: Tensor, spatial_scale: float, pooled_height: int, pooled_width: int) -> Tensor:
+    return empty_regions(input, check_position_sensitive("ps_roi_pool", input, rois, (pooled_height, pooled_width)))
+
+
+def _decomposition(input: Tensor, rois: Tensor, spatial_scale: float, pooled_height: int, pooled_width: int) -> Tensor:
+    regions, channels, *bins = check_position_sensitive("ps_roi_pool", input, rois, (pooled_height, pooled_width))
+    dtype, memory_format = input.dtype, suggest_memory_format(input)
+    rois = rois.to(accumulate_dtype(dtype))
+    size = MapSize(*input.shape)
+    pixels = Pixels(images_of("ps_roi_pool", rois, size.batch), size, bins, position_sensitive=True)
+    table = pixels.table(input.to(rois.dtype))
+    y, x, area = _axes(rois, spatial_scale, bins, size.height - 1, size.width - 1)
+    total = rois.new_zeros(regions, *bins, channels)  # [K, PH, PW, C]
+    for row, column, inside in pooled_pixels(y, x):
+        total = total + pixels.read(table, row, column).where(inside, 0)
+    return by_bin(total / area).to(dtype).contiguous(memory_format=memory_format)
+
+
+def _loops_over_data(*args: Any) -> str | None:
+    return "how many pixels a bin has depends on the values of the boxes"
+
+
+_op = define_op(
+    "ps_roi_pool(Tensor input, Tensor rois, float spatial_scale, SymInt pooled_height, SymInt pooled_width) -> Tensor",
+    family="ps_roi_pool",
+    decomposition=_decomposition,
+    fake=_fake,
+    autocast=False,  # the low precisions are computed in float32 as it is, and the boxes are never converted
+    untraceable=_loops_over_data,
+)
+
+
+def _fake_backward(grad: Tensor, rois: Tensor, spatial_scale: float, size: Sequence[Any]) -> Tensor:
+    check_grad("ps_roi_pool", grad, rois, size)
+    return empty_regions(grad, size)
+
+
+def _decomposition_backward(grad: Tensor, rois: Tensor, spatial_scale: float, size: Sequence[Any]) -> Tensor:
+    check_grad("ps_roi_pool", grad, rois, size)
+    size = MapSize(*size)
+    bins = grad.shape[2:]
+    dtype, memory_format = grad.dtype, suggest_memory_format(grad)
+    rois = rois.to(accumulate_dtype(dtype))
+    pixels = Pixels(images_of("ps_roi_pool", rois, size.batch), size, bins, position_sensitive=True)
+    y, x, area = _axes(rois, spatial_scale, bins, size.height, size.width)
+    share = grad.to(rois.dtype).permute(0, 2, 3, 1) / area  # [K, PH, PW, C]
+    table = pixels.table(rois.new_zeros(size)).contiguous()
+    for row, column, inside in pooled_pixels(y, x):
+        table = pixels.add(table, row, column, share.where(inside, 0))
+    return pixels.untable(table).to(dtype).contiguous(memory_format=memory_format)
+
+
+_op_backward = define_op(
+    "ps_roi_pool_backward(Tensor grad, Tensor rois, float spatial_scale, SymInt[] size) -> Tensor",
+    family="ps_roi_pool",
+    decomposition=_decomposition_backward,
+    fake=_fake_backward,
+    autocast=False,
+    untraceable=_loops_over_data,
+)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    input, rois, ctx.spatial_scale, _, _ = inputs
+    ctx.size = input.shape
+    ctx.save_for_backward(rois)
+
+
+def _autograd(ctx, grad):
+    (rois,) = ctx.saved_tensors
+    return _op_backward(grad, rois, ctx.spatial_scale, ctx.size), None, None, None, None
+
+
+torch.library.register_autograd(_op.overload, _autograd, setup_context=_setup_context)
+forbid_double_backward(_op_backward, "ps_roi_pool")
+
+
+@serves_torchvision("ps_roi_pool")
+def _torchvision(
+    input: Tensor, rois: Tensor, spatial_scale: float, pooled_height: int, pooled_width: int
+) -> tuple[Tensor, Tensor]:
+    out = _op(input, rois, spatial_scale, pooled_height, pooled_width)
+    return out, channel_mapping(out)
+
+
+@serves_torchvision("_ps_roi_pool_backward")
+def _torchvision_backward(
+    grad: Tensor,
+    rois: Tensor,
+    channel_mapping: Tensor,
+    spatial_scale: float,
+    pooled_height: int,
+    pooled_width: int,
+    batch_size: int,
+    channels: int,
+    height: int,
+    width: int,
+) -> Tensor:
+    return _op_backward(grad, rois, spatial_scale, (batch_size, channels, height, width))

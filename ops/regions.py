@@ -1,0 +1,319 @@
+"""Regions of interest, as all operators on them take and read them.
+
+Sizes: ``K`` regions, ``B`` images of ``C`` channels and ``H`` x ``W`` pixels, ``PH`` x ``PW`` bins in each region. A region
+is a row (image, x1, y1, x2, y2) of a ``[K, 5]`` tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+from .registry import accumulate_dtype
+
+_FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+# Pixels from the origin beyond which a rounded coordinate counts as this one.
+_FARTHEST = 2.0**30
+
+
+def regions_of(op: str, boxes: Tensor | Sequence[Tensor]) -> Tensor:
+    """``[K, 5]`` regions from what users give: the same, or a list of ``[L, 4]`` boxes for each image.
+
+    Raises:
+        ValueError: another shape.
+        TypeError: neither a tensor nor a list of tensors.
+    """
+    if isinstance(boxes, Tensor):
+        if boxes.dim() != 2 or boxes.shape[1] != 5:
+            raise ValueError(
+                f"{op}: boxes as one tensor must be [K, 5], rows of (image, x1, y1, x2, y2); got {tuple(boxes.shape)}"
+            )
+        return boxes
+    if not isinstance(boxes, (list, tuple)) or not all(isinstance(box, Tensor) for box in boxes):
+        raise TypeError(f"{op}: boxes must be a [K, 5] tensor or a list of [L, 4] tensors, got {type(boxes).__name__}")
+    if not boxes:
+        raise ValueError(f"{op}: boxes must be a [K, 5] tensor or a list with a [L, 4] tensor for each image, got []")
+    for i, box in enumerate(boxes):
+        if box.dim() != 2 or box.shape[1] != 4:
+            raise ValueError(f"{op}: boxes[{i}] must be [L, 4], rows of (x1, y1, x2, y2); got {tuple(box.shape)}")
+    boxes = [box.to(accumulate_dtype(box.dtype)) for box in boxes]  # the low precisions cannot count images
+    images = [torch.full_like(box[:, :1], i) for i, box in enumerate(boxes)]
+    return torch.cat([torch.cat(images), torch.cat(list(boxes))], dim=1)
+
+
+class MapSize(NamedTuple):
+    """The shape of a batch of feature maps."""
+
+    batch: Any
+    channels: int
+    height: Any
+    width: Any
+
+
+def check_regions(op: str, inputs: Sequence[Tensor], rois: Tensor, bins: Sequence[int]) -> MapSize:
+    """Raise RuntimeError unless the arguments that all operators on regions share go together.
+
+    Returns:
+        The size of the first of ``inputs``.
+    """
+    input = inputs[0]
+    for name, tensor in zip(input_names(inputs), inputs):
+        check(op, tensor.dim() == 4, f"{name} must have 4 dimensions, got shape {tuple(tensor.shape)}")
+        check(
+            op,
+            tensor.dtype in _FLOAT_DTYPES,
+            f"{name} must be one of {', '.join(map(str, _FLOAT_DTYPES))}, got {tensor.dtype}",
+        )
+        check(
+            op,
+            tensor.shape[2] > 0 and tensor.shape[3] > 0,
+            f"{name} must have a positive height and width, got shape {tuple(tensor.shape)}",
+        )
+        for what, got, expected in (
+            ("dtype", tensor.dtype, input.dtype),
+            ("device", tensor.device, input.device),
+            ("batch", tensor.shape[0], input.shape[0]),
+            ("number of channels", tensor.shape[1], input.shape[1]),
+        ):
+            check(op, got == expected, f"{name} must have the {what} of the first map, {expected}, got {got}")
+    check_rois(op, rois, input)
+    check(op, min(bins) > 0, f"output_size must be positive, got {tuple(bins)}")
+    return MapSize(input.shape[0], int(input.shape[1]), *input.shape[2:])
+
+
+def check_position_sensitive(op: str, input: Tensor, rois: Tensor, bins: Sequence[int]) -> tuple[Any, ...]:
+    """As :func:`check_regions`, for operators whose bins have channels of their own; the shape of the result."""
+    height, width = map(int, bins)
+    size = check_regions(op, [input], rois, bins)
+    check(
+        op,
+        size.channels % (height * width) == 0,
+        f"input must have a multiple of {height} * {width} channels, got {size.channels}",
+    )
+    return rois.shape[0], size.channels // (height * width), height, width
+
+
+def channel_mapping(out: Tensor) -> Tensor:
+    """Which input channel each element of a position-sensitive result is made from, as torchvision returns it: int32."""
+    return (
+        torch.arange(out[0].numel(), dtype=torch.int32, device=out.device).reshape(out.shape[1:]).expand_as(out).clone()
+    )
+
+
+def check_rois(op: str, rois: Tensor, like: Tensor) -> None:
+    """Raise RuntimeError unless they are regions for maps, or gradients, like this."""
+    check(op, rois.dim() == 2 and rois.shape[1] == 5, f"boxes must be [K, 5], got shape {tuple(rois.shape)}")
+    check(
+        op,
+        rois.dtype in (torch.float32, like.dtype),
+        f"boxes must be float32 or have input's dtype {like.dtype}, got {rois.dtype}",
+    )
+    check(op, rois.device == like.device, f"boxes must be on input's device {like.device}, got {rois.device}")
+
+
+def check_grad(op: str, grad: Tensor, rois: Tensor, size: Sequence[int]) -> None:
+    """Raise RuntimeError unless this can be the gradient of a result for maps of that size."""
+    check(
+        op,
+        grad.dim() == 4 and grad.shape[0] == rois.shape[0],
+        f"grad must be [K, channels, PH, PW] with K = {rois.shape[0]}, got shape {tuple(grad.shape)}",
+    )
+    check(op, len(size) == 4 and min(size[2:]) > 0, f"the size of input must be [B, C, H, W], got {tuple(size)}")
+    check_rois(op, rois, grad)
+
+
+def check(op: str, condition: bool, message: str) -> None:
+    torch._check(condition, lambda: f"{op}: {message}")
+
+
+def input_names(inputs: Sequence[Tensor]) -> list[str]:
+    """What to call them in messages."""
+    return ["input"] if len(inputs) == 1 else [f"features[{i}]" for i in range(len(inputs))]
+
+
+def empty_regions(like: Tensor, shape: Sequence[Any]) -> Tensor:
+    """An uninitialized result of this shape, in the dtype, on the device and in the memory format of a tensor."""
+    return like.new_empty(shape).contiguous(memory_format=suggest_memory_format(like))
+
+
+def images_of(op: str, rois: Tensor, batch: Any) -> Tensor:
+    """The image of each region, int64 ``[K]``.
+
+    Raises:
+        RuntimeError: there is no such image.
+    """
+    image = rois[:, 0].double()
+    exists = (image > -1) & (image < batch)  # truncated towards zero; NaN fails
+    torch._assert_async(exists.all(), f"{op}: boxes name an image that does not exist")
+    return image.long()
+
+
+class Pixels:
+    """The pixels that bins read, as rows of a table: a row holds what one pixel has for one bin, in all channels.
+
+    Where the operator is position-sensitive each bin has channels of its own: input channel ``(c * PH + ph) * PW + pw``
+    belongs to bin (ph, pw).
+    """
+
+    def __init__(self, image: Tensor, size: MapSize, bins: Sequence[int], position_sensitive: bool = False) -> None:
+        """
+        Args:
+            image: of each region, ``[K]``.
+            size: of the maps.
+            bins: ``(PH, PW)``.
+        """
+        self.image = image[:, None, None]  # [K, 1, 1]
+        self.size = size
+        self.split = tuple(bins) if position_sensitive else (1, 1)
+        self.rows = torch.arange(self.split[0], device=image.device)[:, None]
+        self.columns = torch.arange(self.split[1], device=image.device)
+
+    def table(self, input: Tensor) -> Tensor:
+        """``[B * H * W * (bins that have channels of their own), channels of a bin]``"""
+        batch, channels, height, width = self.size
+        split = input.reshape(batch, -1, *self.split, height, width)
+        return split.permute(0, 4, 5, 2, 3, 1).flatten(0, 4)
+
+    def index(self, y: Tensor, x: Tensor) -> Tensor:
+        """The row of pixel (y, x), for y of ``[K, PH, 1]`` and x of ``[K, 1, PW]``: ``[K, PH, PW]``"""
+        pixel = (self.image * self.size.height + y) * self.size.width + x
+        return (pixel * self.split[0] + self.rows) * self.split[1] + self.columns
+
+    def read(self, table: Tensor, y: Tensor, x: Tensor) -> Tensor:
+        """``[K, PH, PW, channels of a bin]``"""
+        index = self.index(y, x)
+        return table.index_select(0, index.flatten()).view(*index.shape, table.shape[1])
+
+    def add(self, table: Tensor, y: Tensor, x: Tensor, values: Tensor) -> Tensor:
+        """The table with ``values`` of ``[K, PH, PW, channels of a bin]`` added to the pixels."""
+        return table.index_add(0, self.index(y, x).flatten(), values.flatten(0, 2))
+
+    def untable(self, table: Tensor) -> Tensor:
+        """The reverse of :meth:`table`: ``[B, C, H, W]``"""
+        batch, channels, height, width = self.size
+        split = table.reshape(batch, height, width, *self.split, -1)
+        return split.permute(0, 5, 3, 4, 1, 2).reshape(batch, channels, height, width)
+
+
+def by_bin(values: Tensor) -> Tensor:
+    """``[K, C, PH, PW]`` from ``[K, PH, PW, C]`` and back: channels first, or last."""
+    return values.permute(0, 3, 1, 2)
+
+
+class SampledAxis:
+    """Where the bins of regions sample one axis of a map, for roi_align and ps_roi_align.
+
+    ``count`` points are spread evenly over each bin. A point outside [-1, length] counts as zero; from one inside, but
+    beyond the outermost pixel centre, the outermost pixel is read.
+
+    Attributes:
+        count: points of a bin, float ``[K]``; it can be zero or less.
+        steps: how many times :meth:`sample` is to be called.
+    """
+
+    def __init__(self, begin: Tensor, size: Tensor, bins: int, sampling_ratio: int, length: Any) -> None:
+        """
+        Args:
+            begin: where regions begin, ``[K]``, in pixels of the map.
+            size: how long they are, ``[K]``.
+            bins: bins of a region.
+            sampling_ratio: points of a bin; if it is not positive, as many as the bin is long in pixels, rounded up.
+            length: of the axis.
+        """
+        self.length = length
+        self.bin_size = size / bins
+        self.first = begin[:, None] + torch.arange(bins, device=begin.device) * self.bin_size[:, None]  # [K, bins]
+        if sampling_ratio > 0:
+            self.count = torch.full_like(size, sampling_ratio)
+            self.skipped, self.steps = torch.zeros_like(self.first), sampling_ratio
+        else:
+            # Points before the map are skipped, and those behind it never reached, however large a region is.
+            self.count = self.bin_size.ceil()
+            spacing = (self.bin_size / self.count)[:, None]  # at most 1 where there are points
+            self.skipped = ((-1 - self.first) / spacing - 1).floor().nan_to_num(0).clamp(min=0)
+            behind = ((length - self.first) / spacing + 1).ceil().nan_to_num(0)
+            needed = torch.minimum(behind, self.count[:, None]) - self.skipped
+            self.steps = 0 if needed.numel() == 0 else max(0, int(needed.max()))
+
+    def sample(self, step: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """One point of each bin: whether it counts, and the two pixels that it lies between with their weights."""
+        i = self.skipped + step
+        point = self.first + (i + 0.5) * self.bin_size[:, None] / self.count[:, None]
+        inside = (point >= -1) & (point <= self.length) & (i < self.count[:, None])  # NaN fails
+        point = point.where(inside, 0).clamp(min=0)
+        low = point.long().clamp(max=self.length - 1)
+        high = (low + 1).clamp(max=self.length - 1)
+        fraction = (point - low).where(low < self.length - 1, 0)
+        return inside, [low, high], [1 - fraction, fraction]
+
+
+def bilinear_samples(y: SampledAxis, x: SampledAxis):
+    """For each sample of the bins and each of its four corners: row, column and weight.
+
+    Rows are ``[K, PH, 1]``, columns ``[K, 1, PW]``, weights ``[K, PH, PW, 1]``; the weight is None where nothing counts.
+    A corner that does not count has weight zero and must not be multiplied: ``inside`` says which.
+    """
+    for iy in range(y.steps):
+        inside_y, rows, weights_y = y.sample(iy)
+        for ix in range(x.steps):
+            inside_x, columns, weights_x = x.sample(ix)
+            inside = (inside_y[:, :, None] & inside_x[:, None, :])[..., None]  # [K, PH, PW, 1]
+            for i in (0, 1):
+                for j in (0, 1):
+                    weight = (weights_y[i][:, :, None] * weights_x[j][:, None, :])[..., None]
+                    yield rows[i][:, :, None], columns[j][:, None, :], weight, inside
+
+
+class PooledAxis:
+    """Which pixels of one axis bins cover, for roi_pool and ps_roi_pool: ``[begin, end)``, int64 ``[K, bins]``.
+
+    A region with a coordinate that is NaN or infinite covers none.
+
+    Attributes:
+        steps: how many pixels the longest bin covers.
+    """
+
+    def __init__(self, begin: Tensor, end: Tensor, bins: int, inclusive: bool, limit: Any) -> None:
+        """
+        Args:
+            begin, end: of regions, ``[K]``, in pixels of the map; they are rounded here.
+            bins: bins of a region.
+            inclusive: whether the pixel at ``end`` belongs to the region.
+            limit: where bins are cut off.
+        """
+        finite = (begin.isfinite() & end.isfinite())[:, None]
+        begin, end = _round(begin), _round(end)
+        size = (end - begin + inclusive).clamp(min=1).to(begin.dtype)
+        edges = torch.arange(bins + 1, device=begin.device) * (size / bins)[:, None]  # [K, bins + 1]
+        start = begin[:, None].long()
+        self.begin = (edges[:, :-1].floor().long() + start).clamp(0, limit)
+        self.end = (edges[:, 1:].ceil().long() + start).clamp(0, limit).where(finite, self.begin)
+        self.size = (self.end - self.begin).clamp(min=0)
+        self.steps = 0 if self.size.numel() == 0 else int(self.size.max())
+
+    def pixel(self, step: int) -> tuple[Tensor, Tensor]:
+        """One pixel of each bin: whether there is one, and where."""
+        inside = step < self.size
+        return inside, (self.begin + step).where(inside, 0)
+
+
+def _round(coordinate: Tensor) -> Tensor:
+    """To the nearest integer, halves away from zero as in C; torch.round takes them to the even one."""
+    coordinate = coordinate.nan_to_num(0).clamp(-_FARTHEST, _FARTHEST)
+    whole = coordinate.trunc()
+    return whole + coordinate.sign() * ((coordinate - whole).abs() >= 0.5)
+
+
+def pooled_pixels(y: PooledAxis, x: PooledAxis):
+    """For each pixel of the bins, row by row: its row ``[K, PH, 1]``, its column ``[K, 1, PW]``, and whether the bin has it
+    ``[K, PH, PW, 1]``."""
+    for iy in range(y.steps):
+        inside_y, row = y.pixel(iy)
+        for ix in range(x.steps):
+            inside_x, column = x.pixel(ix)
+            yield row[:, :, None], column[:, None, :], (inside_y[:, :, None] & inside_x[:, None, :])[..., None]

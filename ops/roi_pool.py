@@ -1,0 +1,208 @@
+"""RoIPool, the maximum over the bins of regions: https://arxiv.org/abs/1504.08083."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
+from torch.nn.modules.utils import _pair
+
+from .regions import (
+    MapSize,
+    Pixels,
+    PooledAxis,
+    by_bin,
+    check,
+    check_grad,
+    check_regions,
+    empty_regions,
+    images_of,
+    pooled_pixels,
+    regions_of,
+)
+from .registry import accumulate_dtype, define_op, forbid_double_backward, serves_torchvision
+
+
+def roi_pool(
+    input: Tensor, boxes: Tensor | Sequence[Tensor], output_size: int | Sequence[int], spatial_scale: float = 1.0
+) -> Tensor:
+    r"""The maximum of the input over the bins of each box; a drop-in for :func:`torchvision.ops.roi_pool`.
+
+    .. math::
+        \text{out}[k, c, p, q] = \max_{y \in Y_p, x \in X_q} \text{input}[b_k, c, y, x]
+
+        Y_p = \Big\{ y : y_1 + \Big\lfloor p\,\frac{h}{PH} \Big\rfloor \le y <
+            y_1 + \Big\lceil (p + 1)\,\frac{h}{PH} \Big\rceil,\; 0 \le y < H \Big\}
+
+    and :math:`X_q` likewise, where :math:`y_1` and :math:`y_2` are the box's coordinates times ``spatial_scale``, rounded to
+    integers (halves away from zero), and :math:`h = \max(y_2 - y_1 + 1, 1)`. Of equal maxima the first, row by row, has
+    the gradient. NaN is never the maximum. A bin without pixels is zero, and so are those of a box with a coordinate
+    that is NaN or infinite.
+
+    Args:
+        input: ``[B, C, H, W]``, float32, float64, bfloat16 or float16.
+        boxes: ``[K, 5]``, rows of (image, x1, y1, x2, y2), or a list of ``[L, 4]`` with the boxes of each image. float32,
+            or the dtype of ``input``.
+        output_size: ``(PH, PW)``, or one number for both.
+        spatial_scale: what the coordinates of boxes are multiplied by.
+
+    Returns:
+        ``[K, C, PH, PW]``, in the dtype and memory format of ``input``.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not go together, or a box names an image that does not exist.
+        ValueError, TypeError: ``boxes`` is neither of the two.
+    """
+    out, _ = _op(input, regions_of("roi_pool", boxes), spatial_scale, *_pair(output_size))
+    return out
+
+
+class RoIPool(nn.Module):
+    """See :func:`roi_pool`; a drop-in for :class:`torchvision.ops.RoIPool`."""
+
+    def __init__(self, output_size: int | Sequence[int], spatial_scale: float) -> None:
+        super().__init__()
+        self.output_size = output_size
+        self.spatial_scale = spatial_scale
+
+    def forward(self, input: Tensor, rois: Tensor | Sequence[Tensor]) -> Tensor:
+        """See :func:`roi_pool`."""
+        return roi_pool(input, rois, self.output_size, self.spatial_scale)
+
+    def extra_repr(self) -> str:
+        return f"output_size={self.output_size}, spatial_scale={self.spatial_scale}"
+
+
+# Where a bin's search begins, in every dtype: what is not greater than this is not found.
+_LOWEST = -torch.finfo(torch.float32).max
+
+
+def _fake(
+    input: Tensor, rois: Tensor, spatial_scale: float, pooled_height: int, pooled_width: int
+) -> tuple[Tensor, Tensor]:
+    size = check_regions("roi_pool", [input], rois, (pooled_height, pooled_width))
+    out = empty_regions(input, (rois.shape[0], size.channels, int(pooled_height), int(pooled_width)))
+    return out, torch.empty_like(out, dtype=torch.int32)
+
+
+def _decomposition(
+    input: Tensor, rois: Tensor, spatial_scale: float, pooled_height: int, pooled_width: int
+) -> tuple[Tensor, Tensor]:
+    """The maxima, and where in its plane of the input each is: int32, row by row, -1 where there is none."""
+    bins = int(pooled_height), int(pooled_width)
+    size = check_regions("roi_pool", [input], rois, bins)
+    dtype, memory_format = input.dtype, suggest_memory_format(input)
+    rois = rois.to(accumulate_dtype(dtype))
+    pixels = Pixels(images_of("roi_pool", rois, size.batch), size, bins)
+    table = pixels.table(input.to(rois.dtype))
+    x1, y1, x2, y2 = (rois[:, 1:] * spatial_scale).unbind(1)
+    y = PooledAxis(y1, y2, bins[0], inclusive=True, limit=size.height)
+    x = PooledAxis(x1, x2, bins[1], inclusive=True, limit=size.width)
+
+    empty = ((y.size == 0)[:, :, None] | (x.size == 0)[:, None, :])[..., None]  # [K, PH, PW, 1]
+    best = rois.new_full((rois.shape[0], *bins, size.channels), _LOWEST).where(~empty, 0)  # [K, PH, PW, C]
+    argmax = torch.full_like(best, -1, dtype=torch.int32)
+    for row, column, inside in pooled_pixels(y, x):
+        value = pixels.read(table, row, column)
+        greater = inside & (value > best)
+        best = value.where(greater, best)
+        argmax = (row * size.width + column)[..., None].int().where(greater, argmax)
+    return (
+        by_bin(best).to(dtype).contiguous(memory_format=memory_format),
+        by_bin(argmax).contiguous(memory_format=memory_format),
+    )
+
+
+def _loops_over_data(*args: Any) -> str | None:
+    return "how many pixels a bin has depends on the values of the boxes"
+
+
+_op = define_op(
+    "roi_pool(Tensor input, Tensor rois, float spatial_scale, SymInt pooled_height, SymInt pooled_width) "
+    "-> (Tensor, Tensor)",
+    family="roi_pool",
+    decomposition=_decomposition,
+    fake=_fake,
+    autocast=False,  # a maximum is the same in every precision
+    untraceable=_loops_over_data,
+)
+
+
+def _check_backward(grad: Tensor, rois: Tensor, argmax: Tensor, size: Sequence[Any]) -> None:
+    check_grad("roi_pool", grad, rois, size)
+    check(
+        "roi_pool",
+        argmax.dtype == torch.int32 and argmax.shape == grad.shape,
+        f"argmax must be int32 of grad's shape {tuple(grad.shape)}, got {argmax.dtype} {tuple(argmax.shape)}",
+    )
+    check("roi_pool", argmax.device == grad.device, f"argmax must be on {grad.device}, got {argmax.device}")
+
+
+def _fake_backward(grad: Tensor, rois: Tensor, argmax: Tensor, size: Sequence[Any]) -> Tensor:
+    _check_backward(grad, rois, argmax, size)
+    return empty_regions(grad, size)
+
+
+def _decomposition_backward(grad: Tensor, rois: Tensor, argmax: Tensor, size: Sequence[Any]) -> Tensor:
+    """The gradient of the input; an ``argmax`` outside the plane has none."""
+    _check_backward(grad, rois, argmax, size)
+    batch, channels, height, width = size
+    dtype, memory_format = grad.dtype, suggest_memory_format(grad)
+    image = images_of("roi_pool", rois, batch)
+    found = (argmax >= 0) & (argmax < height * width)
+    plane = image[:, None, None, None] * channels + torch.arange(channels, device=grad.device)[:, None, None]
+    index = (plane * (height * width) + argmax).where(found, 0)  # [K, C, PH, PW]
+    total = grad.new_zeros(batch * channels * height * width, dtype=accumulate_dtype(dtype))
+    total = total.scatter_add(0, index.flatten(), grad.to(total.dtype).where(found, 0).flatten())
+    return total.reshape(batch, channels, height, width).to(dtype).contiguous(memory_format=memory_format)
+
+
+_op_backward = define_op(
+    "roi_pool_backward(Tensor grad, Tensor rois, Tensor argmax, SymInt[] size) -> Tensor",
+    family="roi_pool",
+    decomposition=_decomposition_backward,
+    fake=_fake_backward,
+    autocast=False,
+)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    input, rois, *_ = inputs
+    _, argmax = output
+    ctx.size = input.shape
+    ctx.mark_non_differentiable(argmax)
+    ctx.save_for_backward(rois, argmax)
+
+
+def _autograd(ctx, grad, _):
+    return _op_backward(grad, *ctx.saved_tensors, ctx.size), None, None, None, None
+
+
+torch.library.register_autograd(_op.overload, _autograd, setup_context=_setup_context)
+forbid_double_backward(_op_backward, "roi_pool")
+
+
+@serves_torchvision("roi_pool")
+def _torchvision(
+    input: Tensor, rois: Tensor, spatial_scale: float, pooled_height: int, pooled_width: int
+) -> tuple[Tensor, Tensor]:
+    return _op(input, rois, spatial_scale, pooled_height, pooled_width)
+
+
+@serves_torchvision("_roi_pool_backward")
+def _torchvision_backward(
+    grad: Tensor,
+    rois: Tensor,
+    argmax: Tensor,
+    spatial_scale: float,
+    pooled_height: int,
+    pooled_width: int,
+    batch_size: int,
+    channels: int,
+    height: int,
+    width: int,
+) -> Tensor:
+    return _op_backward(grad, rois, argmax, (batch_size, channels, height, width))
