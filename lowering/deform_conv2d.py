@@ -14,9 +14,9 @@ from ..ops.deform_conv2d import Arguments, empty_output
 from ..ops.registry import accumulate_dtype
 from .constants import fold_constant
 from .inductor import DTYPE_TO_CPP, CppCodeCache, CppTemplateKernel, V, config, ir, pick_vec_isa
-from .layout import channels_last_strides, feeds_channels_last_convolution
+from .layout import channels_last_strides, layout_is_free, realize_image, writes_channels_last
 from .registry import Template, define_internal_op, template_for
-from .template import RowsTemplate, splice_header
+from .template import BlocksTemplate, splice_header
 from .tuning import fastest
 
 
@@ -135,7 +135,7 @@ def _lower(*args: Any) -> ir.TensorBox:
     node = V.graph.current_node
     fake = Arguments(*torch.fx.map_arg(node.args[:-2], lambda argument: argument.meta["val"]))
     convolution = _convolution(fake, weight_shape)
-    image, channels_last = _image(call.input, node)
+    image, channels_last = _layouts(call.input, node)
     instance = Instance(convolution, kind, channels_last)
     weight = ir.ExternKernel.require_contiguous(fold_constant(node.args[2], call.weight))
     size = ir.convert_shape_to_inductor(node.meta["val"].shape)
@@ -155,32 +155,16 @@ def _lower(*args: Any) -> ir.TensorBox:
     ).output()
 
 
-def _image(input: ir.TensorBox, node: torch.fx.Node) -> tuple[ir.IRNode, bool]:
-    """The input, realized with neighbouring channels or neighbouring columns, and whether to write channels_last.
+def _layouts(input: ir.TensorBox, node: torch.fx.Node) -> tuple[ir.IRNode, bool]:
+    """The input, realized, and whether to write channels_last.
 
-    Where the input's layout is still free it becomes channels_last, which costs its producer nothing. The result has
-    the memory format that it has in eager mode, unless the input is channels_last by others' choice, or Inductor runs
-    a convolution behind this one channels_last: in a network that Inductor lays out so, nothing is transposed.
+    If the input is channels_last by others' choice, so is the result: nothing is transposed in a network that Inductor
+    lays out so.
     """
-    result = node.meta["val"]
-    channels_last = channels_last_strides(result.stride(), result.shape) or feeds_channels_last_convolution(node)
-    if _layout_is_free(input):
-        return ir.ExternKernel.realize_input(ir.ExternKernel.require_channels_last(input)), channels_last
-    image = ir.ExternKernel.realize_input(input)
-    strides = image.get_layout().stride
-    if channels_last_strides(strides, image.get_size()):
-        return image, True
-    if not V.graph.sizevars.statically_known_equals(strides[3], 1):
-        image = ir.ExternKernel.realize_input(ir.ExternKernel.require_contiguous(image))
-    return image, channels_last
-
-
-def _layout_is_free(x: ir.TensorBox) -> bool:
-    """Whether it is yet to be decided in which order x is written."""
-    box = x.data
-    if not isinstance(box, ir.StorageBox):
-        return False
-    return not isinstance(box.data, ir.Buffer) or isinstance(box.data.get_layout(), ir.FlexibleLayout)
+    chosen = not layout_is_free(input)
+    image = realize_image(input)
+    by_others = chosen and channels_last_strides(image.get_layout().stride, image.get_size())
+    return image, by_others or writes_channels_last(node)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,7 +193,7 @@ class Instance:
         op, {weight}, blocking, store);"""
 
 
-class DeformConv2dTemplate(RowsTemplate):
+class DeformConv2dTemplate(BlocksTemplate):
     """See cpp/deform_conv2d.h."""
 
     op = "deform_conv2d"
@@ -296,7 +280,7 @@ def compile_runner(
         return f"{{{name}, {', '.join(map(str, tensor.stride()))}}}"
 
     tensors = [view("image", image), view("offset", offset), view("mask", mask), "nullptr"]
-    outer, inner = ("n_columns", str(out_channels)) if instance.channels_last else (str(out_channels), "n_columns")
+    outer, inner = ("block.columns", out_channels) if instance.channels_last else (out_channels, "block.columns")
     source = f"""
 #include <torch/csrc/inductor/cpp_prefix.h>
 {splice_header(DeformConv2dTemplate.header)}
@@ -304,11 +288,9 @@ extern "C" void run(const {scalar}* image, const {scalar}* offset, const {scalar
     const {DTYPE_TO_CPP[weight.dtype]}* weight, {scalar}* out,
     int64_t pixels, int64_t depth, int64_t transposed_bytes) {{
     const inductor_vision::DeformBlocking blocking{{pixels, depth, transposed_bytes}};
-    const auto store = [&](int64_t b, int64_t y, int64_t x, int64_t n_columns, const auto* sums, int64_t distance) {{
-        {scalar}* to = out + ((b * {height} + y) * {width} + x) * {out_channels};
-        for (int64_t i = 0; i < {outer}; ++i) {{
-            std::copy_n(sums + i * distance, {inner}, to + i * {inner});
-        }}
+    const auto store = [&](const inductor_vision::OutputBlock& block, const auto* sums, int64_t distance) {{
+        {scalar}* to = out + ((block.image * {height} + block.row) * {width} + block.column) * {out_channels};
+        inductor_vision::store_block(sums, distance, to, {inner}, {outer}, {inner});
     }};
     {instance.statement(tensors, "weight", size, (height, width))}
 }}

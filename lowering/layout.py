@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .inductor import V
+from .inductor import V, ir
 
 _MKLDNN_CONVOLUTION = "mkldnn._convolution"  # what freezing makes of convolutions; always channels_last
 
@@ -36,3 +36,39 @@ def feeds_channels_last_convolution(node: torch.fx.Node) -> bool:
                 seen.add(user)
                 pending.append(user)
     return False
+
+
+def first_result(node: torch.fx.Node) -> torch.Tensor:
+    """The result of ``node`` as a fake tensor; of several, the first."""
+    result = node.meta["val"]
+    return result[0] if isinstance(result, (tuple, list)) else result
+
+
+def writes_channels_last(node: torch.fx.Node) -> bool:
+    """Whether the result of ``node`` is best written channels_last: it is so in eager mode, or Inductor runs a
+    convolution behind it channels_last."""
+    result = first_result(node)
+    return channels_last_strides(result.stride(), result.shape) or feeds_channels_last_convolution(node)
+
+
+def layout_is_free(x: ir.TensorBox) -> bool:
+    """Whether it is yet to be decided in which order x is written."""
+    box = x.data
+    if not isinstance(box, ir.StorageBox):
+        return False
+    return not isinstance(box.data, ir.Buffer) or isinstance(box.data.get_layout(), ir.FlexibleLayout)
+
+
+def realize_image(x: ir.TensorBox) -> ir.IRNode:
+    """``x``, ``[B, C, H, W]``, realized with neighbouring channels or neighbouring columns.
+
+    Where its layout is still free it becomes channels_last, which costs its producer nothing.
+    """
+    realize = ir.ExternKernel.realize_input
+    if layout_is_free(x):
+        return realize(ir.ExternKernel.require_channels_last(x))
+    image = realize(x)
+    strides = image.get_layout().stride
+    if channels_last_strides(strides, image.get_size()) or V.graph.sizevars.statically_known_equals(strides[3], 1):
+        return image
+    return realize(ir.ExternKernel.require_contiguous(image))

@@ -1,9 +1,9 @@
 """The base of the C++ templates: kernel headers spliced into generated code, and Inductor's neighbours in the store.
 
 A template's output is a dense four-dimensional buffer in *physical* order, slowest dimension first: ``[B, H, W, C]``
-for channels_last, ``[B, C, H, W]`` for contiguous. The kernel hands over its results row by row, in a buffer that is
-still in cache; what Inductor fused (batch norm, activation, residual, the conversion to a lower precision) is generated
-into the loop that stores them.
+for channels_last, ``[B, C, H, W]`` for contiguous. The kernel hands over its results block by block (``OutputBlock`` in
+cpp/base.h), each still in cache; what Inductor fused (batch norm, activation, residual, the conversion to a lower
+precision) is generated into the loop that stores them.
 """
 
 from __future__ import annotations
@@ -51,8 +51,13 @@ def splice_header(name: str) -> str:
     return splice(name)
 
 
-class RowsTemplate(abc.ABC):
-    """A kernel over images whose results are stored row by row.
+def _block_name(buffer: ir.Buffer) -> str:
+    """What a block of the buffer is called in its store; no constant of a graph is called so."""
+    return f"{buffer.get_name()}_block"
+
+
+class BlocksTemplate(abc.ABC):
+    """A kernel over images, or regions, whose results are stored block by block.
 
     Subclasses say which header holds the kernel and how it is called.
     """
@@ -74,29 +79,59 @@ class RowsTemplate(abc.ABC):
         self.dtype = dtype
         self.size = list(size)
         self.channels_last = channels_last
+        self.store_functions: list[str] = []
 
     @property
     def path(self) -> str:
         """What this kernel is, for reports."""
-        return "row by row"
+        return "fused"
 
     @abc.abstractmethod
     def call(self, kernel: CppTemplateKernel, inputs: Sequence[ir.IRNode], store: str) -> str:
-        """The C++ statements that run the kernel; ``store`` is the lambda it hands its results to."""
+        """The C++ statements that run the kernel.
 
-    def output(self) -> ir.TensorBox:
-        """Add the kernel to the graph; its result, ``[B, C, H, W]``."""
-        record_path(self.op, "template", self.path)
+        ``store`` is the lambda it hands its results to; those for further results follow, as further arguments.
+        """
+
+    def output_size(self, kernel: CppTemplateKernel) -> list[str]:
+        """The size of the output, [B, C, H, W], in C++."""
+        node = ir.Buffer(name=None, layout=ir.FixedLayout(torch.device("cpu"), self.dtype, self.size))
+        return [kernel.size(node, d) for d in range(4)]
+
+    def _layout(self, dtype: torch.dtype) -> ir.FixedLayout:
         physical = [self.size[d] for d in (0, 2, 3, 1)] if self.channels_last else self.size
+        return ir.FixedLayout(torch.device("cpu"), dtype, physical)
+
+    def _logical(self, box: ir.TensorBox) -> ir.TensorBox:
+        return ir.TensorBox(ir.PermuteView.create(box.data, [0, 3, 1, 2])) if self.channels_last else box
+
+    def _add(self, layout: ir.OutputSpec) -> ir.TensorBox:
+        record_path(self.op, "template", self.path)
         buffer = ir.CppTemplateBuffer(
-            layout=ir.FixedLayout(torch.device("cpu"), self.dtype, physical),
+            layout=layout,
             inputs=self.inputs,
             make_kernel_render=self._make_kernel_render,
             template=self,
             choice=None,
         )
-        box = ir.TensorBox.create(buffer)
-        return ir.TensorBox(ir.PermuteView.create(box.data, [0, 3, 1, 2])) if self.channels_last else box
+        return ir.TensorBox.create(buffer)
+
+    def output(self) -> ir.TensorBox:
+        """Add the kernel to the graph; its result, ``[B, C, H, W]``."""
+        return self._logical(self._add(self._layout(self.dtype)))
+
+    def outputs(self, further: Sequence[tuple[torch.dtype, str]]) -> list[ir.TensorBox]:
+        """Add the kernel to the graph where it has further results of the same size and memory format.
+
+        Of each, the dtype and the C++ function that stores it, with the arguments of store_block. Nothing is fused.
+        """
+        self.store_functions = [function for _, function in further]
+        buffer = self._add(self._layout(self.dtype)).data.data
+        layouts = [self._layout(dtype) for dtype in (self.dtype, *(dtype for dtype, _ in further))]
+        results = [ir.MultiOutput(layout, buffer, [(list, i)]) for i, layout in enumerate(layouts)]
+        buffer.layout = ir.MultiOutputLayout(device=torch.device("cpu"))
+        buffer.outputs = results
+        return [self._logical(ir.TensorBox.create(result)) for result in results]
 
     def _make_kernel_render(
         self,
@@ -121,7 +156,7 @@ class RowsTemplate(abc.ABC):
 
     def _sums(self, buffer: ir.CppTemplateBuffer) -> ir.Buffer:
         """What the kernel computes, before it is converted to the output's dtype."""
-        layout = ir.FixedLayout(torch.device("cpu"), accumulate_dtype(self.dtype), buffer.get_size())
+        layout = self._layout(accumulate_dtype(self.dtype))
         return ir.Buffer(name=f"{buffer.get_name()}_sums", layout=layout)
 
     def render(
@@ -134,8 +169,9 @@ class RowsTemplate(abc.ABC):
             epilogue: what Inductor fused; the last of it is what is stored.
             keep: whether the template's own output is stored as well.
         """
-        last = epilogue[-1] if epilogue else buffer
-        outputs = {"out": last}
+        first, *further = buffer.outputs or [buffer]
+        last = epilogue[-1] if epilogue else first
+        outputs = {"out": last, **{f"out{i}": node for i, node in enumerate(further, 1)}}
         aliases = {}
         if keep and epilogue:
             outputs["own"] = buffer
@@ -143,7 +179,9 @@ class RowsTemplate(abc.ABC):
             aliases[buffer.get_name()] = last.get_name()
         names = {f"in{i}": node for i, node in enumerate(buffer.inputs)}
         signature = kernel.def_kernel(inputs=names, outputs=outputs, aliases=aliases)
-        source = self.call(kernel, buffer.inputs, self._store(kernel, buffer, epilogue, keep))
+        stores = [self._store(kernel, first, epilogue, keep)]
+        stores += [self._plain_store(kernel, node, function) for node, function in zip(further, self.store_functions)]
+        source = self.call(kernel, buffer.inputs, ", ".join(stores))
         return "\n".join(
             [
                 "#include <torch/csrc/inductor/cpp_prefix.h>",
@@ -158,15 +196,13 @@ class RowsTemplate(abc.ABC):
         )
 
     def _store(
-        self, kernel: CppTemplateKernel, buffer: ir.CppTemplateBuffer, epilogue: list[ir.ComputedBuffer], keep: bool
+        self, kernel: CppTemplateKernel, buffer: ir.Buffer, epilogue: list[ir.ComputedBuffer], keep: bool
     ) -> str:
-        """A lambda that stores `n_columns` neighbours of an output row, for all channels, through the epilogue."""
+        """A lambda that stores a block of the output through the epilogue."""
         accumulate = accumulate_dtype(self.dtype)
-        arguments = "int64_t out_image, int64_t out_row, int64_t out_column, int64_t n_columns"
-        row = f"{buffer.get_name()}_row"  # a name that no constant of the graph has
-        signature = f"[&]({arguments}, const {DTYPE_TO_CPP[accumulate]}* {row}, int64_t distance)"
+        values = _block_name(buffer)
         if not epilogue:  # Inductor would copy one by one
-            return f"{signature} {{\n{self._plain_store(kernel, buffer, row)}\n}}"
+            return self._plain_store(kernel, buffer, "store_block")
         target, reindexers = gen_2d_view_of_epilogue_buf(
             epilogue[-1], buffer, epilogue, [], default_reindexers=[None] * len(epilogue)
         )
@@ -176,39 +212,53 @@ class RowsTemplate(abc.ABC):
             nodes.insert(0, self._own_store(buffer, source))
             reindexers.insert(0, None)
 
-        # Of image, row, column and channel: the part of the output, its place, and the strides of the row.
-        ranges: list[Any] = [("out_image", "out_image + 1"), ("out_row", "out_row + 1")]
-        ranges += [("out_column", "out_column + n_columns"), ()]
-        strides = ["0", "0", "distance", "1"]
-        if not self.channels_last:
-            ranges = [ranges[d] for d in (0, 3, 1, 2)]
-            strides = ["0", "distance", "0", "1"]
+        # Of image, channel, row and column: the part of the output, and the strides of the block's values.
+        ranges = [
+            ("out_image", "out_image + 1"),
+            ("out_channel", "out_channel + n_channels"),
+            ("out_row", "out_row + n_rows"),
+            ("out_column", "out_column + n_columns"),
+        ]
+        if self.channels_last:
+            ranges = [ranges[d] for d in (0, 2, 3, 1)]
+            strides = ["0", "n_columns * distance", "distance", "1"]
+        else:
+            strides = ["0", "distance", "n_columns", "1"]
         part = kernel.slice_nd(target, ranges)
         sums = ir.Buffer(
-            name=row,
+            name=values,
             layout=ir.FixedLayout(
                 torch.device("cpu"), accumulate, part.get_size(), parse_expr_with_index_symbols(strides)
             ),
         )
-        kernel.local_buffers[row] = sums
-        body = kernel.store_output(
+        kernel.local_buffers[values] = sums
+        stored = kernel.store_output(
             part, sums, orig_src=source, epilogue_nodes=nodes, offsets=self._place(), reindexers=reindexers
         )
-        return f"{signature} {{\n{body}\n}}"
+        return f"{self._lambda(values)}\n{stored}\n}}"
 
-    def _plain_store(self, kernel: CppTemplateKernel, buffer: ir.CppTemplateBuffer, row: str) -> str:
-        size = [kernel.size(buffer, d) for d in range(4)]
+    def _lambda(self, values: str) -> str:
+        """The head of a store, and what its body has of the block."""
+        accumulate = DTYPE_TO_CPP[accumulate_dtype(self.dtype)]
+        return f"""[&](const inductor_vision::OutputBlock& block, const {accumulate}* {values}, int64_t distance) {{
+            const int64_t out_image = block.image, out_channel = block.channel, n_channels = block.channels;
+            const int64_t out_row = block.row, n_rows = block.rows;
+            const int64_t out_column = block.column, n_columns = block.columns;"""
+
+    def _plain_store(self, kernel: CppTemplateKernel, buffer: ir.Buffer, function: str) -> str:
+        """A lambda that stores a block of an output as it is, by a function like store_block."""
+        values = _block_name(buffer)
         if self.channels_last:
-            block = f"{size[3]}, n_columns, {size[3]}"  # distance in the output, rows and columns of the block
+            part = f"{kernel.size(buffer, 3)}, n_rows * n_columns, n_channels"  # distance in the output, rows, columns
         else:
-            block = f"{kernel.stride(buffer, 1)}, {size[1]}, n_columns"
-        return f"inductor_vision::store_block({row}, distance, &{kernel.index(buffer, self._place())}, {block});"
+            part = f"{kernel.stride(buffer, 1)}, n_channels, n_rows * n_columns"
+        place = kernel.index(buffer, self._place())
+        return f"{self._lambda(values)}\ninductor_vision::{function}({values}, distance, &{place}, {part});\n}}"
 
     def _place(self) -> list[str]:
-        """Where in the output, in physical order, a row of results begins."""
-        place = ["out_image", "out_row", "out_column"]
-        place.insert(3 if self.channels_last else 1, "0")
-        return place
+        """Where in the output, in physical order, a block of results begins."""
+        place = ["out_image", "out_channel", "out_row", "out_column"]
+        return [place[d] for d in (0, 2, 3, 1)] if self.channels_last else place
 
     def _own_store(self, buffer: ir.CppTemplateBuffer, sums: ir.Buffer) -> ir.ComputedBuffer:
         """The template's output as a node of the epilogue, for when it has users beside the fused ones."""

@@ -1,4 +1,4 @@
-"""RoIAlign on the feature maps of a pyramid, each region on the map that suits its size: https://arxiv.org/abs/1612.03144."""
+"""RoIAlign on a pyramid of maps, each region on the one that suits its size: https://arxiv.org/abs/1612.03144."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def multiscale_roi_align(
     .. math:: \Big\lfloor l_0 + \log_2 \frac{\sqrt a}{s_0} + 10^{-6} \Big\rfloor
 
     or the nearest that there is, where a map of level :math:`l` is scaled by :math:`2^{-l}`; :math:`s_0` is
-    ``canonical_scale`` and :math:`l_0` is ``canonical_level``. A box of negative area, or with NaN, is on no level; what is
-    pooled from it is zero. With a single map all boxes are on that. Values are those of
-    :func:`torchvision.ops.MultiScaleRoIAlign`.
+    ``canonical_scale`` and :math:`l_0` is ``canonical_level``. A box of negative area, or with NaN, is on no level;
+    what is pooled from it is zero. With a single map all boxes are on that. Values are those of
+    :class:`torchvision.ops.MultiScaleRoIAlign`.
 
     Args:
         features: of decreasing resolution, each ``[B, C, H_l, W_l]`` with the same B, C and dtype.
-        boxes: ``[K, 5]``, rows of (image, x1, y1, x2, y2), or a list of ``[L, 4]`` with the boxes of each image; in pixels of
-            the image.
+        boxes: ``[K, 5]``, rows of (image, x1, y1, x2, y2), or a list of ``[L, 4]`` with the boxes of each image; in
+            pixels of the image.
         output_size: ``(PH, PW)``, or one number for both.
         spatial_scales: of each map, :math:`2^{-l}`; each the half of the one before.
         sampling_ratio, aligned: as for :func:`inductor_vision.roi_align`.
@@ -107,8 +107,8 @@ class MultiScaleRoIAlign(nn.Module):
         Args:
             x: maps by name, from fine to coarse.
             boxes: ``[L, 4]`` for each image.
-            image_shapes: (height, width) of the images that the maps are of; the largest decides the scales of the maps,
-                which are rounded to powers of two.
+            image_shapes: (height, width) of the images that the maps are of; the largest decides the scales of the
+                maps, which are rounded to powers of two.
         """
         features = [feature for name, feature in x.items() if name in self.featmap_names]
         if not features:

@@ -39,18 +39,18 @@ def ps_roi_align(
         \text{out}[k, c, p, q] = \frac{1}{n_y n_x} \sum_{i < n_y} \sum_{j < n_x}
             \text{input}[b_k, (c \cdot PH + p) \cdot PW + q](y, x)
 
-    with samples placed and interpolated as :func:`inductor_vision.roi_align` does with ``aligned=True``. Where an adaptive
-    grid has no samples, because the box's height or width is zero, the result is NaN.
+    with samples placed and interpolated as :func:`inductor_vision.roi_align` does with ``aligned=True``. Where an
+    adaptive grid has no samples, because the box's height or width is zero, the result is NaN.
 
     Args:
         input: ``[B, C * PH * PW, H, W]``, float32, float64, bfloat16 or float16; the low precisions are computed in
             float32.
-        boxes: ``[K, 5]``, rows of (image, x1, y1, x2, y2), or a list of ``[L, 4]`` with the boxes of each image. float32,
-            or the dtype of ``input``.
+        boxes: ``[K, 5]``, rows of (image, x1, y1, x2, y2), or a list of ``[L, 4]`` with the boxes of each image;
+            float32 or the dtype of ``input``.
         output_size: ``(PH, PW)``, or one number for both.
         spatial_scale: what the coordinates of boxes are multiplied by.
-        sampling_ratio: :math:`n_y` and :math:`n_x`; if it is not positive, :math:`n_y = \lceil h / PH \rceil` and likewise
-            :math:`n_x`, for each box of :math:`h \times w` pixels of the input.
+        sampling_ratio: :math:`n_y` and :math:`n_x`; if it is not positive, :math:`n_y = \lceil h / PH \rceil` and
+            :math:`n_x` likewise, for each box of :math:`h \times w` pixels of the input.
 
     Returns:
         ``[K, C, PH, PW]``, in the dtype and memory format of ``input``.

@@ -1,8 +1,8 @@
-"""Position-sensitive RoIPool, the average over bins that have channels of their own: https://arxiv.org/abs/1605.06409."""
+"""Position-sensitive RoIPool, an average over bins with channels of their own: https://arxiv.org/abs/1605.06409."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,16 +39,16 @@ def ps_roi_pool(
         Y_p = \Big\{ y : y_1 + \Big\lfloor p\,\frac{h}{PH} \Big\rfloor \le y <
             y_1 + \Big\lceil (p + 1)\,\frac{h}{PH} \Big\rceil,\; 0 \le y < H - 1 \Big\}
 
-    and :math:`X_q` likewise, where :math:`y_1` and :math:`y_2` are the box's coordinates times ``spatial_scale``, rounded to
-    integers (halves away from zero), and :math:`h = \max(y_2 - y_1, 1)`. As in torchvision the last row and column of the
-    input are never read, but the gradient is that of bins that have them. A bin without pixels is zero, and so are
-    those of a box with a coordinate that is NaN or infinite.
+    and :math:`X_q` likewise, where :math:`y_1` and :math:`y_2` are the box's coordinates times ``spatial_scale``,
+    rounded to integers (halves away from zero), and :math:`h = \max(y_2 - y_1, 1)`. As in torchvision the last row and
+    column of the input are never read, but the gradient is that of bins that have them. A bin without pixels is zero,
+    and so are those of a box with a coordinate that is NaN or infinite.
 
     Args:
         input: ``[B, C * PH * PW, H, W]``, float32, float64, bfloat16 or float16; the low precisions are computed in
             float32.
-        boxes: ``[K, 5]``, rows of (image, x1, y1, x2, y2), or a list of ``[L, 4]`` with the boxes of each image. float32,
-            or the dtype of ``input``.
+        boxes: ``[K, 5]``, rows of (image, x1, y1, x2, y2), or a list of ``[L, 4]`` with the boxes of each image;
+            float32 or the dtype of ``input``.
         output_size: ``(PH, PW)``, or one number for both.
         spatial_scale: what the coordinates of boxes are multiplied by.
 

@@ -1,11 +1,12 @@
 """Regions of interest, as all operators on them take and read them.
 
-Sizes: ``K`` regions, ``B`` images of ``C`` channels and ``H`` x ``W`` pixels, ``PH`` x ``PW`` bins in each region. A region
-is a row (image, x1, y1, x2, y2) of a ``[K, 5]`` tensor.
+Sizes: ``K`` regions, ``B`` images of ``C`` channels and ``H`` x ``W`` pixels, ``PH`` x ``PW`` bins in each region. A
+region is a row (image, x1, y1, x2, y2) of a ``[K, 5]`` tensor.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -99,10 +100,9 @@ def check_position_sensitive(op: str, input: Tensor, rois: Tensor, bins: Sequenc
 
 
 def channel_mapping(out: Tensor) -> Tensor:
-    """Which input channel each element of a position-sensitive result is made from, as torchvision returns it: int32."""
-    return (
-        torch.arange(out[0].numel(), dtype=torch.int32, device=out.device).reshape(out.shape[1:]).expand_as(out).clone()
-    )
+    """The input channel that each element of a position-sensitive result is made from, int32 as in torchvision."""
+    channels = torch.arange(math.prod(out.shape[1:]), dtype=torch.int32, device=out.device)
+    return channels.reshape(out.shape[1:]).expand_as(out).clone()
 
 
 def check_rois(op: str, rois: Tensor, like: Tensor) -> None:
@@ -176,7 +176,8 @@ class Pixels:
     def table(self, input: Tensor) -> Tensor:
         """``[B * H * W * (bins that have channels of their own), channels of a bin]``"""
         batch, channels, height, width = self.size
-        split = input.reshape(batch, -1, *self.split, height, width)
+        of_a_bin = channels // (self.split[0] * self.split[1])
+        split = input.reshape(batch, of_a_bin, *self.split, height, width)
         return split.permute(0, 4, 5, 2, 3, 1).flatten(0, 4)
 
     def index(self, y: Tensor, x: Tensor) -> Tensor:
@@ -196,7 +197,7 @@ class Pixels:
     def untable(self, table: Tensor) -> Tensor:
         """The reverse of :meth:`table`: ``[B, C, H, W]``"""
         batch, channels, height, width = self.size
-        split = table.reshape(batch, height, width, *self.split, -1)
+        split = table.reshape(batch, height, width, *self.split, table.shape[1])
         return split.permute(0, 5, 3, 4, 1, 2).reshape(batch, channels, height, width)
 
 
@@ -238,7 +239,7 @@ class SampledAxis:
             self.skipped = ((-1 - self.first) / spacing - 1).floor().nan_to_num(0).clamp(min=0)
             behind = ((length - self.first) / spacing + 1).ceil().nan_to_num(0)
             needed = torch.minimum(behind, self.count[:, None]) - self.skipped
-            self.steps = 0 if needed.numel() == 0 else max(0, int(needed.max()))
+            self.steps = 0 if needed.numel() == 0 else max(0, int(needed.nan_to_num(0).max()))
 
     def sample(self, step: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """One point of each bin: whether it counts, and the two pixels that it lies between with their weights."""
@@ -255,8 +256,8 @@ class SampledAxis:
 def bilinear_samples(y: SampledAxis, x: SampledAxis):
     """For each sample of the bins and each of its four corners: row, column and weight.
 
-    Rows are ``[K, PH, 1]``, columns ``[K, 1, PW]``, weights ``[K, PH, PW, 1]``; the weight is None where nothing counts.
-    A corner that does not count has weight zero and must not be multiplied: ``inside`` says which.
+    Rows are ``[K, PH, 1]``, columns ``[K, 1, PW]``, weights ``[K, PH, PW, 1]``. The last says, in the shape of the
+    weights, which samples count: what is read for the others is not to be multiplied by zero but left out.
     """
     for iy in range(y.steps):
         inside_y, rows, weights_y = y.sample(iy)
@@ -310,8 +311,8 @@ def _round(coordinate: Tensor) -> Tensor:
 
 
 def pooled_pixels(y: PooledAxis, x: PooledAxis):
-    """For each pixel of the bins, row by row: its row ``[K, PH, 1]``, its column ``[K, 1, PW]``, and whether the bin has it
-    ``[K, PH, PW, 1]``."""
+    """For each pixel of the bins, row by row: its row ``[K, PH, 1]``, its column ``[K, 1, PW]``, and whether the bin
+    has it ``[K, PH, PW, 1]``."""
     for iy in range(y.steps):
         inside_y, row = y.pixel(iy)
         for ix in range(x.steps):

@@ -51,12 +51,12 @@ def roi_align(
 
     Args:
         input: ``[B, C, H, W]``, float32, float64, bfloat16 or float16; the low precisions are computed in float32.
-        boxes: ``[K, 5]``, rows of (image, x1, y1, x2, y2), or a list of ``[L, 4]`` with the boxes of each image. float32,
-            or the dtype of ``input``.
+        boxes: ``[K, 5]``, rows of (image, x1, y1, x2, y2), or a list of ``[L, 4]`` with the boxes of each image;
+            float32 or the dtype of ``input``.
         output_size: ``(PH, PW)``, or one number for both.
         spatial_scale: what the coordinates of boxes are multiplied by.
-        sampling_ratio: :math:`n_y` and :math:`n_x`; if it is not positive, :math:`n_y = \lceil h / PH \rceil` and likewise
-            :math:`n_x`, for each box.
+        sampling_ratio: :math:`n_y` and :math:`n_x`; if it is not positive, :math:`n_y = \lceil h / PH \rceil` and
+            :math:`n_x` likewise, for each box.
         aligned: whether coordinates count from the corner of the first pixel and not from its centre.
 
     Returns:

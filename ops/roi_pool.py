@@ -11,7 +11,6 @@ from torch._prims_common import suggest_memory_format
 from torch.nn.modules.utils import _pair
 
 from .regions import (
-    MapSize,
     Pixels,
     PooledAxis,
     by_bin,
@@ -37,15 +36,15 @@ def roi_pool(
         Y_p = \Big\{ y : y_1 + \Big\lfloor p\,\frac{h}{PH} \Big\rfloor \le y <
             y_1 + \Big\lceil (p + 1)\,\frac{h}{PH} \Big\rceil,\; 0 \le y < H \Big\}
 
-    and :math:`X_q` likewise, where :math:`y_1` and :math:`y_2` are the box's coordinates times ``spatial_scale``, rounded to
-    integers (halves away from zero), and :math:`h = \max(y_2 - y_1 + 1, 1)`. Of equal maxima the first, row by row, has
-    the gradient. NaN is never the maximum. A bin without pixels is zero, and so are those of a box with a coordinate
-    that is NaN or infinite.
+    and :math:`X_q` likewise, where :math:`y_1` and :math:`y_2` are the box's coordinates times ``spatial_scale``,
+    rounded to integers (halves away from zero), and :math:`h = \max(y_2 - y_1 + 1, 1)`. Of equal maxima the first, row by row,
+    has the gradient. NaN is never the maximum. A bin without pixels is zero, and so are those of a box with a
+    coordinate that is NaN or infinite.
 
     Args:
         input: ``[B, C, H, W]``, float32, float64, bfloat16 or float16.
-        boxes: ``[K, 5]``, rows of (image, x1, y1, x2, y2), or a list of ``[L, 4]`` with the boxes of each image. float32,
-            or the dtype of ``input``.
+        boxes: ``[K, 5]``, rows of (image, x1, y1, x2, y2), or a list of ``[L, 4]`` with the boxes of each image;
+            float32 or the dtype of ``input``.
         output_size: ``(PH, PW)``, or one number for both.
         spatial_scale: what the coordinates of boxes are multiplied by.
 

@@ -86,24 +86,27 @@ class Scratch {
   std::unique_ptr<T, Free> data_;
 };
 
-// Vectorized<accumulate_t> from as many consecutive elements of any floating type.
+// Vectorized<accumulate_t> from `count` consecutive elements of any floating type; the other lanes are zero.
 template <typename scalar_t>
-inline Vectorized<accumulate_t<scalar_t>> load_vector(const scalar_t* p) {
-  using acc_t = accumulate_t<scalar_t>;
-  if constexpr (std::is_same_v<scalar_t, acc_t>) {
-    return Vectorized<acc_t>::loadu(p);
-  } else {
-    return at::vec::convert<acc_t>(Vectorized<scalar_t>::loadu(p, Vectorized<acc_t>::size()));
-  }
-}
-
-// The same of only `count` elements; the others are zero, and their memory is not touched.
-template <typename scalar_t>
-inline Vectorized<accumulate_t<scalar_t>> load_vector(const scalar_t* p, int64_t count) {
+inline Vectorized<accumulate_t<scalar_t>> load_vector(
+    const scalar_t* p, int64_t count = Vectorized<accumulate_t<scalar_t>>::size()) {
   using acc_t = accumulate_t<scalar_t>;
   if constexpr (std::is_same_v<scalar_t, acc_t>) {
     return Vectorized<acc_t>::loadu(p, count);
   } else {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+    // at::vec loads half of a vector by a masked load of a whole one, which may cross a cache line, or through memory.
+    if (count == Vectorized<acc_t>::size()) {
+#if defined(CPU_CAPABILITY_AVX512)
+      __m512 value;
+      at::vec::cvt_to_fp32<scalar_t>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), value);
+#else
+      __m256 value;
+      at::vec::cvt_to_fp32<scalar_t>(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), value);
+#endif
+      return value;
+    }
+#endif
     return at::vec::convert<acc_t>(Vectorized<scalar_t>::loadu(p, count));
   }
 }
@@ -122,6 +125,10 @@ inline void store_vector(const Vectorized<acc_t>& value, value_t* p, int64_t cou
 template <typename acc_t, typename value_t>
 inline void store_block(const acc_t* src, int64_t ld_src, value_t* dst, int64_t ld_dst, int64_t rows, int64_t columns) {
   constexpr int64_t kLanes = Vectorized<acc_t>::size();
+  if (ld_src == columns && ld_dst == columns) {  // one long row
+    columns *= rows;
+    rows = 1;
+  }
   for (int64_t m = 0; m < rows; ++m, src += ld_src, dst += ld_dst) {
     int64_t n = 0;
     for (; n + kLanes <= columns; n += kLanes) {
@@ -175,6 +182,68 @@ inline void transpose(const T* src, int64_t ld_src, T* dst, int64_t ld_dst, int6
     }
   }
 }
+
+// A [B, channels, height, width] tensor with any strides, in elements.
+template <typename scalar_t>
+struct View4d {
+  const scalar_t* data;
+  int64_t image, channel, row, column;
+
+  // A pixel's first channel.
+  const scalar_t* at(int64_t b, int64_t y, int64_t x) const {
+    return data + (b * image + y * row + x * column);
+  }
+};
+
+template <typename scalar_t>
+struct Images {
+  View4d<scalar_t> view;
+  int64_t count, channels, height, width;
+};
+
+// Images whose columns are neighbours, transposed to channels_last in strips of pixels.
+template <typename scalar_t>
+class ImageTransposition {
+ public:
+  ImageTransposition(const Images<scalar_t>& in, const View4d<scalar_t>& out) : in_(in), out_(out) {
+    const bool flat = in.view.row == in.width;  // rows follow each other
+    rows_ = flat ? 1 : in.height;
+    width_ = flat ? in.height * in.width : in.width;
+    strips_ = divide_up(width_, kStrip);
+  }
+
+  int64_t strips() const {
+    return in_.count * rows_ * strips_;
+  }
+  // The strip that a pixel of the first image is in.
+  int64_t strip_of(int64_t row, int64_t column) const {
+    return rows_ == 1 ? (row * in_.width + column) / kStrip : row * strips_ + column / kStrip;
+  }
+  void transpose_strip(int64_t strip) const {
+    const int64_t image = strip / (rows_ * strips_), row = strip / strips_ % rows_, column = strip % strips_ * kStrip;
+    const View4d<scalar_t>& view = in_.view;
+    const scalar_t* from = view.data + (image * view.image + row * view.row + column);
+    scalar_t* to = const_cast<scalar_t*>(out_.data) + ((image * rows_ + row) * width_ + column) * out_.column;
+    transpose(from, view.channel, to, out_.column, in_.channels, std::min(kStrip, width_ - column));
+  }
+
+ private:
+  static constexpr int64_t kStrip = 128;  // pixels
+  const Images<scalar_t> in_;
+  const View4d<scalar_t> out_;
+  int64_t rows_, width_, strips_;
+};
+
+// A part of an output [B, channels, height, width], of one image; rows are whole, unless there is only one.
+//
+// Kernels hand their results over with store(block, values, distance).  For a channels_last output channel c of pixel
+// i, counted from those of the block, is values[i * distance + c], otherwise values[c * distance + i].
+struct OutputBlock {
+  int64_t image;
+  int64_t channel, channels;
+  int64_t row, rows;
+  int64_t column, columns;
+};
 
 // How `count` units are cut into tiles of at most `limit`, evenly, with as many tiles as keep all threads busy.
 // The cut depends on the number of threads; what is computed for a unit must not depend on the cut.

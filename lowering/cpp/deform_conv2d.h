@@ -25,18 +25,6 @@
 
 namespace inductor_vision {
 
-// A [B, channels, height, width] tensor with any strides, in elements.
-template <typename scalar_t>
-struct View4d {
-  const scalar_t* data;
-  int64_t image, channel, row, column;
-
-  // A pixel's first channel.
-  const scalar_t* at(int64_t b, int64_t y, int64_t x) const {
-    return data + (b * image + y * row + x * column);
-  }
-};
-
 template <typename scalar_t>
 struct DeformConv2d {
   View4d<scalar_t> input;  // its channels or its columns are neighbours
@@ -277,22 +265,12 @@ struct Interpolation {
         mask(s.mask[i]) {
   }
 
-  // At Vec::size() channels from c on.
-  Vec at(int64_t c) const {
-    return interpolate([c](const scalar_t* corner) { return load_vector(corner + c); });
-  }
-  // At only `count` channels.
-  Vec at(int64_t c, int64_t count) const {
-    return interpolate([c, count](const scalar_t* corner) { return load_vector(corner + c, count); });
-  }
-
- private:
-  template <typename Load>
-  Vec interpolate(const Load& load) const {
-    Vec value = weight0 * load(corner0);
-    value = ::at::vec::fmadd(weight1, load(corner1), value);
-    value = ::at::vec::fmadd(weight2, load(corner2), value);
-    value = ::at::vec::fmadd(weight3, load(corner3), value);
+  // At `count` channels from c on.
+  Vec at(int64_t c, int64_t count = Vec::size()) const {
+    Vec value = weight0 * load_vector(corner0 + c, count);
+    value = ::at::vec::fmadd(weight1, load_vector(corner1 + c, count), value);
+    value = ::at::vec::fmadd(weight2, load_vector(corner2 + c, count), value);
+    value = ::at::vec::fmadd(weight3, load_vector(corner3 + c, count), value);
     return value * mask;
   }
 };
@@ -310,40 +288,6 @@ inline void interpolate(const DeformSamples<scalar_t>& samples, int64_t i, int64
     store_vector(interpolation.at(c, end - c), out + (c - begin), end - c);
   }
 }
-
-// Images [first, first + count) transposed to channels_last, cut in strips of pixels.
-template <typename scalar_t>
-class TransposedImages {
- public:
-  // `out` is channels_last and holds the images from `first` on.
-  TransposedImages(const DeformConv2d<scalar_t>& op, int64_t first, int64_t count, const View4d<scalar_t>& out)
-      : op_(op),
-        out_(out),
-        first_(first) {
-    const bool flat = op.input.row == op.width;  // rows follow each other
-    rows_ = flat ? 1 : op.height;
-    width_ = flat ? op.height * op.width : op.width;
-    strips_ = divide_up(width_, kStrip);
-    count_ = count * rows_ * strips_;
-  }
-
-  int64_t strips() const {
-    return count_;
-  }
-  void transpose_strip(int64_t strip) const {
-    const int64_t image = strip / (rows_ * strips_), row = strip / strips_ % rows_, column = strip % strips_ * kStrip;
-    const View4d<scalar_t>& input = op_.input;
-    const scalar_t* from = input.data + ((first_ + image) * input.image + row * input.row + column);
-    scalar_t* to = const_cast<scalar_t*>(out_.data) + ((image * rows_ + row) * width_ + column) * out_.column;
-    transpose(from, input.channel, to, out_.column, op_.channels, std::min(kStrip, width_ - column));
-  }
-
- private:
-  static constexpr int64_t kStrip = 128;  // pixels
-  const DeformConv2d<scalar_t>& op_;
-  View4d<scalar_t> out_;
-  int64_t first_, rows_, width_, strips_, count_;
-};
 
 // How weights are packed and which loop nest uses them.
 enum class DeformKernel {
@@ -552,9 +496,7 @@ struct DeformSchedule {
   }
 };
 
-// store(image, row, column, columns, sums, distance): the results of `columns` neighbours in an output row, for all
-// output channels.  With kChannelsLast, channel o of pixel i is sums[i * distance + o], otherwise
-// sums[o * distance + i].
+// kChannelsLast: of the output that `store` is for, see OutputBlock.
 template <bool kChannelsLast, DeformKernel kKernel, typename scalar_t, typename weight_t, typename Store>
 inline void deform_conv2d(
     const DeformConv2d<scalar_t>& op, const weight_t* weight, const DeformBlocking& blocking, const Store& store) {
@@ -570,6 +512,11 @@ inline void deform_conv2d(
   const auto channels_last = [&](int64_t copy) {
     const int64_t column = schedule.distance, row = op.width * column;
     return View4d<scalar_t>{copies.get() + copy * copy_size, op.height * row, 1, row, column};
+  };
+  const auto images = [&](int64_t first, int64_t count) {
+    const View4d<scalar_t>& in = op.input;
+    const View4d<scalar_t> from{in.at(first, 0, 0), in.image, in.channel, in.row, in.column};
+    return Images<scalar_t>{from, count, op.channels, op.height, op.width};
   };
   const int64_t out_pixels = op.out_height * op.out_width;
   // Tiles are cut at multiples of kMicroRows, so that only the last has rows that do not fill a micro-tile.
@@ -607,7 +554,8 @@ inline void deform_conv2d(
       PixelCursor at(begin, op.out_height, op.out_width);
       for (int64_t p = begin; p < end;) {
         const int64_t columns = std::min(op.out_width - at.column, end - p);
-        store(at.image, at.row, at.column, columns, sums + (p - begin) * pixel_distance, distance);
+        const OutputBlock block{at.image, 0, op.out_channels, at.row, 1, at.column, columns};
+        store(block, sums + (p - begin) * pixel_distance, distance);
         at.advance(columns);
         p += columns;
       }
@@ -617,7 +565,7 @@ inline void deform_conv2d(
     for (int64_t group = 0; group < schedule.own / schedule.images; ++group) {
       const int64_t first = group * schedule.images;
       const View4d<scalar_t> input = channels_last(omp_get_thread_num());
-      const TransposedImages<scalar_t> transposition(op, first, schedule.images, input);
+      const ImageTransposition<scalar_t> transposition(images(first, schedule.images), input);
       for (int64_t strip = 0; strip < transposition.strips(); ++strip) {
         transposition.transpose_strip(strip);
       }
@@ -632,7 +580,7 @@ inline void deform_conv2d(
       View4d<scalar_t> input = op.input;
       if (schedule.transposed) {
         input = channels_last(0);
-        const TransposedImages<scalar_t> transposition(op, first, count, input);
+        const ImageTransposition<scalar_t> transposition(images(first, count), input);
 #pragma omp barrier  // the copy may still be in use
 #pragma omp for schedule(static)
         for (int64_t strip = 0; strip < transposition.strips(); ++strip) {

@@ -1,0 +1,96 @@
+// Position-sensitive RoIPool, forward and backward: bin (p, q) of output channel c averages input channel
+// (c * PH + p) * PW + q.
+//
+//   out[k, c, p, q] = mean of map[(c * PH + p) * PW + q] over the pixels of bin (p, q)
+//
+// As in torchvision bins are cut off before the last row and column of the map, but backward behind them.
+#ifndef INDUCTOR_VISION_PS_ROI_POOL_H
+#define INDUCTOR_VISION_PS_ROI_POOL_H
+
+#include "base.h"
+#include "regions.h"
+
+namespace inductor_vision {
+
+// The bins of all regions, cut off at a height and a width.
+template <typename acc_t, typename box_t>
+inline PixelRanges position_sensitive_ranges(
+    const Boxes<box_t>& boxes, Bins bins, double spatial_scale, int64_t height, int64_t width) {
+  PixelRanges ranges(bins, boxes.count);
+  for (int64_t k = 0; k < boxes.count; ++k) {
+    const ScaledBox<acc_t> box(boxes, k, spatial_scale);
+    ranges.place(
+        k, PooledAxis<acc_t>(box.y1, box.y2, bins.height, false), PooledAxis<acc_t>(box.x1, box.x2, bins.width, false),
+        height, width);
+  }
+  return ranges;
+}
+
+// kChannelsLast: of the output that `store` is for, see OutputBlock.
+template <bool kChannelsLast, typename scalar_t, typename box_t, typename Store>
+inline void ps_roi_pool(const PositionSensitiveMaps<scalar_t>& maps, const Boxes<box_t>& boxes, const Store& store) {
+  using acc_t = accumulate_t<scalar_t>;
+  const Bins bins = maps.bins;
+  const RegionsByMap regions("ps_roi_pool", boxes, 1, maps.batch);
+  const PixelRanges ranges =
+      position_sensitive_ranges<acc_t>(boxes, bins, maps.maps.spatial_scale, maps.maps.height - 1, maps.maps.width - 1);
+  const int64_t results = bins.count() * maps.blocks(0).size;
+  const Scratch<acc_t> all_results(omp_get_max_threads() * results);
+  const int64_t row_distance = maps.maps.view.row, column_distance = maps.maps.view.column;
+  const auto nothing = [](int64_t, int64_t) {};
+  for_each_region(maps, regions, nothing, [&](int64_t image, int64_t k, int64_t begin, int64_t end) {
+    acc_t* values = all_results.get() + omp_get_thread_num() * results;
+    for (int64_t c = begin; c < end; ++c) {
+      for (int64_t p = 0; p < bins.height; ++p) {
+        const auto [top, bottom] = ranges.rows(k, p);
+        for (int64_t q = 0; q < bins.width; ++q) {
+          const auto [left, right] = ranges.columns(k, q);
+          const scalar_t* plane = maps.plane(image, c, p, q);
+          acc_t sum = 0;
+          for (int64_t y = top; y < bottom; ++y) {
+            acc_t part = 0;
+            for (int64_t x = left; x < right; ++x) {
+              part += static_cast<acc_t>(plane[y * row_distance + x * column_distance]);
+            }
+            sum += part;
+          }
+          const acc_t area = static_cast<acc_t>(std::max<int64_t>((bottom - top) * (right - left), 1));
+          values[result_at<kChannelsLast>(bins, end - begin, c - begin, p * bins.width + q)] = sum / area;
+        }
+      }
+    }
+    store(
+        OutputBlock{k, begin, end - begin, 0, bins.height, 0, bins.width}, values,
+        kChannelsLast ? end - begin : bins.count());
+  });
+}
+
+// The gradient of the maps.  kChannelsLast: of the output that `store` is for.
+template <bool kChannelsLast, typename scalar_t, typename box_t, typename Store>
+inline void ps_roi_pool_backward(
+    const View4d<scalar_t>& grad, const Boxes<box_t>& boxes, Bins bins, const GradMaps& maps, const Store& store) {
+  using acc_t = accumulate_t<scalar_t>;
+  const RegionsByMap regions = RegionsByMap::in_order("ps_roi_pool", boxes, maps.level, maps.batch);
+  const PixelRanges ranges = position_sensitive_ranges<acc_t>(boxes, bins, maps.spatial_scale, maps.height, maps.width);
+  const GradTiling<acc_t> tiling(maps, false);
+  const auto nothing = [](int64_t, int64_t) {};
+  for_each_tile<kChannelsLast>(tiling, regions, nothing, store, [&](const GradTile<acc_t>& tile, int64_t k) {
+    for (int64_t channel = tile.begin; channel < tile.end; ++channel) {
+      const int64_t c = channel / bins.count(), p = channel / bins.width % bins.height, q = channel % bins.width;
+      const auto [top, bottom] = ranges.rows(k, p);
+      const auto [left, right] = ranges.columns(k, q);
+      const acc_t area = static_cast<acc_t>(std::max<int64_t>((bottom - top) * (right - left), 1));
+      const acc_t share = static_cast<acc_t>(grad.at(k, p, q)[c * grad.channel]) / area;
+      acc_t* sums = tile.sums + (channel - tile.begin) * tile.distance;
+      for (int64_t y = std::max(top, tile.top); y < std::min(bottom, tile.bottom); ++y) {
+        for (int64_t x = left; x < right; ++x) {
+          sums[(y - tile.top) * tile.width + x] += share;
+        }
+      }
+    }
+  });
+}
+
+}  // namespace inductor_vision
+
+#endif  // INDUCTOR_VISION_PS_ROI_POOL_H
