@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
 import logging
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from .lowering import registry as lowering_registry
-from .ops.registry import TORCHVISION
+from .ops.registry import TORCHVISION, TORCHVISION_PYTHON
 
 logger = logging.getLogger("inductor_vision")
 
@@ -45,6 +49,8 @@ _SCHEMAS = (
 
 _HAVE_FAKE_KERNELS = ("nms", "qnms")  # torchvision registers these in Python, library or not
 
+_REPLACED = "_inductor_vision_replaced"  # set on functions that were put in place of torchvision's
+
 _stand_ins: torch.library.Library | None = None  # holds the definitions alive
 
 
@@ -53,7 +59,9 @@ def accelerate_torchvision() -> None:
 
     After this call ``torch.compile``, ``torch.export`` and AOTInductor turn ``torch.ops.torchvision.*`` into the same
     kernels that the functions of this package become, forward and backward; eager mode goes on with torchvision's own
-    kernels. Call it before compiling; calling it again does nothing.
+    kernels. Where torchvision's own Python is what breaks a graph or depends on data (the levels of
+    ``MultiScaleRoIAlign``), compiled code gets an equivalent instead. Call it before compiling; calling it again does
+    nothing.
 
     Where torchvision's compiled library cannot load (a CUDA wheel beside a CPU-only torch: ``import torchvision`` fails
     with "operator torchvision::nms does not exist"), the operators are defined here instead, so that torchvision
@@ -67,6 +75,8 @@ def accelerate_torchvision() -> None:
         raise ImportError("torchvision is not installed: pip install inductor_vision[torchvision]")
     if _stand_ins is None and not _compiled_library_loads():
         _define_operators()
+    for function, replacement in TORCHVISION_PYTHON.items():
+        _replace_in_compiled_code(function, replacement)
     lowering_registry.accelerate_torchvision()
 
 
@@ -100,6 +110,25 @@ def _define_operators() -> None:
 
     torchvision.extension._has_ops = lambda: True  # its wrappers assert on it
     logger.info("torchvision's compiled library does not load; its operators are defined by inductor_vision")
+
+
+def _replace_in_compiled_code(function: str, replacement: Callable[..., Any]) -> None:
+    module_name, _, name = f"torchvision.{function}".rpartition(".")
+    module = importlib.import_module(module_name)
+    original = getattr(module, name)
+    if hasattr(original, _REPLACED):
+        return
+
+    @functools.wraps(original)
+    def choose(*args: Any, **kwargs: Any) -> Any:
+        return (replacement if torch.compiler.is_compiling() else original)(*args, **kwargs)
+
+    setattr(choose, _REPLACED, True)
+    # torch.jit.script, which cannot compile `choose`, takes the original of functions that are marked so. So does
+    # Dynamo, which is told to take the replacement for the original; what traces without Dynamo calls `choose`.
+    choose.__dict__.update({"__script_if_tracing_wrapper": True, "__original_fn": original})
+    torch.compiler.substitute_in_graph(original, skip_signature_check=True)(replacement)
+    setattr(module, name, choose)
 
 
 def _missing(name: str):

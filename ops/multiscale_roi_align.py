@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 from .regions import regions_of
+from .registry import replaces_torchvision
 from .roi_align import align_on_levels
 
 
@@ -58,7 +60,7 @@ def multiscale_roi_align(
         )
     levels = None
     if len(features) > 1:
-        finest, coarsest = (int(-math.log2(scale)) for scale in (spatial_scales[0], spatial_scales[-1]))
+        finest, coarsest = _finest_and_coarsest(spatial_scales)
         if coarsest - finest != len(features) - 1:
             raise ValueError(
                 "multiscale_roi_align: spatial_scales must be powers of two, each the half of the one before, "
@@ -68,12 +70,27 @@ def multiscale_roi_align(
     return align_on_levels(features, rois, levels, spatial_scales, _pair(output_size), sampling_ratio, aligned)
 
 
-def assign_levels(rois: Tensor, finest: int, coarsest: int, canonical_scale: float, canonical_level: int) -> Tensor:
-    """The level of each region less ``finest``, int64 ``[K]``; -1 for a region without an area."""
+def _finest_and_coarsest(spatial_scales: Sequence[float]) -> tuple[int, int]:
+    """The levels of the first and the last map."""
+    return int(-math.log2(spatial_scales[0])), int(-math.log2(spatial_scales[-1]))
+
+
+def assign_levels(
+    rois: Tensor, finest: int, coarsest: int, canonical_scale: float, canonical_level: int, eps: float = 1e-6
+) -> Tensor:
+    """The level of each region less ``finest``, int64 ``[K]``; -1 for a region of negative area, or with NaN."""
     _, x1, y1, x2, y2 = rois.unbind(1)
     scale = ((x2 - x1) * (y2 - y1)).sqrt()
-    level = (canonical_level + torch.log2(scale / canonical_scale) + 1e-6).floor().clamp(finest, coarsest) - finest
+    level = (canonical_level + torch.log2(scale / canonical_scale) + eps).floor().clamp(finest, coarsest) - finest
     return level.nan_to_num(-1).long()
+
+
+def _infer_scales(features: Sequence[Tensor], image_shapes: Sequence[Sequence[int]]) -> list[float]:
+    """The scale of each map, a power of two, where the largest of the images determines it."""
+    if not image_shapes:
+        raise ValueError("MultiScaleRoIAlign: image_shapes must not be empty")
+    height = max(shape[0] for shape in image_shapes)
+    return [2.0 ** round(math.log2(feature.shape[2] / height)) for feature in features]
 
 
 class MultiScaleRoIAlign(nn.Module):
@@ -113,10 +130,7 @@ class MultiScaleRoIAlign(nn.Module):
         features = [feature for name, feature in x.items() if name in self.featmap_names]
         if not features:
             raise ValueError(f"MultiScaleRoIAlign: none of {list(self.featmap_names)} is among the maps {list(x)}")
-        if not image_shapes:
-            raise ValueError("MultiScaleRoIAlign: image_shapes must not be empty")
-        height = max(shape[0] for shape in image_shapes)
-        scales = [2.0 ** round(math.log2(feature.shape[2] / height)) for feature in features]
+        scales = _infer_scales(features, image_shapes)
         return multiscale_roi_align(
             features,
             boxes,
@@ -131,3 +145,35 @@ class MultiScaleRoIAlign(nn.Module):
         return (
             f"featmap_names={self.featmap_names}, output_size={self.output_size}, sampling_ratio={self.sampling_ratio}"
         )
+
+
+# torchvision's own module runs Python that depends on data: these two functions of it do not, here.
+
+
+@replaces_torchvision("ops.poolers._setup_scales")
+def _torchvision_setup_scales(
+    features: list[Tensor], image_shapes: list[tuple[int, int]], canonical_scale: int, canonical_level: int
+) -> tuple[list[float], Any]:
+    from torchvision.ops.poolers import initLevelMapper
+
+    scales = _infer_scales(features, image_shapes)
+    return scales, initLevelMapper(*_finest_and_coarsest(scales), canonical_scale, canonical_level)
+
+
+@replaces_torchvision("ops.poolers._multiscale_roi_align")
+def _torchvision_multiscale_roi_align(
+    x_filtered: list[Tensor],
+    boxes: list[Tensor],
+    output_size: Sequence[int],
+    sampling_ratio: int,
+    scales: list[float] | None,
+    mapper: Any,
+) -> Tensor:
+    if scales is None or mapper is None:
+        raise ValueError("scales and mapper should not be None")
+    rois = regions_of("multiscale_roi_align", boxes)
+    levels = None
+    if len(x_filtered) > 1:
+        levels = assign_levels(rois, mapper.k_min, mapper.k_max, mapper.s0, mapper.lvl0, mapper.eps)
+    features = [feature.to(x_filtered[0].dtype) for feature in x_filtered]  # under autocast they may differ
+    return align_on_levels(features, rois, levels, scales, output_size, sampling_ratio, aligned=False)

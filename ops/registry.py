@@ -47,6 +47,9 @@ OPS: dict[str, VisionOp] = {}
 # torchvision's operator -> the same call in terms of this package's operators, see `serves_torchvision`.
 TORCHVISION: dict[str, Callable[..., Any]] = {}
 
+# "module.function" of torchvision's Python -> what takes its place in compiled code, see `replaces_torchvision`.
+TORCHVISION_PYTHON: dict[str, Callable[..., Any]] = {}
+
 
 def define_op(
     schema: str,
@@ -130,5 +133,21 @@ def serves_torchvision(name: str) -> Callable[[Callable[..., Any]], Callable[...
             raise ValueError(f"torchvision::{name} is served twice")
         TORCHVISION[name] = function
         return function
+
+    return register
+
+
+def replaces_torchvision(function: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Declare a function that does what ``torchvision.<function>``, which is Python, does, argument for argument, and
+    that compiles as one graph where the original does not.
+
+    :func:`inductor_vision.accelerate_torchvision` puts it to use.
+    """
+
+    def register(replacement: Callable[..., Any]) -> Callable[..., Any]:
+        if function in TORCHVISION_PYTHON:
+            raise ValueError(f"torchvision.{function} is replaced twice")
+        TORCHVISION_PYTHON[function] = replacement
+        return replacement
 
     return register

@@ -37,8 +37,8 @@ def roi_pool(
             y_1 + \Big\lceil (p + 1)\,\frac{h}{PH} \Big\rceil,\; 0 \le y < H \Big\}
 
     and :math:`X_q` likewise, where :math:`y_1` and :math:`y_2` are the box's coordinates times ``spatial_scale``,
-    rounded to integers (halves away from zero), and :math:`h = \max(y_2 - y_1 + 1, 1)`. Of equal maxima the first, row by row,
-    has the gradient. NaN is never the maximum. A bin without pixels is zero, and so are those of a box with a
+    rounded to integers (halves away from zero), and :math:`h = \max(y_2 - y_1 + 1, 1)`. Of equal maxima the first, row
+    by row, has the gradient. NaN is never the maximum. A bin without pixels is zero, and so are those of a box with a
     coordinate that is NaN or infinite.
 
     Args:
