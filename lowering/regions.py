@@ -80,12 +80,12 @@ class RegionsTemplate(BlocksTemplate):
     def position_sensitive_maps(self, kernel: CppTemplateKernel, spatial_scale: float) -> str:
         """The maps of a position-sensitive operator in C++."""
         fields = [self.feature_maps(kernel, 0, spatial_scale), kernel.size(self.inputs[0], 0), str(self.size[1])]
-        fields += [self.bins(), str(cache_bytes())]
+        fields.append(self.bins())
         return f"inductor_vision::PositionSensitiveMaps<{DTYPE_TO_CPP[self.dtype]}>{{{', '.join(fields)}}}"
 
     def grad_maps(self, kernel: CppTemplateKernel, spatial_scale: float = 1.0, level: int = 0) -> str:
         """The maps that a backward kernel makes the gradient of, in C++."""
-        fields = [*self.output_size(kernel), repr(spatial_scale), str(level), str(cache_bytes() // 2)]
+        fields = [*self.output_size(kernel), repr(spatial_scale), str(level), str(cache_bytes())]
         return f"inductor_vision::GradMaps{{{', '.join(fields)}}}"
 
     def view(self, kernel: CppTemplateKernel, image: int) -> str:

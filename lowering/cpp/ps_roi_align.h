@@ -18,37 +18,28 @@ inline void ps_roi_align(
     const PositionSensitiveMaps<scalar_t>& maps, const Boxes<box_t>& boxes, const GridSampling& sampling,
     const Store& store) {
   using acc_t = accumulate_t<scalar_t>;
-  const Bins bins = maps.bins;
   const RegionsByMap regions("ps_roi_align", boxes, 1, maps.batch);
-  const SampledRegions<acc_t, box_t> sampled(maps, boxes, regions, bins, sampling);
+  const SampledRegions<acc_t, box_t> sampled(maps, boxes, regions, maps.bins, sampling);
   const TapTable<acc_t>& taps = sampled.taps();
-  const int64_t results = bins.count() * maps.blocks(0).size;
-  const Scratch<acc_t> all_results(omp_get_max_threads() * results);
   const auto prepare = [&](int64_t image, int64_t k) {
     sampled.place(image, k, maps.maps.view.row, maps.maps.view.column);
   };
-  for_each_region(maps, regions, prepare, [&](int64_t image, int64_t k, int64_t begin, int64_t end) {
-    acc_t* values = all_results.get() + omp_get_thread_num() * results;
-    for (int64_t c = begin; c < end; ++c) {
-      for (int64_t p = 0; p < bins.height; ++p) {
-        for (int64_t q = 0; q < bins.width; ++q) {
-          const scalar_t* plane = maps.plane(image, c, p, q);
-          acc_t sum = 0;
-          for (const Tap<acc_t>& row : taps.rows(k, p)) {
-            acc_t part = 0;
-            for (const Tap<acc_t>& column : taps.columns(k, q)) {
-              part += column.weight * static_cast<acc_t>(plane[row.offset + column.offset]);
-            }
-            sum += row.weight * part;
-          }
-          values[result_at<kChannelsLast>(bins, end - begin, c - begin, p * bins.width + q)] = sum * taps.scale(k);
-        }
+  const auto sum = [&](auto planes, const scalar_t* plane, int64_t k, int64_t p, int64_t q) {
+    constexpr int U = decltype(planes)::value;
+    std::array<acc_t, U> sums{};
+    for (const Tap<acc_t>& row : taps.rows(k, p)) {
+      std::array<acc_t, U> parts{};
+      for (const Tap<acc_t>& column : taps.columns(k, q)) {
+        const scalar_t* pixel = plane + row.offset + column.offset;
+        ForcedUnroll<U>{}(
+            [&](auto u) { parts[u] += column.weight * static_cast<acc_t>(pixel[u * maps.plane_distance()]); });
       }
+      ForcedUnroll<U>{}([&](auto u) { sums[u] += row.weight * parts[u]; });
     }
-    store(
-        OutputBlock{k, begin, end - begin, 0, bins.height, 0, bins.width}, values,
-        kChannelsLast ? end - begin : bins.count());
-  });
+    ForcedUnroll<U>{}([&](auto u) { sums[u] *= taps.scale(k); });
+    return sums;
+  };
+  for_each_row_of_bins<kChannelsLast, scalar_t, acc_t>(maps, regions, prepare, sum, store);
 }
 
 // The gradient of the maps.  kChannelsLast: of the output that `store` is for.
@@ -67,7 +58,7 @@ inline void ps_roi_align_backward(
     for (int64_t channel = tile.begin; channel < tile.end; ++channel) {
       const int64_t c = channel / bins.count(), p = channel / bins.width % bins.height, q = channel % bins.width;
       const acc_t value = static_cast<acc_t>(grad.at(k, p, q)[c * grad.channel]) * taps.scale(k);
-      acc_t* sums = tile.sums + (channel - tile.begin) * tile.distance;
+      acc_t* sums = tile.sums + (channel - tile.begin) * tile.channel_distance;
       for (const Tap<acc_t>& row : taps.rows(k, p)) {
         if (row.offset < top || row.offset >= bottom) {
           continue;

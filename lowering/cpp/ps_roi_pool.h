@@ -30,39 +30,27 @@ inline PixelRanges position_sensitive_ranges(
 template <bool kChannelsLast, typename scalar_t, typename box_t, typename Store>
 inline void ps_roi_pool(const PositionSensitiveMaps<scalar_t>& maps, const Boxes<box_t>& boxes, const Store& store) {
   using acc_t = accumulate_t<scalar_t>;
-  const Bins bins = maps.bins;
   const RegionsByMap regions("ps_roi_pool", boxes, 1, maps.batch);
-  const PixelRanges ranges =
-      position_sensitive_ranges<acc_t>(boxes, bins, maps.maps.spatial_scale, maps.maps.height - 1, maps.maps.width - 1);
-  const int64_t results = bins.count() * maps.blocks(0).size;
-  const Scratch<acc_t> all_results(omp_get_max_threads() * results);
+  const PixelRanges ranges = position_sensitive_ranges<acc_t>(
+      boxes, maps.bins, maps.maps.spatial_scale, maps.maps.height - 1, maps.maps.width - 1);
   const int64_t row_distance = maps.maps.view.row, column_distance = maps.maps.view.column;
   const auto nothing = [](int64_t, int64_t) {};
-  for_each_region(maps, regions, nothing, [&](int64_t image, int64_t k, int64_t begin, int64_t end) {
-    acc_t* values = all_results.get() + omp_get_thread_num() * results;
-    for (int64_t c = begin; c < end; ++c) {
-      for (int64_t p = 0; p < bins.height; ++p) {
-        const auto [top, bottom] = ranges.rows(k, p);
-        for (int64_t q = 0; q < bins.width; ++q) {
-          const auto [left, right] = ranges.columns(k, q);
-          const scalar_t* plane = maps.plane(image, c, p, q);
-          acc_t sum = 0;
-          for (int64_t y = top; y < bottom; ++y) {
-            acc_t part = 0;
-            for (int64_t x = left; x < right; ++x) {
-              part += static_cast<acc_t>(plane[y * row_distance + x * column_distance]);
-            }
-            sum += part;
-          }
-          const acc_t area = static_cast<acc_t>(std::max<int64_t>((bottom - top) * (right - left), 1));
-          values[result_at<kChannelsLast>(bins, end - begin, c - begin, p * bins.width + q)] = sum / area;
-        }
+  const auto mean = [&](auto planes, const scalar_t* plane, int64_t k, int64_t p, int64_t q) {
+    constexpr int U = decltype(planes)::value;
+    const auto [top, bottom] = ranges.rows(k, p);
+    const auto [left, right] = ranges.columns(k, q);
+    std::array<acc_t, U> sums{};
+    for (int64_t y = top; y < bottom; ++y) {
+      const scalar_t* pixel = plane + y * row_distance + left * column_distance;
+      for (int64_t x = left; x < right; ++x, pixel += column_distance) {
+        ForcedUnroll<U>{}([&](auto u) { sums[u] += static_cast<acc_t>(pixel[u * maps.plane_distance()]); });
       }
     }
-    store(
-        OutputBlock{k, begin, end - begin, 0, bins.height, 0, bins.width}, values,
-        kChannelsLast ? end - begin : bins.count());
-  });
+    const acc_t area = static_cast<acc_t>(std::max<int64_t>((bottom - top) * (right - left), 1));
+    ForcedUnroll<U>{}([&](auto u) { sums[u] /= area; });
+    return sums;
+  };
+  for_each_row_of_bins<kChannelsLast, scalar_t, acc_t>(maps, regions, nothing, mean, store);
 }
 
 // The gradient of the maps.  kChannelsLast: of the output that `store` is for.
@@ -81,7 +69,7 @@ inline void ps_roi_pool_backward(
       const auto [left, right] = ranges.columns(k, q);
       const acc_t area = static_cast<acc_t>(std::max<int64_t>((bottom - top) * (right - left), 1));
       const acc_t share = static_cast<acc_t>(grad.at(k, p, q)[c * grad.channel]) / area;
-      acc_t* sums = tile.sums + (channel - tile.begin) * tile.distance;
+      acc_t* sums = tile.sums + (channel - tile.begin) * tile.channel_distance;
       for (int64_t y = std::max(top, tile.top); y < std::min(bottom, tile.bottom); ++y) {
         for (int64_t x = left; x < right; ++x) {
           sums[(y - tile.top) * tile.width + x] += share;

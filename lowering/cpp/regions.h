@@ -682,17 +682,15 @@ inline void for_each_region(const Maps& maps, const RegionsByMap& regions, const
 }
 
 // Images whose bins have channels of their own, read as they are: input channel (c * PH + p) * PW + q is for bin (p, q)
-// of output channel c.  Blocks are of output channels.
+// of output channel c.  A block is what one row of bins reads.
 template <typename scalar_t>
 struct PositionSensitiveMaps {
   FeatureMaps<scalar_t> maps;
   int64_t batch, channels;  // of the output
   Bins bins;
-  int64_t bytes;  // of a map that are to be in cache at a time
 
   ChannelBlocks blocks(int64_t) const {
-    const int64_t itemsize = sizeof(scalar_t);
-    return {channels, 1, bins.count() * maps.height * maps.width * itemsize, bytes};
+    return {bins.height, 1, 1, 1};
   }
   MapSize size_of(int64_t) const {
     return {maps.height, maps.width, maps.spatial_scale};
@@ -702,17 +700,48 @@ struct PositionSensitiveMaps {
   }
   void load(int64_t, int64_t, int64_t, int64_t) const {
   }
-  // The plane that a bin of an output channel reads.
-  const scalar_t* plane(int64_t image, int64_t c, int64_t p, int64_t q) const {
-    return maps.view.at(image, 0, 0) + ((c * bins.height + p) * bins.width + q) * maps.view.channel;
+  // The plane that a bin of output channel 0 reads, and how far that of the next channel is.
+  const scalar_t* plane(int64_t image, int64_t p, int64_t q) const {
+    return maps.view.at(image, 0, 0) + (p * bins.width + q) * maps.view.channel;
+  }
+  int64_t plane_distance() const {
+    return bins.count() * maps.view.channel;
   }
 };
 
-// Where results of a region for a few channels are put, ready to be stored: by bin and channel for channels_last
-// output, by channel and bin otherwise.
-template <bool kChannelsLast>
-inline int64_t result_at(Bins bins, int64_t channels, int64_t c, int64_t bin) {
-  return kChannelsLast ? bin * channels + c : c * bins.count() + bin;
+// Stores the results of a position-sensitive operator: sum(U, plane, k, p, q) is an array with those of bin (p, q) of
+// region k for U output channels, of which `plane` is the first one's.
+//
+// All output channels of a bin are done in turn: what is known of the bin is used for each, and branches go the same
+// way.
+template <bool kChannelsLast, typename scalar_t, typename acc_t, typename Prepare, typename Sum, typename Store>
+inline void for_each_row_of_bins(
+    const PositionSensitiveMaps<scalar_t>& maps, const RegionsByMap& regions, const Prepare& prepare, const Sum& sum,
+    const Store& store) {
+  const int64_t columns = maps.bins.width, channels = maps.channels, size = columns * channels;
+  const Scratch<acc_t> results(omp_get_max_threads() * size);
+  for_each_region(maps, regions, prepare, [&](int64_t image, int64_t k, int64_t begin, int64_t end) {
+    acc_t* values = results.get() + omp_get_thread_num() * size;
+    const int64_t channel_distance = kChannelsLast ? 1 : columns, column_distance = kChannelsLast ? channels : 1;
+    for (int64_t p = begin; p < end; ++p) {
+      for (int64_t q = 0; q < columns; ++q) {
+        const scalar_t* plane = maps.plane(image, p, q);
+        acc_t* to = values + q * column_distance;
+        int64_t c = 0;
+        for (; c + 4 <= channels; c += 4) {
+          const auto sums = sum(std::integral_constant<int, 4>(), plane + c * maps.plane_distance(), k, p, q);
+          for (int u = 0; u < 4; ++u) {
+            to[(c + u) * channel_distance] = sums[u];
+          }
+        }
+        for (; c < channels; ++c) {
+          const auto sums = sum(std::integral_constant<int, 1>(), plane + c * maps.plane_distance(), k, p, q);
+          to[c * channel_distance] = sums[0];
+        }
+      }
+      store(OutputBlock{k, 0, channels, p, 1, 0, columns}, values, kChannelsLast ? channels : columns);
+    }
+  });
 }
 
 // The maps that gradients are of: one level.
@@ -733,7 +762,7 @@ struct GradTile {
   int64_t image;
   int64_t begin, end;
   int64_t top, bottom, width;
-  int64_t distance;  // of two pixels, if channels are neighbours, or of two channels, if pixels are
+  int64_t channel_distance, pixel_distance;
   acc_t* sums;
 
   int64_t pixels() const {
@@ -778,8 +807,9 @@ class GradTiling {
   GradTile<acc_t> tile(int64_t i, acc_t* sums) const {
     const int64_t image = i / (blocks_.count() * bands_), block = i / bands_ % blocks_.count(), band = i % bands_;
     const int64_t top = maps_.height * band / bands_, bottom = maps_.height * (band + 1) / bands_;
-    const int64_t distance = by_pixel_ ? blocks_.size : (bottom - top) * maps_.width;
-    return {image, blocks_.begin(block), blocks_.begin(block + 1), top, bottom, maps_.width, distance, sums};
+    const int64_t pixels = (bottom - top) * maps_.width;
+    return {image,       blocks_.begin(block),   blocks_.begin(block + 1),     top, bottom,
+            maps_.width, by_pixel_ ? 1 : pixels, by_pixel_ ? blocks_.size : 1, sums};
   }
 
  private:
@@ -843,20 +873,18 @@ inline void for_each_tile(
       for (int64_t place = regions.begin(tile.image); place < regions.begin(tile.image + 1); ++place) {
         add(tile, regions[place]);
       }
+      const int64_t distance = tiling.by_pixel() ? tile.pixel_distance : tile.channel_distance;
       if (kChannelsLast == tiling.by_pixel()) {
-        const int64_t n_rows = tile.bottom - tile.top;
-        store(OutputBlock{tile.image, tile.begin, channels, tile.top, n_rows, 0, tile.width}, tile.sums, tile.distance);
+        store(
+            OutputBlock{tile.image, tile.begin, channels, tile.top, tile.bottom - tile.top, 0, tile.width}, tile.sums,
+            distance);
         continue;
       }
       for (int64_t y = tile.top; y < tile.bottom; ++y) {
-        const int64_t first = (y - tile.top) * tile.width;
-        const int64_t distance = tiling.by_pixel() ? tile.width : channels;
-        if (tiling.by_pixel()) {
-          transpose(tile.sums + first * tile.distance, tile.distance, transposed, distance, tile.width, channels);
-        } else {
-          transpose(tile.sums + first, tile.distance, transposed, distance, channels, tile.width);
-        }
-        store(OutputBlock{tile.image, tile.begin, channels, y, 1, 0, tile.width}, transposed, distance);
+        const acc_t* from = tile.sums + (y - tile.top) * tile.width * tile.pixel_distance;
+        const int64_t rows = tiling.by_pixel() ? tile.width : channels, columns = channels * tile.width / rows;
+        transpose(from, distance, transposed, rows, rows, columns);
+        store(OutputBlock{tile.image, tile.begin, channels, y, 1, 0, tile.width}, transposed, rows);
       }
     }
   }

@@ -79,7 +79,8 @@ inline void roi_align(
   }
 }
 
-// The tile of the regions' gradients: pixels of `channels` channels, `distance` apart, of the rows of `tile`.
+// Adds what region k contributes to `count` channels of a tile, from its `first` channel on, for U vectors of them. The
+// gradients of a bin are `bin_distance` from those of the next.
 template <int U, typename acc_t>
 inline void align_bins_backward(
     const TapTable<acc_t>& taps, int64_t k, Bins bins, const GradTile<acc_t>& tile, const acc_t* grad,
@@ -87,7 +88,7 @@ inline void align_bins_backward(
   using Vec = Vectorized<acc_t>;
   constexpr int64_t kLanes = Vec::size();
   const Vec scale(taps.scale(k));
-  const int64_t row_distance = tile.width * tile.distance;
+  const int64_t row_distance = tile.width * tile.pixel_distance;
   const int64_t top = tile.top * row_distance, bottom = tile.bottom * row_distance;
   for (int64_t p = 0; p < bins.height; ++p) {
     for (int64_t q = 0; q < bins.width; ++q) {
@@ -133,11 +134,11 @@ inline void roi_align_backward(
     }
     acc_t* mine = grads.get() + omp_get_thread_num() * bins.count() * tiling.channels();
     const int64_t channels = tile.end - tile.begin;
-    load_bins(grad, k, bins, tile.begin, channels, mine, tile.distance);
+    load_bins(grad, k, bins, tile.begin, channels, mine, tile.pixel_distance);
     for (int64_t c = 0; c < channels; c += kChunk<acc_t>) {
       for_vectors<acc_t>(std::min(kChunk<acc_t>, channels - c), [&](auto vectors, int64_t first, int64_t count) {
         align_bins_backward<decltype(vectors)::value>(
-            sampled.taps(), k, bins, tile, mine, tile.distance, c + first, count);
+            sampled.taps(), k, bins, tile, mine, tile.pixel_distance, c + first, count);
       });
     }
   });

@@ -36,6 +36,27 @@ inline void store_indices(
   }
 }
 
+// best = max(best, value), and argmax = index where that changed it.  NaN changes nothing.
+template <bool kArgmax, typename acc_t>
+inline void update_maximum(
+    const Vectorized<acc_t>& value, const Vectorized<acc_t>& index, Vectorized<acc_t>& best,
+    Vectorized<acc_t>& argmax) {
+#if defined(CPU_CAPABILITY_AVX512)
+  // at::vec makes vectors of comparisons and comparisons of vectors again: half of the kernel's time.
+  if constexpr (std::is_same_v<acc_t, float>) {
+    const __mmask16 greater = _mm512_cmp_ps_mask(value, best, _CMP_GT_OQ);
+    best = _mm512_mask_mov_ps(best, greater, value);
+    argmax = kArgmax ? Vectorized<acc_t>(_mm512_mask_mov_ps(argmax, greater, index)) : argmax;
+    return;
+  }
+#endif
+  const Vectorized<acc_t> greater = value > best;
+  best = Vectorized<acc_t>::blendv(best, value, greater);
+  if constexpr (kArgmax) {
+    argmax = Vectorized<acc_t>::blendv(argmax, index, greater);
+  }
+}
+
 // Bins (p, q) of `count` channels into best and argmax, [p * PW + q][kChunk], for U vectors of channels.
 template <int U, bool kArgmax, typename scalar_t, typename acc_t>
 inline void pool_bins(
@@ -60,11 +81,7 @@ inline void pool_bins(
           const Vec index(kArgmax ? index_bits<acc_t>(y * width + x) : acc_t(0));
           ForcedUnroll<U>{}([&](auto u) {
             const Vec value = U == 1 ? load_vector(channels, count) : load_vector(channels + u * kLanes);
-            const Vec greater = value > best[u];  // false for NaN
-            best[u] = Vec::blendv(best[u], value, greater);
-            if constexpr (kArgmax) {
-              argmax[u] = Vec::blendv(argmax[u], index, greater);
-            }
+            update_maximum<kArgmax>(value, index, best[u], argmax[u]);
           });
         }
       }
@@ -128,15 +145,29 @@ inline void roi_pool_backward(
   const auto nothing = [](int64_t, int64_t) {};
   for_each_tile<kChannelsLast>(tiling, regions, nothing, store, [&](const GradTile<acc_t>& tile, int64_t k) {
     const uint64_t pixels = static_cast<uint64_t>(tile.pixels());
-    for (int64_t c = tile.begin; c < tile.end; ++c) {
-      acc_t* sums = tile.sums + (c - tile.begin) * tile.distance;
-      const scalar_t* from = grad.at(k, 0, 0) + c * grad.channel;
-      const int32_t* at = argmax.at(k, 0, 0) + c * argmax.channel;
-      for (int64_t p = 0; p < bins.height; ++p) {
-        for (int64_t q = 0; q < bins.width; ++q) {
-          const int64_t pixel = at[p * argmax.row + q * argmax.column] - tile.top * tile.width;
+    // Channels, rows of bins and columns of bins, in the order in which gradients are in memory.
+    struct Axis {
+      int64_t count, grad, argmax, sums;
+    };
+    Axis outer{tile.end - tile.begin, grad.channel, argmax.channel, tile.channel_distance};
+    Axis middle{bins.height, grad.row, argmax.row, 0}, inner{bins.width, grad.column, argmax.column, 0};
+    if (grad.channel < grad.column) {
+      std::swap(outer, middle);
+      std::swap(middle, inner);
+    }
+    if (middle.grad == inner.count * inner.grad && middle.argmax == inner.count * inner.argmax && middle.sums == 0) {
+      inner.count *= middle.count;
+      middle.count = 1;
+    }
+    for (int64_t i = 0; i < outer.count; ++i) {
+      for (int64_t j = 0; j < middle.count; ++j) {
+        acc_t* sums = tile.sums + i * outer.sums + j * middle.sums;
+        const scalar_t* from = grad.at(k, 0, 0) + tile.begin * grad.channel + i * outer.grad + j * middle.grad;
+        const int32_t* at = argmax.at(k, 0, 0) + tile.begin * argmax.channel + i * outer.argmax + j * middle.argmax;
+        for (int64_t n = 0; n < inner.count; ++n) {
+          const int64_t pixel = at[n * inner.argmax] - tile.top * tile.width;
           if (static_cast<uint64_t>(pixel) < pixels) {
-            sums[pixel] += static_cast<acc_t>(from[p * grad.row + q * grad.column]);
+            sums[n * inner.sums + pixel] += static_cast<acc_t>(from[n * inner.grad]);
           }
         }
       }
