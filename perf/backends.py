@@ -39,6 +39,23 @@ def needs_torchvision() -> None:
         raise Unavailable("torchvision does not load its compiled operators beside this torch")
 
 
+def only_float32(dtype: torch.dtype, who: str) -> None:
+    """For a contender that has no kernel for anything else."""
+    if dtype != torch.float32:
+        raise Unavailable(f"{who} has no kernel for {dtype} on the CPU")
+
+
+class Function(nn.Module):
+    """A function of tensors as a module, which is what :func:`compiled` and :func:`packaged` take."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *tensors: Tensor) -> Any:
+        return self.function(*tensors)
+
+
 def eager(function: Callable[..., Any], arguments: Sequence[Any]) -> Prepared:
     """Call it as it is, without autograd."""
 
@@ -82,6 +99,21 @@ def packaged(module: nn.Module, arguments: Sequence[Tensor]) -> Prepared:
     return eager(model, arguments)
 
 
+def onnx_model(node: Any, feeds: dict[str, Tensor], opset: int, constants: dict[str, Tensor] | None = None) -> bytes:
+    """An ONNX model of a single node with a single output, a float32 tensor."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    inputs = [
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(tensor.numpy().dtype), tensor.shape)
+        for name, tensor in feeds.items()
+    ]
+    output = helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, None)
+    initializers = [numpy_helper.from_array(tensor.numpy(), name) for name, tensor in (constants or {}).items()]
+    graph = helper.make_graph([node], node.op_type, inputs, [output], initializers)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9)
+    return model.SerializeToString()
+
+
 def onnxruntime(model: bytes, feeds: dict[str, Tensor], threads: int) -> Prepared:
     """An ONNX model on ONNX Runtime's CPU provider."""
     import onnxruntime as ort
@@ -107,6 +139,7 @@ def openvino(model: Any, feeds: Sequence[Tensor], threads: int, precision: str) 
     """An OpenVINO model on its CPU plugin, inputs and outputs shared rather than copied.
 
     ``precision`` is said explicitly: left alone, OpenVINO computes float32 models in bfloat16 where the processor can.
+    Inputs and outputs are of the types that the model gives them, bfloat16 among them.
     """
     import openvino as ov
 
@@ -117,7 +150,7 @@ def openvino(model: Any, feeds: Sequence[Tensor], threads: int, precision: str) 
     }
     program = ov.Core().compile_model(model, "CPU", settings)
     request = program.create_infer_request()
-    arrays = [tensor.numpy() for tensor in feeds]
+    arrays = [_to_openvino(tensor) for tensor in feeds]
 
     def call() -> Any:
         return request.infer(arrays, share_inputs=True, share_outputs=True)
@@ -126,4 +159,18 @@ def openvino(model: Any, feeds: Sequence[Tensor], threads: int, precision: str) 
         program.release_memory()
         return lambda: program.create_infer_request().infer(arrays, share_inputs=True, share_outputs=True)
 
-    return Prepared(call, call(), lean=lean)
+    return Prepared(call, [_from_openvino(port, array) for port, array in call().items()], lean=lean)
+
+
+def _to_openvino(tensor: Tensor) -> Any:
+    import openvino as ov
+
+    if tensor.dtype != torch.bfloat16:
+        return tensor.numpy()
+    return ov.Tensor(tensor.view(torch.int16).numpy(), list(tensor.shape), ov.Type.bf16)  # NumPy has no such type
+
+
+def _from_openvino(port: Any, array: Any) -> Tensor:
+    """An output; bfloat16 comes as float16 with the same bits."""
+    tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if port.get_element_type().to_string() == "bf16" else tensor

@@ -155,7 +155,8 @@ inline void roi_pool_backward(
       std::swap(outer, middle);
       std::swap(middle, inner);
     }
-    if (middle.grad == inner.count * inner.grad && middle.argmax == inner.count * inner.argmax && middle.sums == 0) {
+    if (inner.sums == 0 && middle.grad == inner.count * inner.grad && middle.argmax == inner.count * inner.argmax &&
+        middle.sums == 0) {
       inner.count *= middle.count;
       middle.count = 1;
     }

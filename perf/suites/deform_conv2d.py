@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...ops.deform_conv2d import Arguments, deform_conv2d, output_size
 from ...ops.registry import OPS
 from .. import backends
-from ..spec import Case, Contender, Job, Prepared, Suite, Unavailable
+from ..spec import Case, Contender, Job, Prepared, Suite
 
 _OFFSET_SPREAD = 2.0  # pixels, standard deviation
 
@@ -128,22 +128,17 @@ def _decomposition(*arguments: Any) -> Tensor:
     return OPS["deform_conv2d"].decomposition(*arguments)
 
 
-def _only_float32(job: Job, who: str) -> None:
-    if job.inputs.input.dtype != torch.float32:
-        raise Unavailable(f"{who} has no kernel for {job.inputs.input.dtype} on the CPU")
-
-
 def _torchvision(job: Job) -> Prepared:
     from torchvision.ops import deform_conv2d as theirs
 
-    _only_float32(job, "torchvision")
+    backends.only_float32(job.inputs.input.dtype, "torchvision")
     return backends.eager(theirs, job.inputs)
 
 
 def _onnxruntime(job: Job) -> Prepared:
-    from onnx import TensorProto, helper, numpy_helper
+    from onnx import helper
 
-    _only_float32(job, "ONNX Runtime")
+    backends.only_float32(job.inputs.input.dtype, "ONNX Runtime")
     a = job.inputs
     node = helper.make_node(
         "DeformConv",
@@ -157,14 +152,9 @@ def _onnxruntime(job: Job) -> Prepared:
         offset_group=a.offset_groups,
     )
     feeds = {"input": a.input, "offset": a.offset, "mask": a.mask}
-    constants = [
-        numpy_helper.from_array(tensor.numpy(), name) for name, tensor in (("weight", a.weight), ("bias", a.bias))
-    ]
-    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, tensor.shape) for name, tensor in feeds.items()]
-    output = helper.make_tensor_value_info("output", TensorProto.FLOAT, None)
-    graph = helper.make_graph([node], "deform_conv2d", inputs, [output], constants)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)  # 19: the first with it
-    return backends.onnxruntime(model.SerializeToString(), feeds, job.threads)
+    constants = {"weight": a.weight, "bias": a.bias}
+    model = backends.onnx_model(node, feeds, 19, constants)  # 19: the first with it
+    return backends.onnxruntime(model, feeds, job.threads)
 
 
 def _openvino(job: Job) -> Prepared:
