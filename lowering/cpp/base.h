@@ -131,6 +131,14 @@ inline void store_block(const acc_t* src, int64_t ld_src, value_t* dst, int64_t 
   }
   for (int64_t m = 0; m < rows; ++m, src += ld_src, dst += ld_dst) {
     int64_t n = 0;
+    if constexpr (sizeof(value_t) < sizeof(acc_t)) {  // at::vec stores half of a vector by a masked store of a whole
+                                                      // one
+      for (; n + 2 * kLanes <= columns; n += 2 * kLanes) {
+        at::vec::convert_from_float<value_t>(
+            Vectorized<acc_t>::loadu(src + n), Vectorized<acc_t>::loadu(src + n + kLanes))
+            .store(dst + n);
+      }
+    }
     for (; n + kLanes <= columns; n += kLanes) {
       store_vector(Vectorized<acc_t>::loadu(src + n), dst + n);
     }
