@@ -12,6 +12,7 @@
 #define INDUCTOR_VISION_REGIONS_H
 
 #include <cmath>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -170,16 +171,16 @@ struct SampledAxis {
         adaptive(sampling_ratio <= 0) {
   }
 
-  // The pixels that all bins read are among these.
+  // The pixels that all bins read are among these; the margin is for the rounding of coordinates, which may be huge.
   std::array<int64_t, 2> extent(int64_t bins) const {
     const acc_t end = begin + static_cast<acc_t>(bins) * bin_size, farthest = static_cast<acc_t>(length);
-    if (!std::isfinite(begin) || !std::isfinite(end)) {
+    const acc_t margin = 2 + 16 * std::numeric_limits<acc_t>::epsilon() * (std::abs(begin) + std::abs(end));
+    if (!std::isfinite(margin)) {
       return {0, length};
     }
-    const acc_t first = std::clamp(std::min(begin, end) - 1, acc_t(0), farthest);
-    const acc_t last = std::clamp(std::max(begin, end) + 3, acc_t(0), farthest);
-    // Rounding errors of the points are within the extra pixels; beyond the map, its edge may be read.
-    return {std::min(static_cast<int64_t>(first), length - 1), std::max<int64_t>(static_cast<int64_t>(last), 1)};
+    const acc_t first = std::clamp(std::min(begin, end) - margin, acc_t(0), farthest - 1);
+    const acc_t last = std::clamp(std::max(begin, end) + margin, acc_t(0), farthest - 1);
+    return {static_cast<int64_t>(first), static_cast<int64_t>(last) + 1};
   }
 
   // How many pixels a bin reads at most.
