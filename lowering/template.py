@@ -190,10 +190,18 @@ class BlocksTemplate(abc.ABC):
                 signature,
                 "{",
                 kernel.maybe_codegen_profile(),
+                *(self._prepare(kernel, node) for node in outputs.values()),
                 source,
                 "}",
             ]
         )
+
+    def _prepare(self, kernel: CppTemplateKernel, output: ir.Buffer) -> str:
+        """A statement that makes an output ready to be written."""
+        size = output.get_size()
+        first = f"&{kernel.index(output, [0] * len(size))}"
+        count = " * ".join(f"int64_t({kernel.size(output, d)})" for d in range(len(size)))
+        return f"inductor_vision::prepare_output({first}, {count} * {output.get_dtype().itemsize});"
 
     def _store(
         self, kernel: CppTemplateKernel, buffer: ir.Buffer, epilogue: list[ir.ComputedBuffer], keep: bool

@@ -9,6 +9,9 @@
 #include <ATen/cpu/vec/vec.h>
 #include <c10/util/Unroll.h>
 #include <omp.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <algorithm>
 #include <array>
@@ -85,6 +88,23 @@ class Scratch {
   }
   std::unique_ptr<T, Free> data_;
 };
+
+// To be called on a large output before it is written.  The allocator has it mapped afresh each time, and faulting it
+// in by pages of 4 KB takes several times as long as writing it: asks for large pages instead, where the system has
+// them.
+inline void prepare_output(const void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr int64_t kAlwaysMapped = int64_t{32} << 20;  // glibc keeps smaller ones when they are freed
+  constexpr int64_t kLargePage = int64_t{2} << 20;
+  if (bytes > kAlwaysMapped) {
+    const int64_t begin = round_up(reinterpret_cast<int64_t>(data), kLargePage);
+    const int64_t end = round_down(reinterpret_cast<int64_t>(data) + bytes, kLargePage);
+    madvise(reinterpret_cast<void*>(begin), static_cast<size_t>(end - begin), MADV_HUGEPAGE);  // advice: may be ignored
+  }
+#else
+  (void)data, (void)bytes;
+#endif
+}
 
 // Vectorized<accumulate_t> from `count` consecutive elements of any floating type; the other lanes are zero.
 template <typename scalar_t>
