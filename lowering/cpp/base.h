@@ -233,11 +233,15 @@ struct Images {
 template <typename scalar_t>
 class ImageTransposition {
  public:
-  ImageTransposition(const Images<scalar_t>& in, const View4d<scalar_t>& out) : in_(in), out_(out) {
+  // `strip`: pixels.
+  ImageTransposition(const Images<scalar_t>& in, const View4d<scalar_t>& out, int64_t strip)
+      : in_(in),
+        out_(out),
+        strip_(strip) {
     const bool flat = in.view.row == in.width;  // rows follow each other
     rows_ = flat ? 1 : in.height;
     width_ = flat ? in.height * in.width : in.width;
-    strips_ = divide_up(width_, kStrip);
+    strips_ = divide_up(width_, strip_);
   }
 
   int64_t strips() const {
@@ -245,21 +249,20 @@ class ImageTransposition {
   }
   // The strip that a pixel of the first image is in.
   int64_t strip_of(int64_t row, int64_t column) const {
-    return rows_ == 1 ? (row * in_.width + column) / kStrip : row * strips_ + column / kStrip;
+    return rows_ == 1 ? (row * in_.width + column) / strip_ : row * strips_ + column / strip_;
   }
   void transpose_strip(int64_t strip) const {
-    const int64_t image = strip / (rows_ * strips_), row = strip / strips_ % rows_, column = strip % strips_ * kStrip;
+    const int64_t image = strip / (rows_ * strips_), row = strip / strips_ % rows_, column = strip % strips_ * strip_;
     const View4d<scalar_t>& view = in_.view;
     const scalar_t* from = view.data + (image * view.image + row * view.row + column);
     scalar_t* to = const_cast<scalar_t*>(out_.data) + ((image * rows_ + row) * width_ + column) * out_.column;
-    transpose(from, view.channel, to, out_.column, in_.channels, std::min(kStrip, width_ - column));
+    transpose(from, view.channel, to, out_.column, in_.channels, std::min(strip_, width_ - column));
   }
 
  private:
-  static constexpr int64_t kStrip = 128;  // pixels
   const Images<scalar_t> in_;
   const View4d<scalar_t> out_;
-  int64_t rows_, width_, strips_;
+  int64_t strip_, rows_, width_, strips_;
 };
 
 // A part of an output [B, channels, height, width], of one image; rows are whole, unless there is only one.

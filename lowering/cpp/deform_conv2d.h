@@ -513,6 +513,7 @@ inline void deform_conv2d(
     const int64_t column = schedule.distance, row = op.width * column;
     return View4d<scalar_t>{copies.get() + copy * copy_size, op.height * row, 1, row, column};
   };
+  constexpr int64_t kStrip = 128;  // pixels that a thread transposes at a time
   const auto images = [&](int64_t first, int64_t count) {
     const View4d<scalar_t>& in = op.input;
     const View4d<scalar_t> from{in.at(first, 0, 0), in.image, in.channel, in.row, in.column};
@@ -565,7 +566,7 @@ inline void deform_conv2d(
     for (int64_t group = 0; group < schedule.own / schedule.images; ++group) {
       const int64_t first = group * schedule.images;
       const View4d<scalar_t> input = channels_last(omp_get_thread_num());
-      const ImageTransposition<scalar_t> transposition(images(first, schedule.images), input);
+      const ImageTransposition<scalar_t> transposition(images(first, schedule.images), input, kStrip);
       for (int64_t strip = 0; strip < transposition.strips(); ++strip) {
         transposition.transpose_strip(strip);
       }
@@ -580,7 +581,7 @@ inline void deform_conv2d(
       View4d<scalar_t> input = op.input;
       if (schedule.transposed) {
         input = channels_last(0);
-        const ImageTransposition<scalar_t> transposition(images(first, count), input);
+        const ImageTransposition<scalar_t> transposition(images(first, count), input, kStrip);
 #pragma omp barrier  // the copy may still be in use
 #pragma omp for schedule(static)
         for (int64_t strip = 0; strip < transposition.strips(); ++strip) {

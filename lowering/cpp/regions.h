@@ -541,6 +541,9 @@ struct Pyramid {
   int64_t count, batch, channels;
   int64_t bytes;  // of a map that are transposed at a time
 
+  // Pixels of a row that are transposed together: few, so that around a box not much is.
+  static constexpr int64_t kStrip = 32;
+
   int64_t maps() const {
     return count * batch;
   }
@@ -578,7 +581,8 @@ struct Pyramid {
     const Pixels<scalar_t> to = pixels(map, channel, copy);
     return {
         {{data, view.image, view.channel, view.row, view.column}, 1, channels, level(map).height, level(map).width},
-        {copy, 0, 1, to.row, to.column}};
+        {copy, 0, 1, to.row, to.column},
+        kStrip};
   }
 };
 
