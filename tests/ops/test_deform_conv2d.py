@@ -12,7 +12,8 @@ from inductor_vision import DeformConv2d, deform_conv2d
 from inductor_vision.ops.registry import TORCHVISION
 from inductor_vision.paths import recorded_paths
 from inductor_vision.tests.support.compare import assert_close
-from inductor_vision.tests.support.deform_conv2d import CASES, HOSTILE, LAYOUTS, Case, Sample, cases, oracle, sample
+from inductor_vision.tests.support.deform_conv2d import CASES, HOSTILE, Case, Sample, cases, oracle, sample
+from inductor_vision.tests.support.layouts import LAYOUTS
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim

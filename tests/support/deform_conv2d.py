@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from hypothesis import assume, strategies as st
+from inductor_vision.tests.support.layouts import LAYOUTS, arrange
 from torch import Tensor
 from torch.nn.modules.utils import _pair
 
@@ -102,44 +103,6 @@ class Sample:
         return self.replace(
             **{name: tensor.detach().requires_grad_(name in wanted) for name, tensor in self.tensors.items()}
         )
-
-
-LAYOUTS = (
-    "contiguous",
-    "channels_last",
-    "sliced",
-    "stepped",
-    "transposed",
-    "images_in_rows",
-    "sliced_channels_last",
-    "expanded",
-)
-
-
-def arrange(values: Tensor, layout: str) -> Tensor:
-    """A tensor of these [B, C, H, W] values in the given memory layout ("expanded": of the first image's values)."""
-    batch, channels, height, width = values.shape
-    if layout == "contiguous":
-        return values.contiguous()
-    if layout == "channels_last":
-        return values.contiguous(memory_format=torch.channels_last)
-    if layout == "expanded":
-        return values[:1].contiguous().expand(values.shape)
-    if layout == "transposed":
-        return values.transpose(2, 3).contiguous().transpose(2, 3)
-    if layout == "images_in_rows":
-        return values.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3)
-    if layout == "stepped":
-        room = values.new_full((batch, channels, height, 2 * width), math.nan)
-        view = room[..., ::2]
-    elif layout in ("sliced", "sliced_channels_last"):
-        room = values.new_full((batch, channels + 5, height + 2, width + 3), math.nan)
-        if layout == "sliced_channels_last":
-            room = room.contiguous(memory_format=torch.channels_last)
-        view = room[:, 3:-2, 1:-1, 2:-1]
-    else:
-        raise ValueError(f"no layout {layout!r}; there are: {', '.join(LAYOUTS)}")
-    return view.copy_(values)
 
 
 OFFSETS = ("random", "integers", "borders", "far", "smooth", "hostile")
