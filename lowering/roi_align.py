@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..ops.roi_align import Arguments, BackwardArguments
 from .inductor import CppTemplateKernel, ir
 from .regions import RegionsTemplate, grid_sampling, serve_all
 from .registry import Template, template_for
@@ -16,18 +17,10 @@ class RoIAlignTemplate(RegionsTemplate):
     op = "roi_align"
     header = "roi_align.h"
 
-    def __init__(
-        self,
-        inputs: Sequence[ir.TensorBox],
-        rois: ir.TensorBox,
-        levels: ir.TensorBox | None,
-        spatial_scales: Sequence[float],
-        sampling_ratio: int,
-        aligned: bool,
-    ) -> None:
-        super().__init__(inputs, rois, levels)
-        self.spatial_scales = spatial_scales
-        self.sampling = grid_sampling(sampling_ratio, aligned, position_sensitive=False)
+    def __init__(self, call: Arguments) -> None:
+        super().__init__(call.inputs, call.rois, call.levels)
+        self.spatial_scales = call.spatial_scales
+        self.sampling = grid_sampling(call.sampling_ratio, call.aligned, position_sensitive=False)
 
     def call(self, kernel: CppTemplateKernel, inputs: Sequence[ir.IRNode], store: str) -> str:
         return f"""{self.pyramid(kernel, self.spatial_scales)}
@@ -40,20 +33,10 @@ class RoIAlignBackwardTemplate(RegionsTemplate):
     op = "roi_align_backward"
     header = "roi_align.h"
 
-    def __init__(
-        self,
-        grad: ir.TensorBox,
-        rois: ir.TensorBox,
-        levels: ir.TensorBox | None,
-        level: int,
-        spatial_scale: float,
-        sampling_ratio: int,
-        aligned: bool,
-    ) -> None:
-        super().__init__([grad], rois, levels)
-        self.level = level
-        self.spatial_scale = spatial_scale
-        self.sampling = grid_sampling(sampling_ratio, aligned, position_sensitive=False)
+    def __init__(self, call: BackwardArguments) -> None:
+        super().__init__([call.grad], call.rois, call.levels)
+        self.level, self.spatial_scale = call.level, call.spatial_scale
+        self.sampling = grid_sampling(call.sampling_ratio, call.aligned, position_sensitive=False)
 
     def call(self, kernel: CppTemplateKernel, inputs: Sequence[ir.IRNode], store: str) -> str:
         return f"""
@@ -61,30 +44,12 @@ class RoIAlignBackwardTemplate(RegionsTemplate):
         {self.grad_maps(kernel, self.spatial_scale, self.level)}, {store});"""
 
 
-def _lower(
-    inputs: Sequence[ir.TensorBox],
-    rois: ir.TensorBox,
-    levels: ir.TensorBox | None,
-    spatial_scales: Sequence[float],
-    pooled_height: int,
-    pooled_width: int,
-    sampling_ratio: int,
-    aligned: bool,
-) -> ir.TensorBox:
-    return RoIAlignTemplate(inputs, rois, levels, spatial_scales, sampling_ratio, aligned).output()
+def _lower(*args: Any) -> ir.TensorBox:
+    return RoIAlignTemplate(Arguments(*args)).output()
 
 
-def _lower_backward(
-    grad: ir.TensorBox,
-    rois: ir.TensorBox,
-    levels: ir.TensorBox | None,
-    level: int,
-    spatial_scale: float,
-    size: Sequence[Any],
-    sampling_ratio: int,
-    aligned: bool,
-) -> ir.TensorBox:
-    return RoIAlignBackwardTemplate(grad, rois, levels, level, spatial_scale, sampling_ratio, aligned).output()
+def _lower_backward(*args: Any) -> ir.TensorBox:
+    return RoIAlignBackwardTemplate(BackwardArguments(*args)).output()
 
 
 template_for("roi_align", Template(serve_all, _lower))

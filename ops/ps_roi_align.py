@@ -15,8 +15,9 @@ from .regions import (
     Pixels,
     SampledAxis,
     bilinear_samples,
-    by_bin,
     channel_mapping,
+    channels_first,
+    channels_last,
     check_grad,
     check_position_sensitive,
     empty_regions,
@@ -111,7 +112,7 @@ def _decomposition(
     total = rois.new_zeros(regions, *bins, channels)  # [K, PH, PW, C]
     for row, column, weight, inside in bilinear_samples(y, x):
         total = total + (weight * pixels.read(table, row, column)).where(inside, 0)
-    return by_bin(total / count).to(dtype).contiguous(memory_format=memory_format)
+    return channels_first(total / count).to(dtype).contiguous(memory_format=memory_format)
 
 
 def _loops_over_data(*args: Any) -> str | None:
@@ -147,7 +148,7 @@ def _decomposition_backward(
     rois = rois.to(accumulate_dtype(dtype))
     pixels = Pixels(images_of("ps_roi_align", rois, size.batch), size, bins, position_sensitive=True)
     y, x, count = _axes(rois, spatial_scale, bins, sampling_ratio, size)
-    share = grad.to(rois.dtype).permute(0, 2, 3, 1) / count  # [K, PH, PW, C]
+    share = channels_last(grad.to(rois.dtype)) / count  # [K, PH, PW, C]
     table = pixels.table(rois.new_zeros(size)).contiguous()
     for row, column, weight, inside in bilinear_samples(y, x):
         table = pixels.add(table, row, column, (weight * share).where(inside, 0))

@@ -14,8 +14,9 @@ from .regions import (
     MapSize,
     Pixels,
     PooledAxis,
-    by_bin,
     channel_mapping,
+    channels_first,
+    channels_last,
     check_grad,
     check_position_sensitive,
     empty_regions,
@@ -104,7 +105,7 @@ def _decomposition(input: Tensor, rois: Tensor, spatial_scale: float, pooled_hei
     total = rois.new_zeros(regions, *bins, channels)  # [K, PH, PW, C]
     for row, column, inside in pooled_pixels(y, x):
         total = total + pixels.read(table, row, column).where(inside, 0)
-    return by_bin(total / area).to(dtype).contiguous(memory_format=memory_format)
+    return channels_first(total / area).to(dtype).contiguous(memory_format=memory_format)
 
 
 def _loops_over_data(*args: Any) -> str | None:
@@ -134,7 +135,7 @@ def _decomposition_backward(grad: Tensor, rois: Tensor, spatial_scale: float, si
     rois = rois.to(accumulate_dtype(dtype))
     pixels = Pixels(images_of("ps_roi_pool", rois, size.batch), size, bins, position_sensitive=True)
     y, x, area = _axes(rois, spatial_scale, bins, size.height, size.width)
-    share = grad.to(rois.dtype).permute(0, 2, 3, 1) / area  # [K, PH, PW, C]
+    share = channels_last(grad.to(rois.dtype)) / area  # [K, PH, PW, C]
     table = pixels.table(rois.new_zeros(size)).contiguous()
     for row, column, inside in pooled_pixels(y, x):
         table = pixels.add(table, row, column, share.where(inside, 0))

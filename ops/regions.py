@@ -123,7 +123,11 @@ def check_grad(op: str, grad: Tensor, rois: Tensor, size: Sequence[int]) -> None
         grad.dim() == 4 and grad.shape[0] == rois.shape[0],
         f"grad must be [K, channels, PH, PW] with K = {rois.shape[0]}, got shape {tuple(grad.shape)}",
     )
-    check(op, len(size) == 4 and min(size[2:]) > 0, f"the size of input must be [B, C, H, W], got {tuple(size)}")
+    check(
+        op,
+        len(size) == 4 and size[2] > 0 and size[3] > 0,  # min() would compare them with each other: a guard
+        f"the size of input must be [B, C, H, W], got {tuple(size)}",
+    )
     check_rois(op, rois, grad)
 
 
@@ -201,9 +205,14 @@ class Pixels:
         return split.permute(0, 5, 3, 4, 1, 2).reshape(batch, channels, height, width)
 
 
-def by_bin(values: Tensor) -> Tensor:
-    """``[K, C, PH, PW]`` from ``[K, PH, PW, C]`` and back: channels first, or last."""
+def channels_first(values: Tensor) -> Tensor:
+    """``[K, C, PH, PW]`` from ``[K, PH, PW, C]``."""
     return values.permute(0, 3, 1, 2)
+
+
+def channels_last(values: Tensor) -> Tensor:
+    """``[K, PH, PW, C]`` from ``[K, C, PH, PW]``."""
+    return values.permute(0, 2, 3, 1)
 
 
 class SampledAxis:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,8 @@ from .regions import (
     Pixels,
     SampledAxis,
     bilinear_samples,
-    by_bin,
+    channels_first,
+    channels_last,
     check,
     check_grad,
     check_regions,
@@ -109,35 +110,64 @@ class RoIAlign(nn.Module):
         )
 
 
+class Arguments(NamedTuple):
+    """What the operator takes, in its order."""
+
+    inputs: Sequence[Tensor]
+    rois: Tensor
+    levels: Tensor | None
+    spatial_scales: Sequence[float]
+    pooled_height: int
+    pooled_width: int
+    sampling_ratio: int
+    aligned: bool
+
+    @property
+    def bins(self) -> tuple[int, int]:
+        return int(self.pooled_height), int(self.pooled_width)
+
+
+class BackwardArguments(NamedTuple):
+    """What the backward operator takes, in its order: it makes the gradient of one of the maps."""
+
+    grad: Tensor
+    rois: Tensor
+    levels: Tensor | None
+    level: int
+    spatial_scale: float
+    size: Sequence[Any]
+    sampling_ratio: int
+    aligned: bool
+
+
 def _axes(
-    rois: Tensor, spatial_scale: float, bins: Sequence[int], sampling_ratio: int, aligned: bool, size: MapSize
+    call: Arguments | BackwardArguments, rois: Tensor, spatial_scale: float, bins: Sequence[int], size: MapSize
 ) -> tuple[SampledAxis, SampledAxis, Tensor]:
     """Where bins sample rows and columns, and by what the sum of the samples is divided, ``[K, 1, 1, 1]``."""
-    x1, y1, x2, y2 = (rois[:, 1:] * spatial_scale - (0.5 if aligned else 0)).unbind(1)
+    x1, y1, x2, y2 = (rois[:, 1:] * spatial_scale - (0.5 if call.aligned else 0)).unbind(1)
     height, width = y2 - y1, x2 - x1
-    if not aligned:
+    if not call.aligned:
         height, width = height.clamp(min=1), width.clamp(min=1)
-    y = SampledAxis(y1, height, bins[0], sampling_ratio, size.height)
-    x = SampledAxis(x1, width, bins[1], sampling_ratio, size.width)
+    y = SampledAxis(y1, height, bins[0], call.sampling_ratio, size.height)
+    x = SampledAxis(x1, width, bins[1], call.sampling_ratio, size.width)
     count = y.count * x.count
     return y, x, count.where(count > 1, 1)[:, None, None, None]
 
 
-def _check(
-    inputs: Sequence[Tensor], rois: Tensor, levels: Tensor | None, spatial_scales: Sequence[float], bins: Sequence[int]
-) -> tuple[Any, ...]:
+def _check(call: Arguments) -> tuple[Any, ...]:
     """Raise RuntimeError unless the arguments go together; the shape of the result."""
-    check("roi_align", len(inputs) > 0, "there must be at least one feature map")
-    size = check_regions("roi_align", inputs, rois, bins)
+    maps, rois, levels = len(call.inputs), call.rois, call.levels
+    check("roi_align", maps > 0, "there must be at least one feature map")
+    size = check_regions("roi_align", call.inputs, rois, call.bins)
     check(
         "roi_align",
-        len(spatial_scales) == len(inputs),
-        f"there must be a spatial scale for each of the {len(inputs)} feature maps, got {len(spatial_scales)}",
+        len(call.spatial_scales) == maps,
+        f"there must be a spatial scale for each of the {maps} feature maps, got {len(call.spatial_scales)}",
     )
     check(
         "roi_align",
-        levels is not None or len(inputs) == 1,
-        f"levels must say which of the {len(inputs)} feature maps each region is on",
+        levels is not None or maps == 1,
+        f"levels must say which of the {maps} feature maps each region is on",
     )
     if levels is not None:
         check(
@@ -146,48 +176,32 @@ def _check(
             f"levels must be int64 [{rois.shape[0]}], got {levels.dtype} {tuple(levels.shape)}",
         )
         check("roi_align", levels.device == rois.device, f"levels must be on {rois.device}, got {levels.device}")
-    return rois.shape[0], size.channels, *map(int, bins)
+    return rois.shape[0], size.channels, *call.bins
 
 
-def _fake(
-    inputs: Sequence[Tensor],
-    rois: Tensor,
-    levels: Tensor | None,
-    spatial_scales: Sequence[float],
-    pooled_height: int,
-    pooled_width: int,
-    sampling_ratio: int,
-    aligned: bool,
-) -> Tensor:
-    shape = _check(inputs, rois, levels, spatial_scales, (pooled_height, pooled_width))
-    return empty_regions(inputs[0], shape)
+def _fake(*args: Any) -> Tensor:
+    call = Arguments(*args)
+    return empty_regions(call.inputs[0], _check(call))
 
 
-def _decomposition(
-    inputs: Sequence[Tensor],
-    rois: Tensor,
-    levels: Tensor | None,
-    spatial_scales: Sequence[float],
-    pooled_height: int,
-    pooled_width: int,
-    sampling_ratio: int,
-    aligned: bool,
-) -> Tensor:
-    regions, channels, *bins = _check(inputs, rois, levels, spatial_scales, (pooled_height, pooled_width))
-    dtype, memory_format = inputs[0].dtype, suggest_memory_format(inputs[0])
-    rois = rois.to(accumulate_dtype(dtype))
-    image = images_of("roi_align", rois, inputs[0].shape[0])
+def _decomposition(*args: Any) -> Tensor:
+    call = Arguments(*args)
+    regions, channels, *bins = _check(call)
+    dtype, memory_format = call.inputs[0].dtype, suggest_memory_format(call.inputs[0])
+    rois = call.rois.to(accumulate_dtype(dtype))
+    image = images_of("roi_align", rois, call.inputs[0].shape[0])
     out = rois.new_zeros(regions, *bins, channels)  # a region on none of the maps stays zero
-    for level, (input, spatial_scale) in enumerate(zip(inputs, spatial_scales)):
+    for level, (input, spatial_scale) in enumerate(zip(call.inputs, call.spatial_scales)):
         size = MapSize(*input.shape)
         pixels = Pixels(image, size, bins)
         table = pixels.table(input.to(rois.dtype))
-        y, x, count = _axes(rois, spatial_scale, bins, sampling_ratio, aligned, size)
+        y, x, count = _axes(call, rois, spatial_scale, bins, size)
         total = torch.zeros_like(out)  # [K, PH, PW, C]
         for row, column, weight, inside in bilinear_samples(y, x):
             total = total + (weight * pixels.read(table, row, column)).where(inside, 0)
-        out = total / count if levels is None else (total / count).where((levels == level)[:, None, None, None], out)
-    return by_bin(out).to(dtype).contiguous(memory_format=memory_format)
+        mean = total / count
+        out = mean if call.levels is None else mean.where((call.levels == level)[:, None, None, None], out)
+    return channels_first(out).to(dtype).contiguous(memory_format=memory_format)
 
 
 def _loops_over_data(*args: Any) -> str | None:
@@ -206,48 +220,28 @@ _op = define_op(
 )
 
 
-def _fake_backward(
-    grad: Tensor,
-    rois: Tensor,
-    levels: Tensor | None,
-    level: int,
-    spatial_scale: float,
-    size: Sequence[Any],
-    sampling_ratio: int,
-    aligned: bool,
-) -> Tensor:
-    check_grad("roi_align", grad, rois, size)
-    return empty_regions(grad, size)
+def _fake_backward(*args: Any) -> Tensor:
+    call = BackwardArguments(*args)
+    check_grad("roi_align", call.grad, call.rois, call.size)
+    return empty_regions(call.grad, call.size)
 
 
-def _decomposition_backward(
-    grad: Tensor,
-    rois: Tensor,
-    levels: Tensor | None,
-    level: int,
-    spatial_scale: float,
-    size: Sequence[Any],
-    sampling_ratio: int,
-    aligned: bool,
-) -> Tensor:
+def _decomposition_backward(*args: Any) -> Tensor:
     """The gradient of one of the feature maps, by the regions that are on it; ``levels=None``: by all."""
-    check_grad("roi_align", grad, rois, size)
-    size = MapSize(*size)
-    bins = grad.shape[2:]
-    dtype, memory_format = grad.dtype, suggest_memory_format(grad)
-    rois = rois.to(accumulate_dtype(dtype))
+    call = BackwardArguments(*args)
+    check_grad("roi_align", call.grad, call.rois, call.size)
+    size = MapSize(*call.size)
+    bins = call.grad.shape[2:]
+    dtype, memory_format = call.grad.dtype, suggest_memory_format(call.grad)
+    rois = call.rois.to(accumulate_dtype(dtype))
     pixels = Pixels(images_of("roi_align", rois, size.batch), size, bins)
-    y, x, count = _axes(rois, spatial_scale, bins, sampling_ratio, aligned, size)
-    share = grad.to(rois.dtype).permute(0, 2, 3, 1) / count  # [K, PH, PW, C]
-    here = True if levels is None else (levels == level)[:, None, None, None]
+    y, x, count = _axes(call, rois, call.spatial_scale, bins, size)
+    share = channels_last(call.grad.to(rois.dtype)) / count  # [K, PH, PW, C]
+    here = True if call.levels is None else (call.levels == call.level)[:, None, None, None]
     table = rois.new_zeros(size.batch * size.height * size.width, size.channels)
     for row, column, weight, inside in bilinear_samples(y, x):
         table = pixels.add(table, row, column, (weight * share).where(inside & here, 0))
     return pixels.untable(table).to(dtype).contiguous(memory_format=memory_format)
-
-
-def _loops_over_data_backward(*args: Any) -> str | None:
-    return _loops_over_data(*args)  # the same arguments come last
 
 
 _op_backward = define_op(
@@ -257,7 +251,7 @@ _op_backward = define_op(
     decomposition=_decomposition_backward,
     fake=_fake_backward,
     autocast=False,
-    untraceable=_loops_over_data_backward,
+    untraceable=_loops_over_data,
 )
 
 

@@ -13,7 +13,7 @@ from torch.nn.modules.utils import _pair
 from .regions import (
     Pixels,
     PooledAxis,
-    by_bin,
+    channels_first,
     check,
     check_grad,
     check_regions,
@@ -110,8 +110,8 @@ def _decomposition(
         best = value.where(greater, best)
         argmax = (row * size.width + column)[..., None].int().where(greater, argmax)
     return (
-        by_bin(best).to(dtype).contiguous(memory_format=memory_format),
-        by_bin(argmax).contiguous(memory_format=memory_format),
+        channels_first(best).to(dtype).contiguous(memory_format=memory_format),
+        channels_first(argmax).contiguous(memory_format=memory_format),
     )
 
 
