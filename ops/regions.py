@@ -18,6 +18,9 @@ from .registry import accumulate_dtype
 
 _FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
+# Beside input's own. Under autocast boxes may be of a lower precision than the map.
+_BOX_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 # Pixels from the origin beyond which a rounded coordinate counts as this one.
 _FARTHEST = 2.0**30
 
@@ -110,8 +113,8 @@ def check_rois(op: str, rois: Tensor, like: Tensor) -> None:
     check(op, rois.dim() == 2 and rois.shape[1] == 5, f"boxes must be [K, 5], got shape {tuple(rois.shape)}")
     check(
         op,
-        rois.dtype in (torch.float32, like.dtype),
-        f"boxes must be float32 or have input's dtype {like.dtype}, got {rois.dtype}",
+        rois.dtype in (*_BOX_DTYPES, like.dtype),
+        f"boxes must be float32, bfloat16 or float16, or have input's dtype {like.dtype}, got {rois.dtype}",
     )
     check(op, rois.device == like.device, f"boxes must be on input's device {like.device}, got {rois.device}")
 

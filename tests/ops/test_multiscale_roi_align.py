@@ -381,7 +381,7 @@ WRONG = {
     "dtype_of_boxes": (
         {"boxes": torch.zeros(1, 5, dtype=torch.float64)},
         RuntimeError,
-        "roi_align: boxes must be float32 or have input's dtype torch.float32, got torch.float64",
+        "roi_align: boxes must be float32, bfloat16 or float16, or have input's dtype torch.float32, got torch.float64",
     ),
 }
 

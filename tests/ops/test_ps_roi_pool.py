@@ -69,6 +69,13 @@ def test_halves_are_rounded_away_from_zero(coordinate, pixel, dtype):
     assert gradient_of_row(5, coordinate, coordinate, dtype) == expected
 
 
+def test_a_number_just_below_one_half_of_float64():
+    """Added to one half it is one, and so it is in float32, as which torchvision's gradient rounds it."""
+    below = 0.49999999999999994
+    assert pooled_row([5, 6, 7], below, below) == 5
+    assert gradient_of_row(3, below, below) == [12, 0, 0]
+
+
 def test_a_bin_without_pixels_is_zero():
     """And leaves the bins beside it alone."""
     input = torch.ones(1, 3, 4, 4)

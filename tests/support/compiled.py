@@ -61,13 +61,18 @@ def caches_disabled() -> Iterator[None]:
 
 
 def compile_and_run(
-    fn: Callable[..., Any], *args: Any, dynamic: bool | None = None, config: dict[str, Any] | None = None
+    fn: Callable[..., Any],
+    *args: Any,
+    dynamic: bool | None = None,
+    config: dict[str, Any] | None = None,
+    run: Callable[..., Any] = lambda function, *args: function(*args),
 ) -> Compiled:
-    """Compile ``fn`` as one graph, under Inductor's ``config``, and run it on ``args``."""
+    """Compile ``fn`` as one graph, under Inductor's ``config``, and ``run`` what it becomes on ``args``: call it, or
+    train a step, and what that compiles belongs to it."""
     counters.clear()
     compiled = torch.compile(fn, fullgraph=True, dynamic=dynamic)
     with caches_disabled(), inductor_config.patch(config or {}), recorded_paths() as paths:
-        result, sources = run_and_get_code(compiled, *args)
+        result, sources = run_and_get_code(run, compiled, *args)
     counts = counters["inductor"]
     return Compiled(
         compiled,

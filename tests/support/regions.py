@@ -606,7 +606,7 @@ def ps_roi_pool_oracle(input: Tensor, rois: Tensor, bins: Sequence[int], spatial
 def ps_roi_pool_gradient_oracle(
     gradient: Tensor, input: Tensor, rois: Tensor, bins: Sequence[int], spatial_scale: float
 ) -> Tensor:
-    """The last row and column have gradients."""
+    """The last row and column have gradients. (torchvision's, in float64, rounds coordinates to float32 first.)"""
     g = gradient.detach().double().numpy()
     out = np.zeros(input.shape)
     for k, image, p, q, pixels in _pooled_bins(input, rois, bins, spatial_scale, False, input.shape[2:]):
