@@ -211,9 +211,7 @@ class BlocksTemplate(abc.ABC):
         values = _block_name(buffer)
         if not epilogue:  # Inductor would copy one by one
             return self._plain_store(kernel, buffer, "store_block")
-        target, reindexers = gen_2d_view_of_epilogue_buf(
-            epilogue[-1], buffer, epilogue, [], default_reindexers=[None] * len(epilogue)
-        )
+        target, reindexers = self._target(buffer, epilogue)
         nodes, source = list(epilogue), buffer
         if keep:
             source = self._sums(buffer)
@@ -267,6 +265,35 @@ class BlocksTemplate(abc.ABC):
         """Where in the output, in physical order, a block of results begins."""
         place = ["out_image", "out_channel", "out_row", "out_column"]
         return [place[d] for d in (0, 2, 3, 1)] if self.channels_last else place
+
+    def _target(self, buffer: ir.Buffer, epilogue: list[ir.ComputedBuffer]) -> tuple[ir.IRNode, list[Any]]:
+        """Where the epilogue's last node is stored, in physical order, and how its indices become those of each node.
+
+        A node of the output's size may have strides of its own: Inductor fuses the copy to another memory format too.
+        """
+        last = epilogue[-1]
+        order = [0, 2, 3, 1] if self.channels_last else [0, 1, 2, 3]
+        same = V.graph.sizevars.statically_known_list_equals
+        if all(same(node.get_size(), self.size) for node in epilogue):
+            strides = last.get_stride()
+            layout = ir.FixedLayout(
+                torch.device("cpu"),
+                last.get_dtype(),
+                buffer.get_size(),
+                [strides[d] for d in order],
+                last.get_layout().offset,
+            )
+            logical = [order.index(d) for d in range(4)]
+            reindexers = [lambda index: [index[d] for d in logical]] * len(epilogue)
+            return ir.ReinterpretView(data=ir.StorageBox(last), layout=layout), reindexers
+        for node in epilogue:
+            (write,) = node.get_read_writes().writes
+            others = {other.get_name() for other in epilogue}
+            if any(read.index != write.index for read in node.get_reads() if read.name in others):
+                raise NotImplementedError(
+                    f"{self.op}: what follows is reshaped and copied to another layout; please report how it came about"
+                )
+        return gen_2d_view_of_epilogue_buf(last, buffer, epilogue, [], default_reindexers=[None] * len(epilogue))
 
     def _own_store(self, buffer: ir.CppTemplateBuffer, sums: ir.Buffer) -> ir.ComputedBuffer:
         """The template's output as a node of the epilogue, for when it has users beside the fused ones."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from inductor_vision import DeformConv2d, deform_conv2d
+from inductor_vision import DeformConv2d, deform_conv2d, roi_align
 from inductor_vision.lowering.template import splice_header
 from inductor_vision.tests.support.compare import assert_close
 from inductor_vision.tests.support.compiled import compile_and_run
@@ -177,3 +177,30 @@ def test_networks(freezing):
     assert compiled.fused == 1
     for result, values in zip(compiled.result, expected):
         assert_close(result, values, FP32)
+
+
+class TwoLevels(nn.Module):
+    """The gradient of the finer map is what regions and the coarser level contribute, added up channels_last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine = nn.Conv2d(3, 6, 3, stride=4, padding=1)
+        self.coarse = nn.Conv2d(6, 6, 3, stride=2, padding=1)
+
+    def forward(self, image: Tensor, rois: Tensor) -> Tensor:
+        fine = self.fine(image)
+        return roi_align(fine, rois, 2, 0.25, 2).sum() + self.coarse(fine.relu()).square().sum()
+
+
+def test_a_neighbour_of_another_memory_format():
+    torch.manual_seed(0)
+    network, image = TwoLevels(), torch.randn(2, 3, 32, 40)
+    rois = torch.tensor([[0.0, 3, 4, 20, 30], [1, 0, 0, 39, 31], [0, 10, 2, 15, 9]])
+
+    def step(module: Callable[..., Tensor]) -> list[Tensor]:
+        network.zero_grad()
+        module(image, rois).backward()
+        return [parameter.grad.clone() for parameter in network.parameters()]
+
+    for result, expected in zip(step(torch.compile(network, fullgraph=True)), step(network)):
+        assert_close(result, expected, FP32)
