@@ -17,9 +17,19 @@ from inductor_vision.paths import recorded_paths
 from inductor_vision.tests.support.compare import assert_close
 from inductor_vision.tests.support.compiled import caches_disabled, compile_and_run, run_python
 from inductor_vision.tests.support.deform_conv2d import oracle, sample
+from inductor_vision.tests.support.regions import (
+    OPERATORS,
+    Pyramid,
+    PyramidSample,
+    pyramid,
+    pyramid_gradient_oracle,
+    pyramid_oracle,
+    sample as sample_regions,
+)
 from torch import Tensor, nn
 from torch._inductor import config
 from torch._inductor.decomposition import decompositions, fast_random_decomps
+from torch.export import Dim
 
 installed = pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="torchvision is not installed")
 
@@ -130,6 +140,114 @@ def test_stock_modules_train(stock):
         assert_close(ours, stocks, torch.float32)
 
 
+def tensors(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else result
+
+
+def test_stock_operators_on_regions_take_the_templates(stock):
+    """Forward and backward; the second results, where maxima are and which channels are read, are torchvision's."""
+    accelerate_torchvision()
+    ops = [name for op in OPERATORS for name in (op, f"_{op}_backward")]
+    samples = [sample_regions(op, "tied") for op in OPERATORS]
+    calls = [call for s in samples for call in (s.positional_of_torchvision, s.positional_backward_of_torchvision)]
+
+    def run(calls):
+        return [getattr(torch.ops.torchvision, op)(*call) for op, call in zip(ops, calls)]
+
+    compiled = compile_and_run(run, calls, config={"cpp_wrapper": True})
+    assert sorted((path.op, path.kind) for path in compiled.paths) == sorted((op.lstrip("_"), "template") for op in ops)
+    assert compiled.templates == len(ops)
+    with recorded_paths() as paths:
+        eager = run(calls)
+    assert paths == []
+    for op, results, stocks in zip(ops, compiled.result, eager):
+        (result, *further), (expected, *stocks_further) = tensors(results), tensors(stocks)
+        assert_close(result, expected, torch.float32, op)
+        assert len(further) == len(stocks_further) == (op in ("roi_pool", "ps_roi_align", "ps_roi_pool"))
+        for ours, theirs in zip(further, stocks_further):
+            assert ours.dtype == theirs.dtype == torch.int32
+            assert torch.equal(ours, theirs), op
+
+
+@pytest.mark.slow
+def test_stock_operators_on_regions_train(stock):
+    accelerate_torchvision()
+    samples = [sample_regions(op, "plain") for op in OPERATORS]
+
+    def gradients(function: Callable[..., list[Tensor]]) -> tuple[Tensor, ...]:
+        inputs = [s.input.clone().requires_grad_() for s in samples]
+        return torch.autograd.grad(function(inputs), inputs, [s.gradient for s in samples])
+
+    def run(inputs):
+        return [getattr(stock.ops, s.op)(x, *s.arguments[1:]) for s, x in zip(samples, inputs)]
+
+    with caches_disabled(), recorded_paths() as paths:
+        compiled = gradients(torch.compile(run, fullgraph=True))
+    assert sorted((path.op, path.kind) for path in paths) == sorted(
+        (name, "template") for op in OPERATORS for name in (op, f"{op}_backward")
+    )
+    for s, gradient, stocks in zip(samples, compiled, gradients(run)):
+        assert_close(gradient, stocks, torch.float32, s.op)
+
+
+def pooler_and_call(stock: ModuleType, s: PyramidSample) -> tuple[nn.Module, tuple]:
+    """One map of the four is not used."""
+    pooler = stock.ops.MultiScaleRoIAlign(["a", "b", "d"], s.case.bins, 2, canonical_scale=32, canonical_level=3)
+    maps = dict(zip("abcd", (*s.features[:2], torch.zeros(1), s.features[2])))
+    return pooler, (maps, s.boxes, [s.case.image] * s.case.batch)
+
+
+def test_stock_pooler_is_one_template(stock):
+    accelerate_torchvision()
+    s = pyramid("plain")
+    pooler, call = pooler_and_call(stock, s)
+    compiled = compile_and_run(pooler, *call)
+    assert compiled.kinds == ["template"]
+    assert compiled.templates == 1
+    assert_close(compiled.result, pyramid_oracle(s), torch.float32)
+    with caches_disabled(), recorded_paths() as paths:
+        for regions in (13, 24, 35):
+            s = pyramid(Pyramid(regions=regions))
+            assert_close(compiled.function(*pooler_and_call(stock, s)[1]), pyramid_oracle(s), torch.float32)
+    assert [path.kind for path in paths] == ["template"]  # once more, for all numbers of boxes
+
+    with recorded_paths() as paths:
+        eager, scripted = pooler(*call), torch.jit.script(pooler)(*call)
+    assert paths == []
+    for result in (eager, scripted):
+        assert_close(result, pyramid_oracle(pyramid("plain")), torch.float32)
+
+
+def test_stock_pooler_is_exported_for_any_number_of_boxes(stock):
+    accelerate_torchvision()
+    s = pyramid("plain")
+    pooler, call = pooler_and_call(stock, s)
+    boxes = [{0: Dim.DYNAMIC} for _ in s.boxes]
+    shapes = (dict.fromkeys(call[0]), boxes, [(None, None)] * len(call[2]))
+    exported = torch.export.export(pooler, call, dynamic_shapes=shapes)
+    targets = [node.target for node in exported.graph.nodes]
+    assert targets.count(torch.ops.inductor_vision.roi_align.default) == 1
+    assert not [target for target in targets if getattr(target, "namespace", "") == "torchvision"]
+    for regions in (35, 20):
+        s = pyramid(Pyramid(regions=regions))
+        assert_close(exported.module()(*pooler_and_call(stock, s)[1]), pyramid_oracle(s), torch.float32)
+
+
+@pytest.mark.slow
+def test_stock_pooler_trains(stock):
+    accelerate_torchvision()
+    s = pyramid("plain")
+    pooler, (maps, *call) = pooler_and_call(stock, s)
+    leaves = {name: maps[name].requires_grad_() for name in pooler.featmap_names}
+    with caches_disabled(), recorded_paths() as paths:
+        out = torch.compile(pooler, fullgraph=True)(leaves, *call)
+        gradients = torch.autograd.grad(out, list(leaves.values()), s.gradient)
+    assert sorted(path.op for path in paths) == ["roi_align", *["roi_align_backward"] * 3]
+    assert {path.kind for path in paths} == {"template"}
+    for gradient, expected in zip(gradients, pyramid_gradient_oracle(s)):
+        assert_close(gradient, expected, torch.float32)
+
+
 def test_torchvision_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(ImportError, match=r"pip install inductor_vision\[torchvision\]"):
@@ -166,6 +284,15 @@ import torchvision
 from inductor_vision.paths import recorded_paths
 from inductor_vision.tests.support.compiled import compile_and_run
 from inductor_vision.tests.support.deform_conv2d import oracle, sample
+from inductor_vision.tests.support.regions import (
+    OPERATORS,
+    Pyramid,
+    PyramidSample,
+    pyramid,
+    pyramid_gradient_oracle,
+    pyramid_oracle,
+    sample as sample_regions,
+)
 from inductor_vision.tests.support.compare import assert_close
 
 torchvision.models.resnet18()

@@ -99,6 +99,48 @@ def test_an_operator_without_a_template_is_decomposed(new_op):
     assert_close(compiled.result, doubled_tanh(x.double()) + 1, x.dtype)
 
 
+@pytest.fixture
+def looping_op(monkeypatch) -> Iterator[VisionOp]:
+    """An operator that loops over data; gone after the test."""
+    from torch._inductor.decomposition import decompositions, fast_random_decomps
+    from torch._inductor.lowering import fallbacks, lowerings
+
+    def repeated_tanh(x: Tensor, times: Tensor) -> Tensor:
+        for _ in range(int(times)):
+            x = x.tanh()
+        return x * 2
+
+    with torch.library._scoped_library(NAMESPACE, "FRAGMENT") as library:
+        monkeypatch.setattr(ops_registry, "_library", library)
+        op = define_op(
+            "repeated_tanh(Tensor x, Tensor times) -> Tensor",
+            family="repeated_tanh",
+            decomposition=repeated_tanh,
+            fake=lambda x, times: torch.empty_like(x),
+            untraceable=lambda x, times: "it loops" if x.dim() > 1 else None,
+        )
+        registry.install()
+        yield op
+        del OPS[op.name], decompositions[op.overload], lowerings[op.overload]
+        fallbacks.discard(op.overload)
+        fast_random_decomps.cache_clear()
+
+
+def test_an_operator_that_cannot_be_traced_runs_as_it_does_eagerly(looping_op):
+    x = torch.randn(3, 5)
+    compiled = compile_and_run(lambda x, times: looping_op(x + 1, times) + 1, x, torch.tensor(3))
+    assert {str(path) for path in compiled.paths[:-1]} == {
+        "repeated_tanh: eager (this operator has no template; it loops: the compiled graph runs the aten decomposition)"
+    }
+    assert str(compiled.paths[-1]) == (
+        "repeated_tanh: eager (the call was not compiled; the aten decomposition ran)"  # when the graph ran
+    )
+    for times in (3, 1, 0):  # nothing of the data is in the graph
+        expected = looping_op(x + 1, torch.tensor(times)) + 1
+        assert torch.equal(compiled.function(x, torch.tensor(times)), expected)
+    assert torch.equal(compiled.result, looping_op(x + 1, torch.tensor(3)) + 1)
+
+
 def test_a_template_may_be_a_lowering_or_refuse(new_op):
     from torch._inductor.lowering import lowerings
 
