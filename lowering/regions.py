@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,7 +66,7 @@ class RegionsTemplate(BlocksTemplate):
     def feature_maps(self, kernel: CppTemplateKernel, image: int, spatial_scale: float) -> str:
         """The maps of a level, one of the images, in C++."""
         node = self.inputs[image]
-        fields = [self.view(kernel, image), kernel.size(node, 2), kernel.size(node, 3), repr(spatial_scale)]
+        fields = [self.view(kernel, image), kernel.size(node, 2), kernel.size(node, 3), _double(spatial_scale)]
         return f"inductor_vision::FeatureMaps<{DTYPE_TO_CPP[self.dtype]}>{{{', '.join(fields)}}}"
 
     def pyramid(self, kernel: CppTemplateKernel, spatial_scales: Sequence[float]) -> str:
@@ -85,7 +86,7 @@ class RegionsTemplate(BlocksTemplate):
 
     def grad_maps(self, kernel: CppTemplateKernel, spatial_scale: float = 1.0, level: int = 0) -> str:
         """The maps that a backward kernel makes the gradient of, in C++."""
-        fields = [*self.output_size(kernel), repr(spatial_scale), str(level), str(cache_bytes())]
+        fields = [*self.output_size(kernel), _double(spatial_scale), str(level), str(cache_bytes())]
         return f"inductor_vision::GradMaps{{{', '.join(fields)}}}"
 
     def view(self, kernel: CppTemplateKernel, image: int) -> str:
@@ -102,6 +103,12 @@ def grid_sampling(sampling_ratio: int, aligned: bool, position_sensitive: bool) 
 
 def _bool(value: bool) -> str:
     return str(value).lower()
+
+
+def _double(value: float) -> str:
+    return (
+        repr(float(value)) if math.isfinite(value) else "NAN" if math.isnan(value) else f"{'-' * (value < 0)}INFINITY"
+    )
 
 
 def _pointer(kernel: CppTemplateKernel, node: ir.IRNode) -> str:

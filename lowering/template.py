@@ -131,6 +131,7 @@ class BlocksTemplate(abc.ABC):
         results = [ir.MultiOutput(layout, buffer, [(list, i)]) for i, layout in enumerate(layouts)]
         buffer.layout = ir.MultiOutputLayout(device=torch.device("cpu"))
         buffer.outputs = results
+        V.graph.no_fuse_buffer_names.update(result.get_name() for result in results)
         return [self._logical(ir.TensorBox.create(result)) for result in results]
 
     def _make_kernel_render(

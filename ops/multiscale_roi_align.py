@@ -85,6 +85,11 @@ def assign_levels(
     return level.nan_to_num(-1).long()
 
 
+def _of_one_dtype(features: Sequence[Tensor]) -> list[Tensor]:
+    """Maps in the dtype of the first; under autocast they may differ."""
+    return [feature.to(features[0].dtype) for feature in features]
+
+
 def _infer_scales(features: Sequence[Tensor], image_shapes: Sequence[Sequence[int]]) -> list[float]:
     """The scale of each map, a power of two, where the largest of the images determines it."""
     if not image_shapes:
@@ -127,7 +132,7 @@ class MultiScaleRoIAlign(nn.Module):
             image_shapes: (height, width) of the images that the maps are of; the largest decides the scales of the
                 maps, which are rounded to powers of two.
         """
-        features = [feature for name, feature in x.items() if name in self.featmap_names]
+        features = _of_one_dtype([feature for name, feature in x.items() if name in self.featmap_names])
         if not features:
             raise ValueError(f"MultiScaleRoIAlign: none of {list(self.featmap_names)} is among the maps {list(x)}")
         scales = _infer_scales(features, image_shapes)
@@ -175,5 +180,4 @@ def _torchvision_multiscale_roi_align(
     levels = None
     if len(x_filtered) > 1:
         levels = assign_levels(rois, mapper.k_min, mapper.k_max, mapper.s0, mapper.lvl0, mapper.eps)
-    features = [feature.to(x_filtered[0].dtype) for feature in x_filtered]  # under autocast they may differ
-    return align_on_levels(features, rois, levels, scales, output_size, sampling_ratio, aligned=False)
+    return align_on_levels(_of_one_dtype(x_filtered), rois, levels, scales, output_size, sampling_ratio, aligned=False)

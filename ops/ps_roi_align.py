@@ -14,6 +14,7 @@ from .regions import (
     MapSize,
     Pixels,
     SampledAxis,
+    adaptive_grid,
     bilinear_samples,
     channel_mapping,
     channels_first,
@@ -115,11 +116,6 @@ def _decomposition(
     return channels_first(total / count).to(dtype).contiguous(memory_format=memory_format)
 
 
-def _loops_over_data(*args: Any) -> str | None:
-    *_, sampling_ratio = args
-    return None if sampling_ratio > 0 else "how many samples an adaptive grid has depends on the values of the boxes"
-
-
 _op = define_op(
     "ps_roi_align(Tensor input, Tensor rois, float spatial_scale, SymInt pooled_height, SymInt pooled_width, "
     "int sampling_ratio) -> Tensor",
@@ -127,7 +123,7 @@ _op = define_op(
     decomposition=_decomposition,
     fake=_fake,
     autocast=False,  # the low precisions are computed in float32 as it is, and the boxes are never converted
-    untraceable=_loops_over_data,
+    untraceable=lambda *args: adaptive_grid(args[-1]),
 )
 
 
@@ -161,7 +157,7 @@ _op_backward = define_op(
     decomposition=_decomposition_backward,
     fake=_fake_backward,
     autocast=False,
-    untraceable=_loops_over_data,
+    untraceable=lambda *args: adaptive_grid(args[-1]),
 )
 
 

@@ -21,6 +21,7 @@ from .regions import (
     check_position_sensitive,
     empty_regions,
     images_of,
+    pooled_bins,
     pooled_pixels,
     regions_of,
 )
@@ -108,17 +109,13 @@ def _decomposition(input: Tensor, rois: Tensor, spatial_scale: float, pooled_hei
     return channels_first(total / area).to(dtype).contiguous(memory_format=memory_format)
 
 
-def _loops_over_data(*args: Any) -> str | None:
-    return "how many pixels a bin has depends on the values of the boxes"
-
-
 _op = define_op(
     "ps_roi_pool(Tensor input, Tensor rois, float spatial_scale, SymInt pooled_height, SymInt pooled_width) -> Tensor",
     family="ps_roi_pool",
     decomposition=_decomposition,
     fake=_fake,
     autocast=False,  # the low precisions are computed in float32 as it is, and the boxes are never converted
-    untraceable=_loops_over_data,
+    untraceable=pooled_bins,
 )
 
 
@@ -148,7 +145,7 @@ _op_backward = define_op(
     decomposition=_decomposition_backward,
     fake=_fake_backward,
     autocast=False,
-    untraceable=_loops_over_data,
+    untraceable=pooled_bins,
 )
 
 

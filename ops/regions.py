@@ -282,6 +282,11 @@ def bilinear_samples(y: SampledAxis, x: SampledAxis):
                     yield rows[i][:, :, None], columns[j][:, None, :], weight, inside
 
 
+def adaptive_grid(sampling_ratio: int) -> str | None:
+    """Why a decomposition that samples cannot be traced, if it cannot."""
+    return None if sampling_ratio > 0 else "how many samples an adaptive grid has depends on the values of the boxes"
+
+
 class PooledAxis:
     """Which pixels of one axis bins cover, for roi_pool and ps_roi_pool: ``[begin, end)``, int64 ``[K, bins]``.
 
@@ -330,3 +335,8 @@ def pooled_pixels(y: PooledAxis, x: PooledAxis):
         for ix in range(x.steps):
             inside_x, column = x.pixel(ix)
             yield row[:, :, None], column[:, None, :], (inside_y[:, :, None] & inside_x[:, None, :])[..., None]
+
+
+def pooled_bins(*args: Any) -> str:
+    """Why a decomposition that pools cannot be traced."""
+    return "how many pixels a bin has depends on the values of the boxes"

@@ -14,6 +14,7 @@ from .regions import (
     MapSize,
     Pixels,
     SampledAxis,
+    adaptive_grid,
     bilinear_samples,
     channels_first,
     channels_last,
@@ -204,11 +205,6 @@ def _decomposition(*args: Any) -> Tensor:
     return channels_first(out).to(dtype).contiguous(memory_format=memory_format)
 
 
-def _loops_over_data(*args: Any) -> str | None:
-    *_, sampling_ratio, _ = args
-    return None if sampling_ratio > 0 else "how many samples an adaptive grid has depends on the values of the boxes"
-
-
 _op = define_op(
     "roi_align(Tensor[] inputs, Tensor rois, Tensor? levels, float[] spatial_scales, SymInt pooled_height, "
     "SymInt pooled_width, int sampling_ratio, bool aligned) -> Tensor",
@@ -216,7 +212,7 @@ _op = define_op(
     decomposition=_decomposition,
     fake=_fake,
     autocast=False,  # the low precisions are computed in float32 as it is, and the boxes are never converted
-    untraceable=_loops_over_data,
+    untraceable=lambda *args: adaptive_grid(args[-2]),
 )
 
 
@@ -251,7 +247,7 @@ _op_backward = define_op(
     decomposition=_decomposition_backward,
     fake=_fake_backward,
     autocast=False,
-    untraceable=_loops_over_data,
+    untraceable=lambda *args: adaptive_grid(args[-2]),
 )
 
 

@@ -19,6 +19,7 @@ from .regions import (
     check_regions,
     empty_regions,
     images_of,
+    pooled_bins,
     pooled_pixels,
     regions_of,
 )
@@ -115,10 +116,6 @@ def _decomposition(
     )
 
 
-def _loops_over_data(*args: Any) -> str | None:
-    return "how many pixels a bin has depends on the values of the boxes"
-
-
 _op = define_op(
     "roi_pool(Tensor input, Tensor rois, float spatial_scale, SymInt pooled_height, SymInt pooled_width) "
     "-> (Tensor, Tensor)",
@@ -126,7 +123,7 @@ _op = define_op(
     decomposition=_decomposition,
     fake=_fake,
     autocast=False,  # a maximum is the same in every precision
-    untraceable=_loops_over_data,
+    untraceable=pooled_bins,
 )
 
 

@@ -12,27 +12,13 @@
 
 namespace inductor_vision {
 
-// The bins of all regions, cut off at a height and a width.
-template <typename acc_t, typename box_t>
-inline PixelRanges position_sensitive_ranges(
-    const Boxes<box_t>& boxes, Bins bins, double spatial_scale, int64_t height, int64_t width) {
-  PixelRanges ranges(bins, boxes.count);
-  for (int64_t k = 0; k < boxes.count; ++k) {
-    const ScaledBox<acc_t> box(boxes, k, spatial_scale);
-    ranges.place(
-        k, PooledAxis<acc_t>(box.y1, box.y2, bins.height, false), PooledAxis<acc_t>(box.x1, box.x2, bins.width, false),
-        height, width);
-  }
-  return ranges;
-}
-
 // kChannelsLast: of the output that `store` is for, see OutputBlock.
 template <bool kChannelsLast, typename scalar_t, typename box_t, typename Store>
 inline void ps_roi_pool(const PositionSensitiveMaps<scalar_t>& maps, const Boxes<box_t>& boxes, const Store& store) {
   using acc_t = accumulate_t<scalar_t>;
   const RegionsByMap regions("ps_roi_pool", boxes, 1, maps.batch);
-  const PixelRanges ranges = position_sensitive_ranges<acc_t>(
-      boxes, maps.bins, maps.maps.spatial_scale, maps.maps.height - 1, maps.maps.width - 1);
+  const PixelRanges ranges =
+      pooled_ranges<acc_t>(boxes, maps.bins, maps.maps.spatial_scale, false, maps.maps.height - 1, maps.maps.width - 1);
   const int64_t row_distance = maps.maps.view.row, column_distance = maps.maps.view.column;
   const auto nothing = [](int64_t, int64_t) {};
   const auto mean = [&](auto planes, const scalar_t* plane, int64_t k, int64_t p, int64_t q) {
@@ -59,7 +45,7 @@ inline void ps_roi_pool_backward(
     const View4d<scalar_t>& grad, const Boxes<box_t>& boxes, Bins bins, const GradMaps& maps, const Store& store) {
   using acc_t = accumulate_t<scalar_t>;
   const RegionsByMap regions = RegionsByMap::in_order("ps_roi_pool", boxes, maps.level, maps.batch);
-  const PixelRanges ranges = position_sensitive_ranges<acc_t>(boxes, bins, maps.spatial_scale, maps.height, maps.width);
+  const PixelRanges ranges = pooled_ranges<acc_t>(boxes, bins, maps.spatial_scale, false, maps.height, maps.width);
   const GradTiling<acc_t> tiling(maps, false);
   const auto nothing = [](int64_t, int64_t) {};
   for_each_tile<kChannelsLast>(tiling, regions, nothing, store, [&](const GradTile<acc_t>& tile, int64_t k) {

@@ -91,9 +91,6 @@ class RegionsByMap {
   int64_t begin(int64_t map) const {
     return first_[map];
   }
-  int64_t count() const {
-    return static_cast<int64_t>(regions_.size());
-  }
   int64_t operator[](int64_t place) const {
     return regions_[place];
   }
@@ -180,7 +177,9 @@ struct SampledAxis {
     }
     const acc_t first = std::clamp(std::min(begin, end) - margin, acc_t(0), farthest - 1);
     const acc_t last = std::clamp(std::max(begin, end) + margin, acc_t(0), farthest - 1);
-    return {static_cast<int64_t>(first), static_cast<int64_t>(last) + 1};
+    return {
+        std::min(static_cast<int64_t>(first), length - 1),  // acc_t may not hold the length
+        std::min(static_cast<int64_t>(last) + 1, length)};
   }
 
   // How many pixels a bin reads at most.
@@ -472,6 +471,20 @@ class PixelRanges {
   Scratch<std::array<int64_t, 2>> ranges_;
 };
 
+// The bins of all regions, cut off at a height and a width.  `inclusive`: as of PooledAxis.
+template <typename acc_t, typename box_t>
+inline PixelRanges pooled_ranges(
+    const Boxes<box_t>& boxes, Bins bins, double spatial_scale, bool inclusive, int64_t height, int64_t width) {
+  PixelRanges ranges(bins, boxes.count);
+  for (int64_t k = 0; k < boxes.count; ++k) {
+    const ScaledBox<acc_t> box(boxes, k, spatial_scale);
+    ranges.place(
+        k, PooledAxis<acc_t>(box.y1, box.y2, bins.height, inclusive),
+        PooledAxis<acc_t>(box.x1, box.x2, bins.width, inclusive), height, width);
+  }
+  return ranges;
+}
+
 // How the channels of a map are cut: in equal blocks of `granule` channels or a multiple, each with no more of the map
 // than `bytes`, if that is possible.
 struct ChannelBlocks {
@@ -479,7 +492,7 @@ struct ChannelBlocks {
 
   ChannelBlocks(int64_t channels, int64_t granule, int64_t channel_bytes, int64_t bytes) : channels(channels) {
     const int64_t fit = std::max(round_down(bytes / channel_bytes, granule), granule);
-    size = round_up(divide_up(channels, std::max<int64_t>(divide_up(channels, fit), 1)), granule);
+    size = std::max(round_up(divide_up(channels, std::max<int64_t>(divide_up(channels, fit), 1)), granule), granule);
   }
   int64_t count() const {
     return divide_up(channels, size);

@@ -104,13 +104,7 @@ inline void roi_pool(
   using acc_t = accumulate_t<scalar_t>;
   const FeatureMaps<scalar_t>& level = pyramid.levels[0];
   const RegionsByMap regions("roi_pool", boxes, 1, pyramid.batch);
-  PixelRanges ranges(bins, boxes.count);
-  for (int64_t k = 0; k < boxes.count; ++k) {
-    const ScaledBox<acc_t> box(boxes, k, level.spatial_scale);
-    ranges.place(
-        k, PooledAxis<acc_t>(box.y1, box.y2, bins.height, true), PooledAxis<acc_t>(box.x1, box.x2, bins.width, true),
-        level.height, level.width);
-  }
+  const PixelRanges ranges = pooled_ranges<acc_t>(boxes, bins, level.spatial_scale, true, level.height, level.width);
   const int64_t tile = bins.count() * kChunk<acc_t>;
   const Scratch<acc_t> tiles(3 * omp_get_max_threads() * tile);
   const ChannelsLastMaps<scalar_t> maps(pyramid, regions, [&](int64_t, int64_t k) { return ranges.extent(k); });
