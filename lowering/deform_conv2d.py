@@ -13,7 +13,7 @@ from torch import Tensor
 from ..ops.deform_conv2d import Arguments, empty_output
 from ..ops.registry import accumulate_dtype
 from .constants import fold_constant
-from .inductor import DTYPE_TO_CPP, CppCodeCache, CppTemplateKernel, V, config, ir, pick_vec_isa
+from .inductor import DTYPE_TO_CPP, CppCodeCache, CppTemplateKernel, V, config, ir, pick_vec_isa, valid_vec_isa_list
 from .layout import channels_last_strides, layout_is_free, realize_image, writes_channels_last
 from .registry import Template, define_internal_op, template_for
 from .template import BlocksTemplate, splice_header
@@ -71,7 +71,10 @@ def default_blocking(convolution: Convolution) -> Blocking:
 def bf16_dot_products() -> bool:
     """Whether the kernel is compiled with INDUCTOR_VISION_BF16_DOT (cpp/gemm.h)."""
     isa = pick_vec_isa()
-    return bool(isa) and "avx512bf16" in isa.build_arch_flags()  # there where CPU and compiler have them
+    # The flags of the set that is picked may leave them out beside others, but g++ compiles for all that the CPU has
+    # (-march=native); a valid set that has them says that CPU and compiler do.
+    known = any("avx512bf16" in valid.build_arch_flags() for valid in valid_vec_isa_list())
+    return bool(isa) and isa.bit_width() == 512 and known
 
 
 def _convolution(call: Arguments, weight_shape: Sequence[int]) -> Convolution:

@@ -14,7 +14,7 @@ from torch._inductor.codegen.cpp_gemm_template import gen_2d_view_of_epilogue_bu
 from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel, parse_expr_with_index_symbols
 from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
 from torch._inductor.cpp_builder import get_cpp_compiler
-from torch._inductor.cpu_vec_isa import VecISA, pick_vec_isa
+from torch._inductor.cpu_vec_isa import VecISA, pick_vec_isa, valid_vec_isa_list
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._inductor.utils import Placeholder
 from torch._inductor.virtualized import V, ops
@@ -35,4 +35,5 @@ __all__ = [
     "ops",
     "parse_expr_with_index_symbols",
     "pick_vec_isa",
+    "valid_vec_isa_list",
 ]

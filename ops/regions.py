@@ -155,7 +155,7 @@ def images_of(op: str, rois: Tensor, batch: Any) -> Tensor:
         RuntimeError: there is no such image.
     """
     image = rois[:, 0].double()
-    exists = (image > -1) & (image < batch)  # truncated towards zero; NaN fails
+    exists = (image > -1) & (image.trunc() < batch)  # NaN fails
     torch._assert_async(exists.all(), f"{op}: boxes name an image that does not exist")
     return image.long()
 

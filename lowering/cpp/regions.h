@@ -113,7 +113,7 @@ class RegionsByMap {
     entries.reserve(boxes.count);
     for (int64_t k = 0; k < boxes.count; ++k) {
       const double image = boxes.template at<double>(k, 0);
-      if (!(image > -1 && image < static_cast<double>(batch))) {  // NaN too
+      if (!(image > -1 && std::trunc(image) < static_cast<double>(batch))) {  // NaN too
         throw std::runtime_error(
             std::string(op) + ": boxes[" + std::to_string(k) + "] names image " + std::to_string(image) +
             ", which does not exist: there are " + std::to_string(batch));
