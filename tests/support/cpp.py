@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import pathlib
 import platform
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import inductor_vision
 import pytest
@@ -71,7 +73,6 @@ _COMMON = ("-std=c++17", "-fopenmp", f"-I{HEADERS}", *(f"-isystem{path}" for pat
 # What Inductor's math flags come to, without those that cancel each other.
 _MATH = ("-fno-trapping-math", "-fno-signed-zeros", "-ffp-contract=off", "-fno-tree-loop-vectorize")
 _SANITIZED = (
-    "-O1",
     "-g1",
     "-fsanitize=address,undefined,float-cast-overflow",
     "-fno-sanitize-recover=all",
@@ -95,12 +96,37 @@ def _compiler(name: str) -> str:
     return path
 
 
-def build_sanitized(source: pathlib.Path, program: pathlib.Path, capability: Capability) -> pathlib.Path:
+def build_sanitized(
+    source: pathlib.Path, program: pathlib.Path, capability: Capability, optimization: str = "-O1"
+) -> pathlib.Path:
     """Build a program with AddressSanitizer and UndefinedBehaviorSanitizer, and the math flags that Inductor gives."""
     libraries = [flag for path in library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
-    flags = (*_COMMON, *_MATH, *_SANITIZED, *capability.flags)
+    flags = (*_COMMON, *_MATH, optimization, *_SANITIZED, *capability.flags)
     _run([_compiler("g++"), *flags, source, "-o", program, *libraries, "-lc10"])
     return program
+
+
+@contextlib.contextmanager
+def sanitized_programs(
+    request: pytest.FixtureRequest, folder: pathlib.Path, source: pathlib.Path, optimization: str = "-O1"
+) -> Iterator[Callable[[str], pathlib.Path]]:
+    """The program of a source for a capability, by the name of that, for a fixture called ``program``.
+
+    All that this session needs, for tests that are parametrized by ``name``, are built at once, on two cores.
+    """
+
+    def build(name: str, program: pathlib.Path) -> pathlib.Path:
+        CAPABILITIES[name].skip_unless_it_runs_here()
+        return build_sanitized(source, program, CAPABILITIES[name], optimization)
+
+    wanted = [
+        item.callspec.params["name"]
+        for item in request.session.items
+        if "program" in item.fixturenames and item.path == request.path
+    ]
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        builds = {name: pool.submit(build, name, folder / f"program{i}") for i, name in enumerate(wanted)}
+        yield lambda name: builds[name].result()
 
 
 def run_sanitized(program: pathlib.Path, *args: str) -> dict[str, float]:

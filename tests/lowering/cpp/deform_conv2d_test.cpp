@@ -7,27 +7,29 @@
 // Prints one line of figures and exits with 0, or says which call failed and exits with 1.
 #include "deform_conv2d.h"
 
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
-
 #include <cinttypes>
 #include <cstdio>
-#include <limits>
 #include <string>
 #include <vector>
 
+#include "harness.h"
+
 namespace {
 
+using harness::Figures;
+using harness::kHuge;
+using harness::kInf;
+using harness::kNaN;
+using harness::Layout;
+using harness::Random;
+using harness::Results;
+using harness::Sink;
+using harness::Tensor;
 using inductor_vision::accumulate_t;
 using inductor_vision::DeformBlocking;
 using inductor_vision::DeformConv2d;
 using inductor_vision::DeformKernel;
 using inductor_vision::View4d;
-
-constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
-constexpr double kInf = std::numeric_limits<double>::infinity();
-
-constexpr int64_t kHuge = int64_t{1} << 40;
 
 // How a call runs, apart from the depth of its blocks: the result must not depend on it.
 struct Setting {
@@ -36,112 +38,11 @@ struct Setting {
   bool channels_last;  // memory format of the result
 };
 const Setting kSettings[] = {
-    {96, int64_t{4} << 20, 1, false},
-    {96, int64_t{4} << 20, 2, true},
-    {1, 1, 3, false},
-    {13, 1500, 2, true},
+    {96, int64_t{4} << 20, 1, false}, {96, int64_t{4} << 20, 2, true}, {1, 1, 3, false}, {13, 1500, 2, true},
     {kHuge, kHuge, 3, false},
 };
 // Each depth has an order of summation of its own.
 const int64_t kDepths[] = {256, 40, 1, kHuge};
-
-class Random {
- public:
-  explicit Random(uint64_t seed) : state_(seed * 2862933555777941757u + 3037000493u) {}
-  uint64_t next() {
-    state_ ^= state_ << 13;
-    state_ ^= state_ >> 7;
-    state_ ^= state_ << 17;
-    return state_ >> 11;
-  }
-  int64_t integer(int64_t low, int64_t high) {
-    return low + static_cast<int64_t>(next() % static_cast<uint64_t>(high - low + 1));
-  }
-  double uniform(double low, double high) {
-    return low + (high - low) * static_cast<double>(next()) / 9007199254740992.0;
-  }
-  template <typename T, size_t n>
-  T pick(const T (&values)[n]) {
-    return values[next() % n];
-  }
-
- private:
-  uint64_t state_;
-};
-
-enum class Layout {
-  contiguous,
-  channels_last,
-  sliced,                // columns are neighbours, rows and channels have gaps
-  sliced_channels_last,  // channels are neighbours, pixels have gaps
-  transposed,            // rows are neighbours
-  images_in_rows,        // the images of a batch lie in the rows of one another
-  expanded,              // one image for the whole batch
-};
-
-// A [batch, channels, height, width] tensor on a buffer that ends with its last element.
-template <typename scalar_t>
-class Tensor {
- public:
-  Tensor(int64_t batch, int64_t channels, int64_t height, int64_t width, Layout layout)
-      : size_{batch, channels, height, width} {
-    switch (layout) {
-      case Layout::contiguous:
-        view_ = {nullptr, channels * height * width, height * width, width, 1};
-        break;
-      case Layout::channels_last:
-        view_ = {nullptr, channels * height * width, 1, width * channels, channels};
-        break;
-      case Layout::sliced:
-        view_ = {nullptr, (channels + 1) * (height + 2) * (width + 3), (height + 2) * (width + 3), width + 3, 1};
-        break;
-      case Layout::sliced_channels_last:
-        view_ = {nullptr, (channels + 3) * (height + 1) * (width + 2), 1, (width + 2) * (channels + 3), channels + 3};
-        break;
-      case Layout::transposed:
-        view_ = {nullptr, channels * height * width, height * width, 1, height};
-        break;
-      case Layout::images_in_rows:
-        view_ = {nullptr, width, height * batch * width, batch * width, 1};
-        break;
-      case Layout::expanded:
-        view_ = {nullptr, 0, height * width, width, 1};
-        break;
-    }
-    const int64_t elements = batch * channels * height * width == 0
-        ? 0
-        : at(batch - 1, channels - 1, height - 1, width - 1) + 1;
-    data_.reset(new scalar_t[elements]);
-    std::fill_n(data_.get(), elements, static_cast<scalar_t>(kNaN));
-    view_.data = data_.get();
-  }
-  template <typename Value>
-  void fill(const Value& value) {
-    for (int64_t b = 0; b < size_[0]; ++b) {
-      for (int64_t c = 0; c < size_[1]; ++c) {
-        for (int64_t y = 0; y < size_[2]; ++y) {
-          for (int64_t x = 0; x < size_[3]; ++x) {
-            data_[at(b, c, y, x)] = static_cast<scalar_t>(static_cast<float>(value(c, y, x)));
-          }
-        }
-      }
-    }
-  }
-  double operator()(int64_t b, int64_t c, int64_t y, int64_t x) const {
-    return static_cast<double>(data_[at(b, c, y, x)]);
-  }
-  const View4d<scalar_t>& view() const {
-    return view_;
-  }
-
- private:
-  int64_t at(int64_t b, int64_t c, int64_t y, int64_t x) const {
-    return b * view_.image + c * view_.channel + y * view_.row + x * view_.column;
-  }
-  int64_t size_[4];
-  View4d<scalar_t> view_;
-  std::unique_ptr<scalar_t[]> data_;
-};
 
 struct Call {
   int64_t batch, channels, height, width, out_channels;
@@ -156,7 +57,8 @@ struct Call {
     return (size + 2 * padding[axis] - dilation[axis] * (kernel[axis] - 1) - 1) / stride[axis] + 1;
   }
   bool fits() const {
-    return height + 2 * padding[0] > dilation[0] * (kernel[0] - 1) && width + 2 * padding[1] > dilation[1] * (kernel[1] - 1);
+    return height + 2 * padding[0] > dilation[0] * (kernel[0] - 1) &&
+           width + 2 * padding[1] > dilation[1] * (kernel[1] - 1);
   }
   int64_t taps() const {
     return kernel[0] * kernel[1];
@@ -165,12 +67,13 @@ struct Call {
     char text[400];
     std::snprintf(
         text, sizeof text,
-        "batch %" PRId64 ", channels %" PRId64 " -> %" PRId64 ", size %" PRId64 "x%" PRId64 ", kernel %" PRId64 "x%" PRId64
-        ", stride %" PRId64 "x%" PRId64 ", padding %" PRId64 "x%" PRId64 ", dilation %" PRId64 "x%" PRId64
-        ", groups %" PRId64 ", offset groups %" PRId64 ", mask %d, bias %d, input layout %d, offset layout %d, hostile %d",
-        batch, channels, out_channels, height, width, kernel[0], kernel[1], stride[0], stride[1], padding[0], padding[1],
-        dilation[0], dilation[1], groups, offset_groups, mask, bias, static_cast<int>(input), static_cast<int>(offset),
-        hostile);
+        "batch %" PRId64 ", channels %" PRId64 " -> %" PRId64 ", size %" PRId64 "x%" PRId64 ", kernel %" PRId64
+        "x%" PRId64 ", stride %" PRId64 "x%" PRId64 ", padding %" PRId64 "x%" PRId64 ", dilation %" PRId64 "x%" PRId64
+        ", groups %" PRId64 ", offset groups %" PRId64
+        ", mask %d, bias %d, input layout %d, offset layout %d, hostile %d",
+        batch, channels, out_channels, height, width, kernel[0], kernel[1], stride[0], stride[1], padding[0],
+        padding[1], dilation[0], dilation[1], groups, offset_groups, mask, bias, static_cast<int>(input),
+        static_cast<int>(offset), hostile);
     return text;
   }
 };
@@ -191,7 +94,7 @@ struct Tensors {
     Random random(seed);
     input.fill([&](auto...) { return random.uniform(-1, 1); });
     mask.fill([&](auto...) { return random.uniform(0, 2); });
-    offset.fill([&](int64_t c, int64_t y, int64_t x) {
+    offset.fill([&](int64_t, int64_t c, int64_t y, int64_t x) {
       const int axis = c % 2;
       const int64_t tap = c / 2 % call.taps(), size = axis == 0 ? call.height : call.width;
       const int64_t i = axis == 0 ? tap / call.kernel[1] : tap % call.kernel[1], p = axis == 0 ? y : x;
@@ -221,7 +124,8 @@ struct Tensors {
 
 // What the operator is, in double; out[b][o][y][x], and for each the sum of the magnitudes that were added.
 template <typename scalar_t>
-void plain_loop(const Call& call, const Tensors<scalar_t>& tensors, std::vector<double>& out, std::vector<double>& magnitude) {
+void plain_loop(
+    const Call& call, const Tensors<scalar_t>& tensors, std::vector<double>& out, std::vector<double>& magnitude) {
   const int64_t group_channels = call.channels / call.groups, group_outputs = call.out_channels / call.groups;
   const int64_t out_pixels = call.out(0) * call.out(1);
   out.assign(call.batch * call.out_channels * out_pixels, 0);
@@ -232,11 +136,11 @@ void plain_loop(const Call& call, const Tensors<scalar_t>& tensors, std::vector<
       for (int64_t c = 0; c < call.channels; ++c) {
         for (int64_t tap = 0; tap < call.taps(); ++tap) {
           const int64_t at = c / (call.channels / call.offset_groups) * call.taps() + tap;
-          const double y = static_cast<double>(
-                               py * call.stride[0] - call.padding[0] + tap / call.kernel[1] * call.dilation[0]) +
+          const double y =
+              static_cast<double>(py * call.stride[0] - call.padding[0] + tap / call.kernel[1] * call.dilation[0]) +
               tensors.offset(b, 2 * at, py, px);
-          const double x = static_cast<double>(
-                               px * call.stride[1] - call.padding[1] + tap % call.kernel[1] * call.dilation[1]) +
+          const double x =
+              static_cast<double>(px * call.stride[1] - call.padding[1] + tap % call.kernel[1] * call.dilation[1]) +
               tensors.offset(b, 2 * at + 1, py, px);
           double value = 0;
           if (y > -1 && y < call.height && x > -1 && x < call.width) {
@@ -254,7 +158,8 @@ void plain_loop(const Call& call, const Tensors<scalar_t>& tensors, std::vector<
           const int64_t group = c / group_channels;
           for (int64_t o = group * group_outputs; o < (group + 1) * group_outputs; ++o) {
             const double term =
-                value * static_cast<double>(tensors.weight[(o * group_channels + c % group_channels) * call.taps() + tap]);
+                value *
+                static_cast<double>(tensors.weight[(o * group_channels + c % group_channels) * call.taps() + tap]);
             out[(b * call.out_channels + o) * out_pixels + p] += term;
             magnitude[(b * call.out_channels + o) * out_pixels + p] += std::abs(term);
           }
@@ -328,43 +233,24 @@ DeformConv2d<scalar_t> operation(const Call& call, const Tensors<scalar_t>& tens
   };
 }
 
-struct Figures {
-  int64_t calls = 0;
-  int64_t runs = 0;
-  double error = 0;  // the largest, as a part of what is allowed
-};
-
 [[noreturn]] void fail(const Call& call, const char* kind, const std::string& what) {
   std::printf("%s: %s\n  in %s\n", kind, what.c_str(), call.describe().c_str());
   std::exit(1);
 }
 
-// Runs the kernel once; out[b][o][y][x].
+// Runs the kernel once.
 template <DeformKernel kKernel, bool kChannelsLast, typename scalar_t, typename weight_t>
-std::vector<accumulate_t<scalar_t>> run(
+Results<accumulate_t<scalar_t>> run(
     const Call& call, const char* kind, const DeformConv2d<scalar_t>& op, const std::vector<weight_t>& weight,
     const Setting& setting, int64_t depth) {
-  using acc_t = accumulate_t<scalar_t>;
-  const int64_t rows = call.out(0), columns = call.out(1);
-  std::vector<acc_t> out(call.batch * call.out_channels * rows * columns);
-  std::vector<uint8_t> written(out.size(), 0);
+  Results<accumulate_t<scalar_t>> out(call.batch, call.out_channels, call.out(0), call.out(1));
   omp_set_num_threads(setting.threads);
   const DeformBlocking blocking{setting.pixels, depth, setting.bytes};
-  inductor_vision::deform_conv2d<kChannelsLast, kKernel>(
-      op, weight.data(), blocking,
-      [&](int64_t image, int64_t row, int64_t column, int64_t count, const acc_t* sums, int64_t distance) {
-        for (int64_t o = 0; o < call.out_channels; ++o) {
-          for (int64_t i = 0; i < count; ++i) {
-            const int64_t to = ((image * call.out_channels + o) * rows + row) * columns + column + i;
-            out[to] = kChannelsLast ? sums[i * distance + o] : sums[o * distance + i];
-            ++written[to];
-          }
-        }
-      });
-  for (uint8_t times : written) {
-    if (times != 1) {
-      fail(call, kind, "an output is written " + std::to_string(times) + " times");
-    }
+  const Sink<accumulate_t<scalar_t>> store{&out, kChannelsLast};
+  inductor_vision::deform_conv2d<kChannelsLast, kKernel>(op, weight.data(), blocking, store);
+  std::string complaint;
+  if (!out.written(1, &complaint)) {
+    fail(call, kind, complaint);
   }
   return out;
 }
@@ -380,29 +266,32 @@ void check(const Call& call, const char* kind, double tolerance, uint64_t seed, 
   plain_loop(call, tensors, expected, magnitude);
   ++figures.calls;
   for (int64_t depth : kDepths) {
-    std::vector<acc_t> first;
+    const Results<acc_t> first = run<kKernel, false>(call, kind, op, weight, kSettings[0], depth);
+    for (size_t i = 0; i < expected.size(); ++i) {
+      const double error = std::abs(static_cast<double>(first.values()[i]) - expected[i]);
+      const double allowed = tolerance * (magnitude[i] + 1);
+      if (!(error <= allowed)) {
+        fail(
+            call, kind,
+            "output " + std::to_string(i) + " is " + std::to_string(first.values()[i]) + ", expected " +
+                std::to_string(expected[i]));
+      }
+      figures.error = std::max(figures.error, error / allowed);
+    }
+    ++figures.runs;
     for (const Setting& setting : kSettings) {
-      std::vector<acc_t> out = setting.channels_last
-          ? run<kKernel, true>(call, kind, op, weight, setting, depth)
-          : run<kKernel, false>(call, kind, op, weight, setting, depth);
-      ++figures.runs;
-      if (&setting != kSettings) {
-        if (!out.empty() && std::memcmp(out.data(), first.data(), out.size() * sizeof(acc_t)) != 0) {
-          fail(call, kind, "the bits depend on memory format, tiles or threads (" + std::to_string(setting.pixels) +
-                               " pixels, " + std::to_string(setting.threads) + " threads)");
-        }
+      if (&setting == kSettings) {
         continue;
       }
-      for (size_t i = 0; i < expected.size(); ++i) {
-        const double error = std::abs(static_cast<double>(out[i]) - expected[i]);
-        const double allowed = tolerance * (magnitude[i] + 1);
-        if (!(error <= allowed)) {
-          fail(call, kind, "output " + std::to_string(i) + " is " + std::to_string(out[i]) + ", expected " +
-                               std::to_string(expected[i]));
-        }
-        figures.error = std::max(figures.error, error / allowed);
+      const Results<acc_t> out = setting.channels_last ? run<kKernel, true>(call, kind, op, weight, setting, depth)
+                                                       : run<kKernel, false>(call, kind, op, weight, setting, depth);
+      ++figures.runs;
+      if (!out.same_bits(first)) {
+        fail(
+            call, kind,
+            "the bits depend on memory format, tiles or threads (" + std::to_string(setting.pixels) + " pixels, " +
+                std::to_string(setting.threads) + " threads)");
       }
-      first = std::move(out);
     }
     if (kKernel != DeformKernel::gemm) {
       break;  // no blocks of depth
@@ -413,7 +302,22 @@ void check(const Call& call, const char* kind, double tolerance, uint64_t seed, 
 // Calls whose shapes sit at the edges of blocks, panels, vectors and micro-tiles.
 const Call kCalls[] = {
     {2, 64, 5, 6, 40, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1, 1, true, true, Layout::contiguous, Layout::contiguous, false},
-    {1, 37, 7, 9, 19, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1, 1, true, true, Layout::channels_last, Layout::contiguous, true},
+    {1,
+     37,
+     7,
+     9,
+     19,
+     {3, 3},
+     {1, 1},
+     {1, 1},
+     {1, 1},
+     1,
+     1,
+     true,
+     true,
+     Layout::channels_last,
+     Layout::contiguous,
+     true},
     {2, 520, 3, 4, 5, {2, 2}, {1, 1}, {0, 1}, {1, 1}, 1, 4, true, false, Layout::contiguous, Layout::contiguous, false},
     {1, 600, 3, 4, 8, {1, 2}, {1, 1}, {0, 0}, {1, 1}, 4, 1, false, true, Layout::sliced, Layout::contiguous, false},
     {2, 256, 3, 3, 34, {3, 1}, {1, 1}, {1, 0}, {1, 1}, 2, 2, true, true, Layout::channels_last, Layout::sliced, false},
@@ -423,20 +327,49 @@ const Call kCalls[] = {
     {1, 4, 9, 200, 6, {1, 3}, {2, 1}, {0, 1}, {1, 2}, 2, 2, true, true, Layout::sliced, Layout::channels_last, true},
     {2, 8, 4, 4, 6, {2, 2}, {1, 1}, {1, 1}, {2, 2}, 1, 1, true, true, Layout::contiguous, Layout::transposed, false},
     {2, 8, 4, 2, 6, {1, 1}, {1, 1}, {0, 0}, {1, 1}, 1, 1, true, true, Layout::contiguous, Layout::transposed, false},
-    {2, 8, 2, 4, 6, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1, 1, true, true, Layout::contiguous, Layout::images_in_rows, false},
-    {2, 8, 2, 2, 6, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1, 1, true, true, Layout::images_in_rows, Layout::images_in_rows, false},
+    {2,
+     8,
+     2,
+     4,
+     6,
+     {3, 3},
+     {1, 1},
+     {1, 1},
+     {1, 1},
+     1,
+     1,
+     true,
+     true,
+     Layout::contiguous,
+     Layout::images_in_rows,
+     false},
+    {2,
+     8,
+     2,
+     2,
+     6,
+     {3, 3},
+     {1, 1},
+     {1, 1},
+     {1, 1},
+     1,
+     1,
+     true,
+     true,
+     Layout::images_in_rows,
+     Layout::images_in_rows,
+     false},
     {4, 8, 4, 4, 6, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1, 1, true, true, Layout::expanded, Layout::expanded, false},
 };
 
 Call random_call(Random& random) {
   const int64_t few[] = {1, 1, 1, 2, 3, 4, 8};
   const int64_t most[] = {3, 3, 3, 40};
-  const Layout layouts[] = {
-      Layout::contiguous, Layout::channels_last, Layout::sliced, Layout::sliced_channels_last, Layout::images_in_rows,
-      Layout::expanded};
+  const Layout layouts[] = {Layout::contiguous,           Layout::channels_last,  Layout::sliced,
+                            Layout::sliced_channels_last, Layout::images_in_rows, Layout::expanded};
   const Layout offset_layouts[] = {
-      Layout::contiguous, Layout::channels_last, Layout::sliced, Layout::sliced_channels_last, Layout::transposed,
-      Layout::images_in_rows, Layout::expanded};
+      Layout::contiguous, Layout::channels_last,  Layout::sliced,  Layout::sliced_channels_last,
+      Layout::transposed, Layout::images_in_rows, Layout::expanded};
   Call call{};
   do {
     call.batch = random.integer(1, 4);

@@ -5,16 +5,15 @@ from __future__ import annotations
 import pathlib
 import platform
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from inductor_vision.tests.support.cpp import (
     BF16_DOT_PRODUCTS,
     CAPABILITIES,
-    build_sanitized,
     compile_only,
     run_sanitized,
+    sanitized_programs,
 )
 
 SOURCE = pathlib.Path(__file__).with_name("deform_conv2d_test.cpp")
@@ -29,21 +28,8 @@ RANDOM_CALLS = {"AVX-512": 25, "AVX2": 15, "no vector instructions": 3}
 def program(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[[str], pathlib.Path]]:
-    """The test program for a capability. All that this session needs are built at once, on two cores."""
-    folder = tmp_path_factory.mktemp("deform_conv2d")
-    wanted = [
-        item.callspec.params["name"]
-        for item in request.session.items
-        if "program" in item.fixturenames and item.path == request.path
-    ]
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        builds = {name: pool.submit(_build, name, folder / f"program{i}") for i, name in enumerate(wanted)}
-        yield lambda name: builds[name].result()
-
-
-def _build(name: str, program: pathlib.Path) -> pathlib.Path:
-    CAPABILITIES[name].skip_unless_it_runs_here()
-    return build_sanitized(SOURCE, program, CAPABILITIES[name])
+    with sanitized_programs(request, tmp_path_factory.mktemp("deform_conv2d"), SOURCE) as programs:
+        yield programs
 
 
 @pytest.mark.parametrize("name", CAPABILITIES)
