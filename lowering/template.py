@@ -178,6 +178,7 @@ class BlocksTemplate(abc.ABC):
             outputs["own"] = buffer
         elif epilogue:
             aliases[buffer.get_name()] = last.get_name()
+        outputs = {name: node for name, node in outputs.items() if not self._is_unread(node)}
         names = {f"in{i}": node for i, node in enumerate(buffer.inputs)}
         signature = kernel.def_kernel(inputs=names, outputs=outputs, aliases=aliases)
         stores = [self._store(kernel, first, epilogue, keep)]
@@ -254,6 +255,8 @@ class BlocksTemplate(abc.ABC):
 
     def _plain_store(self, kernel: CppTemplateKernel, buffer: ir.Buffer, function: str) -> str:
         """A lambda that stores a block of an output as it is, by a function like store_block."""
+        if self._is_unread(buffer):
+            return "[](const auto&...) {}"
         values = _block_name(buffer)
         if self.channels_last:
             part = f"{kernel.size(buffer, 3)}, n_rows * n_columns, n_channels"  # distance in the output, rows, columns
@@ -261,6 +264,10 @@ class BlocksTemplate(abc.ABC):
             part = f"{kernel.stride(buffer, 1)}, n_channels, n_rows * n_columns"
         place = kernel.index(buffer, self._place())
         return f"{self._lambda(values)}\ninductor_vision::{function}({values}, distance, &{place}, {part});\n}}"
+
+    def _is_unread(self, output: ir.Buffer) -> bool:
+        """Whether an output, one of several, has no users: it has no memory then."""
+        return output.get_name() in V.graph.removed_buffers
 
     def _place(self) -> list[str]:
         """Where in the output, in physical order, a block of results begins."""

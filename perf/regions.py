@@ -59,14 +59,16 @@ class Problem:
         tensors: what goes in: maps or gradients, then boxes and whatever else.
         result: the shape of what comes out.
         ours, decomposition, torchvision: functions of ``tensors``, each with the same result.
+        further_bytes: of what comes out beside that, for training.
     """
 
     shape: Shape
     tensors: tuple[Tensor, ...]
     result: tuple[int, ...]
     ours: Callable[..., Any]
-    decomposition: Callable[..., Tensor]
-    torchvision: Callable[..., Tensor]
+    decomposition: Callable[..., Any]
+    torchvision: Callable[..., Any]
+    further_bytes: int = 0
 
 
 def maps_and_rois(shape: Shape) -> tuple[Tensor, ...]:
@@ -126,7 +128,7 @@ def trusted(torchvision: Callable[..., Any], decomposition: Callable[..., Any]) 
     return torchvision
 
 
-def reference(problem: Problem) -> Tensor:
+def reference(problem: Problem) -> Any:
     """The right result, in float64."""
     exact = [tensor.double() if tensor.is_floating_point() else tensor for tensor in problem.tensors]
     with torch.no_grad():
@@ -174,7 +176,7 @@ def _copy(job: Job) -> Prepared:
     read = sum(tensor.nbytes for tensor in problem.tensors)
     if shape.samples:
         read = min(read, 4 * shape.boxes * (shape.bins * shape.samples) ** 2 * shape.channels * shape.dtype.itemsize)
-    written = math.prod(problem.result) * shape.dtype.itemsize
+    written = math.prod(problem.result) * shape.dtype.itemsize + problem.further_bytes
     source = torch.ones((read + written) // 2, dtype=torch.uint8)
     return backends.eager(torch.ones_like(source).copy_, (source,))
 
@@ -254,8 +256,8 @@ def case(name: str, build: Callable[[Shape], Problem], shape: Shape, *contenders
     return Case(name, f"{shape}{note}", functools.partial(build, shape), tolerance, contenders)
 
 
-# Who takes part in a case of a gradient.
-BACKWARD = ("ours-compiled", "ours-channels-last", "torchvision", "copy")
+# Who takes part in a case that only training has.
+TRAINING = ("ours-compiled", "ours-channels-last", "torchvision", "copy")
 
 
 def all_threads(contenders: tuple[Contender, ...]) -> list[str]:

@@ -22,6 +22,7 @@ from inductor_vision.tests.support.regions import (
     Pyramid,
     PyramidSample,
     pyramid,
+    pyramid_gradient_oracle,
     pyramid_oracle,
     sample as sample_regions,
 )
@@ -168,6 +169,27 @@ def test_stock_operators_on_regions_take_the_templates(stock):
             assert torch.equal(ours, theirs), op
 
 
+@pytest.mark.slow
+def test_stock_operators_on_regions_train(stock):
+    accelerate_torchvision()
+    samples = [sample_regions(op, "plain") for op in OPERATORS]
+
+    def gradients(function: Callable[..., list[Tensor]]) -> tuple[Tensor, ...]:
+        inputs = [s.input.clone().requires_grad_() for s in samples]
+        return torch.autograd.grad(function(inputs), inputs, [s.gradient for s in samples])
+
+    def run(inputs):
+        return [getattr(stock.ops, s.op)(x, *s.arguments[1:]) for s, x in zip(samples, inputs)]
+
+    with caches_disabled(), recorded_paths() as paths:
+        compiled = gradients(torch.compile(run, fullgraph=True))
+    assert sorted((path.op, path.kind) for path in paths) == sorted(
+        (name, "template") for op in OPERATORS for name in (op, f"{op}_backward")
+    )
+    for s, gradient, stocks in zip(samples, compiled, gradients(run)):
+        assert_close(gradient, stocks, torch.float32, s.op)
+
+
 def pooler_and_call(stock: ModuleType, s: PyramidSample) -> tuple[nn.Module, tuple]:
     """One map of the four is not used."""
     pooler = stock.ops.MultiScaleRoIAlign(["a", "b", "d"], s.case.bins, 2, canonical_scale=32, canonical_level=3)
@@ -209,6 +231,21 @@ def test_stock_pooler_is_exported_for_any_number_of_boxes(stock):
     for regions in (35, 20):
         s = pyramid(Pyramid(regions=regions))
         assert_close(exported.module()(*pooler_and_call(stock, s)[1]), pyramid_oracle(s), torch.float32)
+
+
+@pytest.mark.slow
+def test_stock_pooler_trains(stock):
+    accelerate_torchvision()
+    s = pyramid("plain")
+    pooler, (maps, *call) = pooler_and_call(stock, s)
+    leaves = {name: maps[name].requires_grad_() for name in pooler.featmap_names}
+    with caches_disabled(), recorded_paths() as paths:
+        out = torch.compile(pooler, fullgraph=True)(leaves, *call)
+        gradients = torch.autograd.grad(out, list(leaves.values()), s.gradient)
+    assert sorted(path.op for path in paths) == ["roi_align", *["roi_align_backward"] * 3]
+    assert {path.kind for path in paths} == {"template"}
+    for gradient, expected in zip(gradients, pyramid_gradient_oracle(s)):
+        assert_close(gradient, expected, torch.float32)
 
 
 def test_torchvision_is_not_installed(monkeypatch):

@@ -555,7 +555,7 @@ struct Pyramid {
   int64_t bytes;  // of a map that are transposed at a time
 
   // Pixels of a row that are transposed together: few, so that around a box not much is.
-  static constexpr int64_t kStrip = 32;
+  static constexpr int64_t kStrip = 64;
 
   int64_t maps() const {
     return count * batch;

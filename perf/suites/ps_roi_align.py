@@ -58,6 +58,6 @@ SUITE = Suite(
     cases=(
         case("p4-k1000", _forward, _P4_1000, *regions.all_threads(_CONTENDERS)),
         case("p4-k1000-1-thread", _forward, _P4_1000, *regions.one_thread(_CONTENDERS), note=", 1 thread"),
-        case("p4-k1000-backward", _backward, _P4_1000, *regions.BACKWARD, note=", backward"),
+        case("p4-k1000-backward", _backward, _P4_1000, *regions.TRAINING, note=", backward"),
     ),
 )

@@ -111,6 +111,6 @@ SUITE = Suite(
         case("odd-1-box", _forward, _vary(_P2_1000, boxes=1), *_FEW_BOXES),
         case("odd-10-boxes", _forward, _vary(_P2_1000, boxes=10), *_FEW_BOXES),
         case("odd-37-channels", _forward, _vary(_P3_1000, channels=37)),
-        case("p3-k512-backward", _backward, _vary(_P3_1000, boxes=512), *regions.BACKWARD, note=", backward"),
+        case("p3-k512-backward", _backward, _vary(_P3_1000, boxes=512), *regions.TRAINING, note=", backward"),
     ),
 )

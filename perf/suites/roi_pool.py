@@ -1,11 +1,15 @@
 """RoIPool, forward and backward.
 
+torchvision's kernel finds the maxima and the places where they are, always. The places are for training; for inference
+nobody else computes them, this package included.
+
 The decomposition takes part in no case: it goes over the bins pixel by pixel, which takes seconds.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -36,6 +40,21 @@ def _forward(shape: Shape) -> Problem:
         ours=lambda input, rois: roi_pool(input, rois, bins, 1.0),
         decomposition=lambda input, rois: OPS["roi_pool"].decomposition(input, rois, 1.0, bins, bins)[0],
         torchvision=lambda input, rois: _theirs(input, rois, 1.0, bins, bins)[0],
+    )
+
+
+def _training(shape: Shape) -> Problem:
+    """Forward, with the places of the maxima, which are as many int32 as there are results."""
+    bins = shape.bins
+    result = (shape.boxes, shape.channels, bins, bins)
+    return Problem(
+        shape,
+        _map_and_rois(shape),
+        result=result,
+        ours=lambda input, rois: OPS["roi_pool"](input, rois, 1.0, bins, bins),
+        decomposition=lambda input, rois: OPS["roi_pool"].decomposition(input, rois, 1.0, bins, bins),
+        torchvision=lambda input, rois: _theirs(input, rois, 1.0, bins, bins),
+        further_bytes=math.prod(result) * torch.int32.itemsize,
     )
 
 
@@ -83,6 +102,7 @@ SUITE = Suite(
     cases=(
         case("p3-k1000", _forward, _P3_1000),
         case("p3-k1000-1-thread", _forward, _P3_1000, *regions.one_thread(_CONTENDERS), note=", 1 thread"),
-        case("p3-k512-backward", _backward, _P3_512, *regions.BACKWARD, note=", backward"),
+        case("p3-k1000-training", _training, _P3_1000, *regions.TRAINING, note=", with argmax"),
+        case("p3-k512-backward", _backward, _P3_512, *regions.TRAINING, note=", backward"),
     ),
 )

@@ -6,10 +6,10 @@ from types import ModuleType
 import pytest
 import torch
 from inductor_vision.perf import backends, regions
-from inductor_vision.perf.regions import BACKWARD, Problem, Shape
+from inductor_vision.perf.regions import TRAINING, Problem, Shape
 from inductor_vision.perf.spec import Case, Contender, Job, Unavailable
 from inductor_vision.perf.suites import multiscale_roi_align, ps_roi_align, ps_roi_pool, roi_align, roi_pool
-from inductor_vision.perf.verify import relative_error
+from inductor_vision.perf.verify import relative_error, tensors
 
 BF16 = torch.bfloat16
 
@@ -20,21 +20,21 @@ class Small:
 
     suite: ModuleType
     shape: Shape
-    backward: bool = False
+    what: str = "forward"
 
     def __str__(self) -> str:
-        name = self.suite.SUITE.name + ("-backward" if self.backward else "")
+        name = self.suite.SUITE.name + ("" if self.what == "forward" else f"-{self.what}")
         return f"{name}-{self.shape}".replace(" ", "")
 
     @property
     def case(self) -> Case:
-        return regions.case("small", self.suite._backward if self.backward else self.suite._forward, self.shape)
+        return regions.case("small", getattr(self.suite, f"_{self.what}"), self.shape)
 
     def build(self) -> Problem:
         return self.case.build()
 
     def contenders(self) -> list[Contender]:
-        return [c for c in self.suite.SUITE.contenders if c.name in BACKWARD or not self.backward]
+        return [c for c in self.suite.SUITE.contenders if c.name in TRAINING or self.what == "forward"]
 
 
 _PLAIN = Shape(5, (20, 27), 40, batch=2)
@@ -44,13 +44,14 @@ SMALL = [
     Small(roi_align, dataclasses.replace(_PLAIN, samples=2)),
     Small(roi_align, dataclasses.replace(_PLAIN, samples=0, bins=3, aligned=True)),
     Small(roi_align, dataclasses.replace(_PLAIN, samples=2, dtype=BF16)),
-    Small(roi_align, dataclasses.replace(_PLAIN, samples=2), backward=True),
+    Small(roi_align, dataclasses.replace(_PLAIN, samples=2), what="backward"),
     Small(roi_pool, _PLAIN),
-    Small(roi_pool, _PLAIN, backward=True),
+    Small(roi_pool, _PLAIN, what="training"),
+    Small(roi_pool, _PLAIN, what="backward"),
     Small(ps_roi_align, dataclasses.replace(_BY_BIN, samples=2)),
-    Small(ps_roi_align, dataclasses.replace(_BY_BIN, samples=2), backward=True),
+    Small(ps_roi_align, dataclasses.replace(_BY_BIN, samples=2), what="backward"),
     Small(ps_roi_pool, _BY_BIN),
-    Small(ps_roi_pool, _BY_BIN, backward=True),
+    Small(ps_roi_pool, _BY_BIN, what="backward"),
     Small(multiscale_roi_align, _PYRAMID),
     Small(multiscale_roi_align, dataclasses.replace(_PYRAMID, dtype=BF16)),
 ]
@@ -86,7 +87,9 @@ def test_contenders_agree_with_the_reference(pair, nothing_is_compiled):
     small, contender = pair
     problem, prepared = prepare(small, contender)
     right = regions.reference(problem)
-    assert right.dtype == torch.float64 and right.shape == problem.result
+    first, *further = tensors(right)
+    assert first.dtype == torch.float64 and first.shape == problem.result
+    assert sum(tensor.nbytes for tensor in further) == problem.further_bytes
     assert relative_error(prepared.output, right) < small.case.tolerance
 
 
@@ -108,8 +111,9 @@ def test_the_decomposition_stands_in_for_torchvision(small, monkeypatch):
 def test_channels_last_goes_in_and_comes_out(small, nothing_is_compiled):
     contender = next(c for c in small.contenders() if c.name == "ours-channels-last")
     _, prepared = prepare(small, contender)
-    assert prepared.output.is_contiguous(memory_format=torch.channels_last)
-    assert not prepared.output.is_contiguous()
+    for output in tensors(prepared.output):
+        assert output.is_contiguous(memory_format=torch.channels_last)
+        assert not output.is_contiguous()
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,16 @@ LAYOUTS = (
 )
 
 
+def strides_of(values: Tensor) -> list[int]:
+    """Where elements are: the strides of the dimensions that have more than one; those of the others say nothing."""
+    return [stride for size, stride in zip(values.shape, values.stride()) if size > 1] if values.numel() else []
+
+
+def has_both_formats(values: Tensor) -> bool:
+    """Whether a batch is contiguous and channels_last at once, as one of a single channel is."""
+    return values.is_contiguous() and values.is_contiguous(memory_format=torch.channels_last)
+
+
 def arrange(values: Tensor, layout: str) -> Tensor:
     """A tensor of these [B, C, H, W] values in the given memory layout ("expanded": of the first image's values)."""
     batch, channels, height, width = values.shape
