@@ -51,7 +51,7 @@ inline void ps_roi_align_backward(
   const RegionsByMap regions = RegionsByMap::in_order("ps_roi_align", boxes, maps.level, maps.batch);
   const SampledRegions<acc_t, box_t> sampled(maps, boxes, regions, bins, sampling);
   const TapTable<acc_t>& taps = sampled.taps();
-  const GradTiling<acc_t> tiling(maps, false);
+  const GradTiling<acc_t> tiling(maps, false, kChannelsLast);
   const auto prepare = [&](int64_t image, int64_t k) { sampled.place(image, k, maps.width, 1); };
   for_each_tile<kChannelsLast>(tiling, regions, prepare, store, [&](const GradTile<acc_t>& tile, int64_t k) {
     const int64_t top = tile.top * tile.width, bottom = tile.bottom * tile.width;

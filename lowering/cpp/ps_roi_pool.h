@@ -46,7 +46,7 @@ inline void ps_roi_pool_backward(
   using acc_t = accumulate_t<scalar_t>;
   const RegionsByMap regions = RegionsByMap::in_order("ps_roi_pool", boxes, maps.level, maps.batch);
   const PixelRanges ranges = pooled_ranges<acc_t>(boxes, bins, maps.spatial_scale, false, maps.height, maps.width);
-  const GradTiling<acc_t> tiling(maps, false);
+  const GradTiling<acc_t> tiling(maps, false, kChannelsLast);
   const auto nothing = [](int64_t, int64_t) {};
   for_each_tile<kChannelsLast>(tiling, regions, nothing, store, [&](const GradTile<acc_t>& tile, int64_t k) {
     for (int64_t channel = tile.begin; channel < tile.end; ++channel) {

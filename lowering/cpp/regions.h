@@ -792,12 +792,13 @@ struct GradTile {
 template <typename acc_t>
 class GradTiling {
  public:
-  // `by_pixel`: the channels of a pixel are neighbours in a tile, otherwise the pixels of a channel.
-  GradTiling(const GradMaps& maps, bool by_pixel)
+  // `by_pixel`: the channels of a pixel are neighbours in a tile, otherwise the pixels of a channel.  `channels_last`:
+  // so are they in the gradient.  In either case a tile has whole cache lines of them.
+  GradTiling(const GradMaps& maps, bool by_pixel, bool channels_last)
       : maps_(maps),
         by_pixel_(by_pixel),
         blocks_(
-            maps.channels, by_pixel ? kCacheLine / static_cast<int64_t>(sizeof(acc_t)) : 1,
+            maps.channels, by_pixel || channels_last ? kCacheLine / static_cast<int64_t>(sizeof(acc_t)) : 1,
             maps.height * maps.width * static_cast<int64_t>(sizeof(acc_t)), maps.bytes) {
     const int64_t row = blocks_.size * maps.width * static_cast<int64_t>(sizeof(acc_t));
     const int64_t rows = std::clamp<int64_t>(maps.bytes / row, 1, maps.height);

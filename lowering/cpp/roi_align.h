@@ -122,7 +122,7 @@ inline void roi_align_backward(
   using acc_t = accumulate_t<scalar_t>;
   const RegionsByMap regions = RegionsByMap::in_order("roi_align", boxes, maps.level, maps.batch);
   const SampledRegions<acc_t, box_t> sampled(maps, boxes, regions, bins, sampling);
-  const GradTiling<acc_t> tiling(maps, true);
+  const GradTiling<acc_t> tiling(maps, true, kChannelsLast);
   const Scratch<acc_t> grads(omp_get_max_threads() * bins.count() * tiling.channels());
   const auto prepare = [&](int64_t map, int64_t k) {
     sampled.place(map, k, maps.width * tiling.channels(), tiling.channels());

@@ -128,6 +128,38 @@ inline void roi_pool(
   });
 }
 
+// Some channels of a region, [C, PH, PW]: values[c * channel + (p * PW + q) * bin].
+template <typename T>
+struct RegionBins {
+  const T* values;
+  int64_t channel, bin;
+
+  // Bins whose values are not neighbours are copied first: reads that do not wait for anything overlap.
+  RegionBins(const View4d<T>& view, int64_t k, Bins bins, int64_t first, int64_t channels, T* copy)
+      : values(view.at(k, 0, 0) + first * view.channel),
+        channel(view.channel),
+        bin(1) {
+    if (view.column == 1 && view.row == bins.width) {
+      return;
+    }
+    values = copy;
+    channel = 1;
+    bin = channels;
+    for (int64_t p = 0; p < bins.height; ++p) {
+      for (int64_t q = 0; q < bins.width; ++q, copy += channels) {
+        const T* from = view.at(k, p, q) + first * view.channel;
+        if (view.channel == 1) {
+          std::memcpy(copy, from, channels * sizeof(T));
+          continue;
+        }
+        for (int64_t c = 0; c < channels; ++c) {
+          copy[c] = from[c * view.channel];
+        }
+      }
+    }
+  }
+};
+
 // The gradient of the maximum goes to where it was found; an argmax that is not in the plane has none.
 template <bool kChannelsLast, typename scalar_t, typename box_t, typename Store>
 inline void roi_pool_backward(
@@ -135,35 +167,22 @@ inline void roi_pool_backward(
     const GradMaps& maps, const Store& store) {
   using acc_t = accumulate_t<scalar_t>;
   const RegionsByMap regions = RegionsByMap::in_order("roi_pool", boxes, maps.level, maps.batch);
-  const GradTiling<acc_t> tiling(maps, false);
+  const GradTiling<acc_t> tiling(maps, false, kChannelsLast);
+  const int64_t size = bins.count() * tiling.channels();
+  const Scratch<scalar_t> grads(omp_get_max_threads() * size);
+  const Scratch<int32_t> places(omp_get_max_threads() * size);
   const auto nothing = [](int64_t, int64_t) {};
   for_each_tile<kChannelsLast>(tiling, regions, nothing, store, [&](const GradTile<acc_t>& tile, int64_t k) {
+    const int64_t mine = omp_get_thread_num() * size, channels = tile.end - tile.begin;
+    const RegionBins<scalar_t> from(grad, k, bins, tile.begin, channels, grads.get() + mine);
+    const RegionBins<int32_t> at(argmax, k, bins, tile.begin, channels, places.get() + mine);
     const uint64_t pixels = static_cast<uint64_t>(tile.pixels());
-    // Channels, rows of bins and columns of bins, in the order in which gradients are in memory.
-    struct Axis {
-      int64_t count, grad, argmax, sums;
-    };
-    Axis outer{tile.end - tile.begin, grad.channel, argmax.channel, tile.channel_distance};
-    Axis middle{bins.height, grad.row, argmax.row, 0}, inner{bins.width, grad.column, argmax.column, 0};
-    if (grad.channel < grad.column) {
-      std::swap(outer, middle);
-      std::swap(middle, inner);
-    }
-    if (inner.sums == 0 && middle.grad == inner.count * inner.grad && middle.argmax == inner.count * inner.argmax &&
-        middle.sums == 0) {
-      inner.count *= middle.count;
-      middle.count = 1;
-    }
-    for (int64_t i = 0; i < outer.count; ++i) {
-      for (int64_t j = 0; j < middle.count; ++j) {
-        acc_t* sums = tile.sums + i * outer.sums + j * middle.sums;
-        const scalar_t* from = grad.at(k, 0, 0) + tile.begin * grad.channel + i * outer.grad + j * middle.grad;
-        const int32_t* at = argmax.at(k, 0, 0) + tile.begin * argmax.channel + i * outer.argmax + j * middle.argmax;
-        for (int64_t n = 0; n < inner.count; ++n) {
-          const int64_t pixel = at[n * inner.argmax] - tile.top * tile.width;
-          if (static_cast<uint64_t>(pixel) < pixels) {
-            sums[n * inner.sums + pixel] += static_cast<acc_t>(from[n * inner.grad]);
-          }
+    for (int64_t c = 0; c < channels; ++c) {
+      acc_t* sums = tile.sums + c * tile.channel_distance;
+      for (int64_t bin = 0; bin < bins.count(); ++bin) {
+        const int64_t pixel = at.values[c * at.channel + bin * at.bin] - tile.top * tile.width;
+        if (static_cast<uint64_t>(pixel) < pixels) {
+          sums[pixel] += static_cast<acc_t>(from.values[c * from.channel + bin * from.bin]);
         }
       }
     }

@@ -58,27 +58,27 @@ def _levels(shape: Shape, rois: Tensor) -> Tensor:
 
 
 def _four_calls(job: Job) -> Prepared:
-    """One call for each map, with the boxes on it, which are selected beforehand: no shape depends on data.
+    """One call for each map, with the boxes on it, and their results put in the order of the boxes.
 
-    What the calls return is not put together while time is taken. A map without boxes has no call.
+    Which boxes are on a map, and the order, are known beforehand: no shape depends on data. A map without boxes has no
+    call.
     """
     problem, shape = job.inputs, job.inputs.shape
     *maps, rois = problem.tensors
     levels = _levels(shape, rois)
     used = levels.unique().tolist()
 
-    def calls(*tensors: Tensor) -> list[Tensor]:
-        return [
+    def calls(order: Tensor, *tensors: Tensor) -> Tensor:
+        results = [
             roi_align(map, on_map, shape.bins, 1 / shape.strides[level], shape.samples)
             for level, map, on_map in zip(used, tensors[: len(used)], tensors[len(used) :])
         ]
+        return torch.cat(results)[order]
 
-    tensors = [*(maps[level] for level in used), *(rois[levels == level] for level in used)]
-    prepared = regions.compiled(calls, tensors)
-    together = torch.empty(problem.result, dtype=shape.dtype)
-    for level, result in zip(used, prepared.output):
-        together[levels == level] = result
-    return dataclasses.replace(prepared, output=together)
+    order = levels.argsort(stable=True).argsort()
+    return regions.compiled(
+        calls, [order, *(maps[level] for level in used), *(rois[levels == level] for level in used)]
+    )
 
 
 def _openvino_node(problem: Problem) -> tuple[Any, list[Tensor]]:
