@@ -793,7 +793,7 @@ template <typename acc_t>
 class GradTiling {
  public:
   // `by_pixel`: the channels of a pixel are neighbours in a tile, otherwise the pixels of a channel.  `channels_last`:
-  // so are they in the gradient.  In either case a tile has whole cache lines of them.
+  // so are they in the output.  In either case a tile has whole cache lines of their sums.
   GradTiling(const GradMaps& maps, bool by_pixel, bool channels_last)
       : maps_(maps),
         by_pixel_(by_pixel),
@@ -888,7 +888,7 @@ inline void for_each_tile(
     for (int64_t i = 0; i < tiling.count(); ++i) {
       const GradTile<acc_t> tile = tiling.tile(i, tiles.get() + omp_get_thread_num() * tiling.size());
       const int64_t channels = tile.end - tile.begin;
-      std::fill_n(tile.sums, tiling.size(), acc_t(0));
+      std::fill_n(tile.sums, tiling.by_pixel() ? tiling.size() : channels * tile.pixels(), acc_t(0));
       for (int64_t place = regions.begin(tile.image); place < regions.begin(tile.image + 1); ++place) {
         add(tile, regions[place]);
       }

@@ -58,7 +58,8 @@ def _levels(shape: Shape, rois: Tensor) -> Tensor:
 
 
 def _four_calls(job: Job) -> Prepared:
-    """One call for each map, with the boxes on it, and their results put in the order of the boxes.
+    """One call for each map, with the boxes on it, and their results put in the order of the boxes, which is two passes
+    over them for Inductor.
 
     Which boxes are on a map, and the order, are known beforehand: no shape depends on data. A map without boxes has no
     call.

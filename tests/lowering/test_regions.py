@@ -531,14 +531,20 @@ def test_the_place_of_the_maximum():
             assert torch.equal(out, expected.float()), s.name
 
 
-def test_the_place_of_the_maximum_alone():
-    s = sample("roi_pool", FITTING["tied"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("cpp_wrapper", [False, True])
+def test_the_place_of_the_maximum_alone(layout, cpp_wrapper):
+    s = sample("roi_pool", dataclasses.replace(FITTING["tied"], layout=layout))
     _, where = OPERATORS["roi_pool"].oracle(*s.arguments)
     with torch.no_grad():
         compiled = compile_and_run(
-            lambda x, rois: torch.ops.inductor_vision.roi_pool(x, rois, 0.5, 2, 3)[1], s.input, s.rois
+            lambda x, rois: torch.ops.inductor_vision.roi_pool(x, rois, 0.5, 2, 3)[1],
+            s.input,
+            s.rois,
+            config={"cpp_wrapper": cpp_wrapper},
         )
     assert compiled.kinds == ["template"]
+    assert compiled.source.count("prepare_output(&") == 1  # there is no memory for the maxima
     assert torch.equal(compiled.result, where)
 
 

@@ -117,14 +117,15 @@ def test_channels_last_goes_in_and_comes_out(small, nothing_is_compiled):
 
 
 @pytest.mark.parametrize(
-    ("shape", "elements"),
+    ("shape", "further", "elements"),
     [
-        (Shape(4, (30, 40), 100, bins=2), 4 * 30 * 40 + 5 * 100 + 100 * 4 * 2 * 2),
-        (Shape(4, (30, 40), 3, bins=2, samples=2), 4 * (3 * 4 * 4 * 4) + 3 * 4 * 2 * 2),
+        (Shape(4, (30, 40), 100, bins=2), 0, 4 * 30 * 40 + 5 * 100 + 100 * 4 * 2 * 2),
+        (Shape(4, (30, 40), 100, bins=2), 8, 4 * 30 * 40 + 5 * 100 + 100 * 4 * 2 * 2 + 8),
+        (Shape(4, (30, 40), 3, bins=2, samples=2), 0, 4 * (3 * 4 * 4 * 4) + 3 * 4 * 2 * 2),
     ],
-    ids=["all", "few-boxes"],
+    ids=["all", "two-outputs", "few-boxes"],
 )
-def test_the_limit_moves_the_bytes_of_input_and_output(shape, elements):
+def test_the_limit_moves_the_bytes_of_input_and_output(shape, further, elements):
     problem = Problem(
         shape,
         regions.maps_and_rois(shape),
@@ -132,6 +133,7 @@ def test_the_limit_moves_the_bytes_of_input_and_output(shape, elements):
         ours=torch.add,
         decomposition=torch.add,
         torchvision=torch.add,
+        further_bytes=4 * further,
     )
     limit = next(contender for contender in regions.contenders() if contender.role == "limit")
     copied = limit.prepare(Job(None, problem, 1)).output
