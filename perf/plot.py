@@ -16,6 +16,7 @@ _COLORS = {"ours": "#2171b5", "peer": "#f79646"}
 _LEGEND = {"ours": "this package", "peer": "peers"}
 _PLAIN = {"facecolor": "white", "edgecolor": "none", "pad": 1}
 _BAR_INCHES = 0.17
+_HEAD = 3.2  # rows that a case takes beside its bars: its name, its description, and some space
 _ROWS_PER_COLUMN = 60
 
 
@@ -35,7 +36,7 @@ def plot(report: Report, path: Path) -> None:
     if not cases:
         raise UserError("nothing to plot: no case was timed together with its limit")
     columns = _columns(cases)
-    height = max(sum(len(_bars(case)) + 2.2 for case in column) for column in columns)
+    height = max(sum(len(_bars(case)) + _HEAD for case in column) for column in columns)
     figure, axes = plt.subplots(
         1, len(columns), figsize=(1 + 6.6 * len(columns), 2 + height * _BAR_INCHES), sharex=True, squeeze=False
     )
@@ -85,16 +86,16 @@ def _draw_column(axis: Any, cases: Sequence[CaseResult], height: float) -> None:
     y, ticks = 0.0, []
     for case in cases:
         at = {"transform": axis.get_yaxis_transform(), "va": "center"}
-        axis.text(0.0, y, f" {case.case}", weight="bold", fontsize=9, bbox=_PLAIN, **at)
-        axis.text(1.0, y, case.description, ha="right", fontsize=7.5, color="0.4", **at)
+        axis.text(0.0, y - 0.9, f" {case.suite}, {case.case}", weight="bold", fontsize=9, bbox=_PLAIN, **at)
+        axis.text(0.0, y, f" {case.description}", fontsize=7.5, color="0.4", bbox=_PLAIN, **at)
         for row in _bars(case):
             y += 1
             _draw_bar(axis, y, case, row)
             ticks.append((y, row.contender))
-        y += 2.2
+        y += _HEAD
     axis.set_xscale("log")
     axis.set_yticks([at for at, _ in ticks], [name for _, name in ticks], fontsize=7.5)
-    axis.set_ylim(height - 0.8, -1.2)
+    axis.set_ylim(height - 0.8, -1.9)
     axis.axvline(1, color="black", linewidth=1)
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
