@@ -87,12 +87,12 @@ def markdown(report: Report) -> str:
     for case in report.cases:
         tables.setdefault((case.suite, tuple(row.contender for row in case.rows)), []).append(case)
     remarks = {
-        f"{row.contender}, {case.case}: {describe_fault(row)}"
+        f"{row.contender}, {case.suite}/{case.case}: {describe_fault(row)}"
         for case in report.cases
         for row in case.rows
         if row.seconds is None
     }
-    remarks |= {f"{case.case}: {warning}" for case in report.cases if (warning := busy_warning(case))}
+    remarks |= {f"{case.suite}/{case.case}: {warning}" for case in report.cases if (warning := busy_warning(case))}
     parts = [_markdown_table(cases) for cases in tables.values()]
     parts.append(f"Medians of interleaved rounds; ratios are medians over rounds. {heading(report)}.")
     return "\n\n".join([*parts, "\n".join(f"- {remark}" for remark in sorted(remarks))])
@@ -111,7 +111,8 @@ def _markdown_table(cases: Sequence[CaseResult]) -> str:
     lines = [head, ["---", *["--:"] * (len(head) - 1)]]
     for case in cases:
         rows = {row.contender: row for row in case.rows}
-        cells = [f"{case.case}: {case.description}", *(_time_and_ratio(rows[name], ours) for name in names)]
+        times = [_time_and_ratio(rows[name], ours) for name in names]
+        cells = [f"{case.suite}/{case.case}: {case.description}", *times]
         if ours:
             us = rows[ours]
             cells += [_ratio(us, rows[limit])] if limit else []

@@ -147,8 +147,8 @@ def test_markdown(command, tmp_path):
     a_report().write(path)
     lines = command("show", path, "--markdown")[1].splitlines()
     assert lines[0] == "| ms (x us) | us | them | bound | us / bound | us: extra memory |"
-    assert lines[2] == "| small: the small one | 2.00 | 20.0 (10.0) | 1.60 (0.800) | 1.25 | 3.0 MB |"
-    assert "- absent, small: skipped: peer_library is not installed" in lines
+    assert lines[2] == "| fake/small: the small one | 2.00 | 20.0 (10.0) | 1.60 (0.800) | 1.25 | 3.0 MB |"
+    assert "- absent, fake/small: skipped: peer_library is not installed" in lines
 
 
 def test_a_busy_machine_is_pointed_out(command, tmp_path):
