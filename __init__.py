@@ -8,6 +8,7 @@ from .ops.multiscale_roi_align import (
     MultiScaleRoIAlign as MultiScaleRoIAlign,
     multiscale_roi_align as multiscale_roi_align,
 )
+from .ops.nms import batched_nms as batched_nms, nms as nms
 from .ops.ps_roi_align import PSRoIAlign as PSRoIAlign, ps_roi_align as ps_roi_align
 from .ops.ps_roi_pool import PSRoIPool as PSRoIPool, ps_roi_pool as ps_roi_pool
 from .ops.roi_align import RoIAlign as RoIAlign, roi_align as roi_align

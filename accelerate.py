@@ -128,7 +128,9 @@ def _replace_in_compiled_code(function: str, replacement: Callable[..., Any]) ->
     # Dynamo, which is told to take the replacement for the original; what traces without Dynamo calls `choose`.
     choose.__dict__.update({"__script_if_tracing_wrapper": True, "__original_fn": original})
     torch.compiler.substitute_in_graph(original, skip_signature_check=True)(replacement)
-    setattr(module, name, choose)
+    for other in list(sys.modules.values()):  # modules of torchvision import functions from each other
+        if getattr(other, "__name__", "").partition(".")[0] == "torchvision" and getattr(other, name, None) is original:
+            setattr(other, name, choose)
 
 
 def _missing(name: str):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 
 from .inductor import DTYPE_TO_CPP, CppTemplateKernel, V, ir
 from .layout import first_result, realize_image, writes_channels_last
-from .template import BlocksTemplate
+from .template import BlocksTemplate, double, pointer
 
 
 def serve_all(*args: Any) -> str | None:
@@ -51,8 +50,8 @@ class RegionsTemplate(BlocksTemplate):
     def boxes(self, kernel: CppTemplateKernel) -> str:
         """The boxes in C++."""
         rois, *levels = self.inputs[self.images :]
-        fields = [_pointer(kernel, rois), *(kernel.stride(rois, d) for d in (0, 1)), kernel.size(rois, 0)]
-        fields.append(_pointer(kernel, *levels) if levels else "nullptr")
+        fields = [pointer(kernel, rois), *(kernel.stride(rois, d) for d in (0, 1)), kernel.size(rois, 0)]
+        fields.append(pointer(kernel, *levels) if levels else "nullptr")
         return f"inductor_vision::Boxes<{DTYPE_TO_CPP[rois.get_dtype()]}>{{{', '.join(fields)}}}"
 
     def bins(self) -> str:
@@ -66,7 +65,7 @@ class RegionsTemplate(BlocksTemplate):
     def feature_maps(self, kernel: CppTemplateKernel, image: int, spatial_scale: float) -> str:
         """The maps of a level, one of the images, in C++."""
         node = self.inputs[image]
-        fields = [self.view(kernel, image), kernel.size(node, 2), kernel.size(node, 3), _double(spatial_scale)]
+        fields = [self.view(kernel, image), kernel.size(node, 2), kernel.size(node, 3), double(spatial_scale)]
         return f"inductor_vision::FeatureMaps<{DTYPE_TO_CPP[self.dtype]}>{{{', '.join(fields)}}}"
 
     def pyramid(self, kernel: CppTemplateKernel, spatial_scales: Sequence[float]) -> str:
@@ -86,13 +85,13 @@ class RegionsTemplate(BlocksTemplate):
 
     def grad_maps(self, kernel: CppTemplateKernel, spatial_scale: float = 1.0, level: int = 0) -> str:
         """The maps that a backward kernel makes the gradient of, in C++."""
-        fields = [*self.output_size(kernel), _double(spatial_scale), str(level), str(cache_bytes())]
+        fields = [*self.output_size(kernel), double(spatial_scale), str(level), str(cache_bytes())]
         return f"inductor_vision::GradMaps{{{', '.join(fields)}}}"
 
     def view(self, kernel: CppTemplateKernel, image: int) -> str:
         """One of the images, as a View4d in C++."""
         node = self.inputs[image]
-        fields = [_pointer(kernel, node), *(kernel.stride(node, d) for d in range(4))]
+        fields = [pointer(kernel, node), *(kernel.stride(node, d) for d in range(4))]
         return f"inductor_vision::View4d<{DTYPE_TO_CPP[node.get_dtype()]}>{{{', '.join(fields)}}}"
 
 
@@ -103,13 +102,3 @@ def grid_sampling(sampling_ratio: int, aligned: bool, position_sensitive: bool) 
 
 def _bool(value: bool) -> str:
     return str(value).lower()
-
-
-def _double(value: float) -> str:
-    return (
-        repr(float(value)) if math.isfinite(value) else "NAN" if math.isnan(value) else f"{'-' * (value < 0)}INFINITY"
-    )
-
-
-def _pointer(kernel: CppTemplateKernel, node: ir.IRNode) -> str:
-    return f"&{kernel.index(node, [0] * len(node.get_size()))}"

@@ -1,17 +1,18 @@
 """The base of the C++ templates: kernel headers spliced into generated code, and Inductor's neighbours in the store.
 
-A template's output is a dense four-dimensional buffer in *physical* order, slowest dimension first: ``[B, H, W, C]``
-for channels_last, ``[B, C, H, W]`` for contiguous. The kernel hands over its results block by block (``OutputBlock`` in
-cpp/base.h), each still in cache; what Inductor fused (batch norm, activation, residual, the conversion to a lower
-precision) is generated into the loop that stores them.
+The output of a template over images or regions is a dense four-dimensional buffer in *physical* order, slowest
+dimension first: ``[B, H, W, C]`` for channels_last, ``[B, C, H, W]`` for contiguous. The kernel hands over its results
+block by block (``OutputBlock`` in cpp/base.h), each still in cache; what Inductor fused (batch norm, activation,
+residual, the conversion to a lower precision) is generated into the loop that stores them.
 """
 
 from __future__ import annotations
 
 import abc
+import math
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest.mock import patch
 
@@ -51,19 +52,110 @@ def splice_header(name: str) -> str:
     return splice(name)
 
 
+def pointer(kernel: CppTemplateKernel, node: ir.IRNode) -> str:
+    """To the first element of an input or output, in C++."""
+    return f"&{kernel.index(node, [0] * len(node.get_size()))}"
+
+
+def double(value: float) -> str:
+    """A number in C++."""
+    if math.isfinite(value):
+        return repr(float(value))
+    return "NAN" if math.isnan(value) else f"{'-' * (value < 0)}INFINITY"
+
+
 def _block_name(buffer: ir.Buffer) -> str:
     """What a block of the buffer is called in its store; no constant of a graph is called so."""
     return f"{buffer.get_name()}_block"
 
 
-class BlocksTemplate(abc.ABC):
-    """A kernel over images, or regions, whose results are stored block by block.
+class KernelTemplate(abc.ABC):
+    """A kernel that becomes a part of the generated code.
 
-    Subclasses say which header holds the kernel and how it is called.
+    Subclasses say which header holds the kernel, and how it is called.
     """
 
     op: str  # the operator's name
     header: str  # of its kernel, in lowering/cpp/
+
+    def __init__(self, inputs: Sequence[ir.IRNode]) -> None:
+        """
+        Args:
+            inputs: realized inputs.
+        """
+        self.inputs = list(inputs)
+
+    @property
+    def path(self) -> str:
+        """What this kernel is, for reports."""
+        return "one kernel"
+
+    @abc.abstractmethod
+    def render(
+        self, kernel: CppTemplateKernel, buffer: ir.CppTemplateBuffer, epilogue: list[ir.ComputedBuffer], keep: bool
+    ) -> str:
+        """Generated source.
+
+        Args:
+            buffer: the template's output.
+            epilogue: what Inductor fused; the last of it is what is stored.
+            keep: whether the template's own output is stored as well.
+        """
+
+    def add(self, layout: ir.OutputSpec) -> ir.CppTemplateBuffer:
+        """Add the kernel to the graph."""
+        record_path(self.op, "template", self.path)
+        return ir.CppTemplateBuffer(
+            layout=layout,
+            inputs=self.inputs,
+            make_kernel_render=self._make_kernel_render,
+            template=self,
+            choice=None,
+        )
+
+    def _make_kernel_render(
+        self,
+        buffer: ir.CppTemplateBuffer,
+        flag_template_buffer_has_other_users: bool,
+        epilogue_nodes: list[ir.ComputedBuffer] | None = None,
+    ) -> Any:
+        kernel = CppTemplateKernel(kernel_name=str(Placeholder.KERNEL_NAME), num_threads=0)
+
+        def render() -> str:
+            epilogue = list(epilogue_nodes or [])
+            return kernel.render(
+                self, buffer=buffer, epilogue=epilogue, keep=flag_template_buffer_has_other_users or not epilogue
+            )
+
+        return kernel, render
+
+    def source(
+        self,
+        kernel: CppTemplateKernel,
+        buffer: ir.CppTemplateBuffer,
+        outputs: dict[str, ir.Buffer],
+        body: Callable[[], Sequence[str]],
+        aliases: dict[str, str] | None = None,
+    ) -> str:
+        """The source of the generated function; ``body`` makes its statements once the parameters are known."""
+        names = {f"in{i}": node for i, node in enumerate(buffer.inputs)}
+        signature = kernel.def_kernel(inputs=names, outputs=outputs, aliases=aliases)
+        return "\n".join(
+            [
+                "#include <torch/csrc/inductor/cpp_prefix.h>",
+                splice_header(self.header),
+                f'extern "C" {get_export_declaration()}',
+                signature,
+                "{",
+                kernel.maybe_codegen_profile(),
+                *body(),
+                "}",
+            ]
+        )
+
+
+class BlocksTemplate(KernelTemplate):
+    """A kernel over images, or regions, whose results are stored block by block."""
 
     def __init__(
         self, inputs: Sequence[ir.IRNode], dtype: torch.dtype, size: Sequence[Any], channels_last: bool
@@ -75,7 +167,7 @@ class BlocksTemplate(abc.ABC):
             size: of the output, [B, C, H, W].
             channels_last: memory format of the output.
         """
-        self.inputs = list(inputs)
+        super().__init__(inputs)
         self.dtype = dtype
         self.size = list(size)
         self.channels_last = channels_last
@@ -83,7 +175,6 @@ class BlocksTemplate(abc.ABC):
 
     @property
     def path(self) -> str:
-        """What this kernel is, for reports."""
         return "fused"
 
     @abc.abstractmethod
@@ -105,20 +196,9 @@ class BlocksTemplate(abc.ABC):
     def _logical(self, box: ir.TensorBox) -> ir.TensorBox:
         return ir.TensorBox(ir.PermuteView.create(box.data, [0, 3, 1, 2])) if self.channels_last else box
 
-    def _add(self, layout: ir.OutputSpec) -> ir.TensorBox:
-        record_path(self.op, "template", self.path)
-        buffer = ir.CppTemplateBuffer(
-            layout=layout,
-            inputs=self.inputs,
-            make_kernel_render=self._make_kernel_render,
-            template=self,
-            choice=None,
-        )
-        return ir.TensorBox.create(buffer)
-
     def output(self) -> ir.TensorBox:
         """Add the kernel to the graph; its result, ``[B, C, H, W]``."""
-        return self._logical(self._add(self._layout(self.dtype)))
+        return self._logical(ir.TensorBox.create(self.add(self._layout(self.dtype))))
 
     def outputs(self, further: Sequence[tuple[torch.dtype, str]]) -> list[ir.TensorBox]:
         """Add the kernel to the graph where it has further results of the same size and memory format.
@@ -126,30 +206,13 @@ class BlocksTemplate(abc.ABC):
         Of each, the dtype and the C++ function that stores it, with the arguments of store_block. Nothing is fused.
         """
         self.store_functions = [function for _, function in further]
-        buffer = self._add(self._layout(self.dtype)).data.data
+        buffer = self.add(self._layout(self.dtype))
         layouts = [self._layout(dtype) for dtype in (self.dtype, *(dtype for dtype, _ in further))]
         results = [ir.MultiOutput(layout, buffer, [(list, i)]) for i, layout in enumerate(layouts)]
         buffer.layout = ir.MultiOutputLayout(device=torch.device("cpu"))
         buffer.outputs = results
         V.graph.no_fuse_buffer_names.update(result.get_name() for result in results)
         return [self._logical(ir.TensorBox.create(result)) for result in results]
-
-    def _make_kernel_render(
-        self,
-        buffer: ir.CppTemplateBuffer,
-        flag_template_buffer_has_other_users: bool,
-        epilogue_nodes: list[ir.ComputedBuffer] | None = None,
-    ) -> Any:
-        kernel = CppTemplateKernel(kernel_name=str(Placeholder.KERNEL_NAME), num_threads=0)
-
-        def render() -> str:
-            epilogue = list(epilogue_nodes or [])
-            with patch.object(V.graph, "get_dtype", self._get_dtype(buffer)):
-                return kernel.render(
-                    self, buffer=buffer, epilogue=epilogue, keep=flag_template_buffer_has_other_users or not epilogue
-                )
-
-        return kernel, render
 
     def _get_dtype(self, buffer: ir.CppTemplateBuffer) -> Any:
         get_dtype = V.graph.get_dtype
@@ -163,13 +226,6 @@ class BlocksTemplate(abc.ABC):
     def render(
         self, kernel: CppTemplateKernel, buffer: ir.CppTemplateBuffer, epilogue: list[ir.ComputedBuffer], keep: bool
     ) -> str:
-        """Generated source.
-
-        Args:
-            buffer: the template's output.
-            epilogue: what Inductor fused; the last of it is what is stored.
-            keep: whether the template's own output is stored as well.
-        """
         first, *further = buffer.outputs or [buffer]
         last = epilogue[-1] if epilogue else first
         outputs = {"out": last, **{f"out{i}": node for i, node in enumerate(further, 1)}}
@@ -179,31 +235,21 @@ class BlocksTemplate(abc.ABC):
         elif epilogue:
             aliases[buffer.get_name()] = last.get_name()
         outputs = {name: node for name, node in outputs.items() if not self._is_unread(node)}
-        names = {f"in{i}": node for i, node in enumerate(buffer.inputs)}
-        signature = kernel.def_kernel(inputs=names, outputs=outputs, aliases=aliases)
-        stores = [self._store(kernel, first, epilogue, keep)]
-        stores += [self._plain_store(kernel, node, function) for node, function in zip(further, self.store_functions)]
-        source = self.call(kernel, buffer.inputs, ", ".join(stores))
-        return "\n".join(
-            [
-                "#include <torch/csrc/inductor/cpp_prefix.h>",
-                splice_header(self.header),
-                f'extern "C" {get_export_declaration()}',
-                signature,
-                "{",
-                kernel.maybe_codegen_profile(),
-                *(self._prepare(kernel, node) for node in outputs.values()),
-                source,
-                "}",
-            ]
-        )
+
+        def body() -> list[str]:
+            stores = [self._store(kernel, first, epilogue, keep)]
+            stores += [self._plain_store(kernel, *store) for store in zip(further, self.store_functions)]
+            call = self.call(kernel, buffer.inputs, ", ".join(stores))
+            return [*(self._prepare(kernel, node) for node in outputs.values()), call]
+
+        with patch.object(V.graph, "get_dtype", self._get_dtype(buffer)):
+            return self.source(kernel, buffer, outputs, body, aliases)
 
     def _prepare(self, kernel: CppTemplateKernel, output: ir.Buffer) -> str:
         """A statement that makes an output ready to be written."""
         size = output.get_size()
-        first = f"&{kernel.index(output, [0] * len(size))}"
         count = " * ".join(f"int64_t({kernel.size(output, d)})" for d in range(len(size)))
-        return f"inductor_vision::prepare_output({first}, {count} * {output.get_dtype().itemsize});"
+        return f"inductor_vision::prepare_output({pointer(kernel, output)}, {count} * {output.get_dtype().itemsize});"
 
     def _store(
         self, kernel: CppTemplateKernel, buffer: ir.Buffer, epilogue: list[ir.ComputedBuffer], keep: bool
