@@ -99,19 +99,28 @@ def packaged(module: nn.Module, arguments: Sequence[Tensor]) -> Prepared:
     return eager(model, arguments)
 
 
-def onnx_model(node: Any, feeds: dict[str, Tensor], opset: int, constants: dict[str, Tensor] | None = None) -> bytes:
-    """An ONNX model of a single node with a single output, a float32 tensor."""
-    from onnx import TensorProto, helper, numpy_helper
+def onnx_model(
+    node: Any,
+    feeds: dict[str, Tensor],
+    opset: int,
+    constants: dict[str, Tensor] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> bytes:
+    """An ONNX model of a single node with a single output of a dtype."""
+    from onnx import helper, numpy_helper
 
-    inputs = [
-        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(tensor.numpy().dtype), tensor.shape)
-        for name, tensor in feeds.items()
-    ]
-    output = helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, None)
+    inputs = [helper.make_tensor_value_info(name, _onnx_type(tensor), tensor.shape) for name, tensor in feeds.items()]
+    output = helper.make_tensor_value_info(node.output[0], _onnx_type(torch.empty(0, dtype=dtype)), None)
     initializers = [numpy_helper.from_array(tensor.numpy(), name) for name, tensor in (constants or {}).items()]
     graph = helper.make_graph([node], node.op_type, inputs, [output], initializers)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9)
     return model.SerializeToString()
+
+
+def _onnx_type(tensor: Tensor) -> int:
+    from onnx import helper
+
+    return helper.np_dtype_to_tensor_dtype(tensor.numpy().dtype)
 
 
 def onnxruntime(model: bytes, feeds: dict[str, Tensor], threads: int) -> Prepared:

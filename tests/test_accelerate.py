@@ -296,12 +296,13 @@ from inductor_vision.tests.support.regions import (
 from inductor_vision.tests.support.compare import assert_close
 
 torchvision.models.resnet18()
+assert torchvision.ops.nms(torch.ones(1, 4), torch.zeros(1), 0.5).tolist() == [0]
 try:
-    torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
+    torch.ops.torchvision.qnms(torch.zeros(1, 4), torch.zeros(1), 0.5)
 except NotImplementedError as error:
-    assert str(error).startswith("torchvision::nms: "), error
+    assert str(error).startswith("torchvision::qnms: "), error
 else:
-    raise AssertionError("nms ran")
+    raise AssertionError("qnms ran")
 
 def arguments(s):
     return *s.args, s.kwargs["stride"], s.kwargs["padding"], s.kwargs["dilation"], s.kwargs["mask"]

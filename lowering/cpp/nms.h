@@ -260,10 +260,13 @@ inline acc_t round_down_to(double value) {
                                               : rounded;
 }
 
-// Vectors of flags are those of comparisons: all bits are set, or none.
+// Vectors of flags are those of comparisons: all bits are set, or none.  Not by signbit(), which is `flag < 0` to GCC
+// with -fno-signed-zeros, and these are NaN.
 template <typename acc_t>
 inline bool is_set(acc_t flag) {
-  return std::signbit(flag);
+  unsigned char byte;
+  std::memcpy(&byte, &flag, 1);
+  return byte != 0;
 }
 
 // The boxes of one class that are not decided yet, best first.

@@ -1,0 +1,119 @@
+"""Boxes with scores, and oracles, for the tests of what suppression means and compiles to."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+NAN, INF = math.nan, math.inf
+
+
+@dataclasses.dataclass(frozen=True)
+class Boxes:
+    """What a call looks like: ``count`` boxes and scores of one of ``KINDS``."""
+
+    count: int
+    kind: str = "uniform"
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.kind}-{self.count}-{str(self.dtype).removeprefix('torch.')}"
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes, scores, and one of five classes for each."""
+        generator = torch.Generator().manual_seed(self.seed)
+        centres = torch.rand(self.count, 2, generator=generator) * 100
+        sides = torch.rand(self.count, 2, generator=generator) * 40 + 0.5
+        boxes, scores = (
+            torch.cat([centres - sides / 2, centres + sides / 2], dim=1),
+            torch.rand(self.count, generator=generator),
+        )
+        classes = torch.randint(-2, 3, (self.count,), generator=generator)
+        KINDS[self.kind](boxes, scores)
+        return boxes.to(self.dtype), scores.to(self.dtype), classes
+
+
+def _uniform(boxes: Tensor, scores: Tensor) -> None:
+    pass
+
+
+def _tied(boxes: Tensor, scores: Tensor) -> None:
+    """Equal scores, and overlaps of exactly a half and a third."""
+    boxes.div_(8).round_()
+    scores.mul_(4).round_()
+
+
+def _same(boxes: Tensor, scores: Tensor) -> None:
+    boxes[1:] = boxes[:1].clone()
+
+
+def _improper(boxes: Tensor, scores: Tensor) -> None:
+    """Without area, inverted, NaN, infinite, with an area that is infinite."""
+    boxes[0::9, 2] = boxes[0::9, 0]
+    boxes[1::9] = boxes[1::9, [2, 1, 0, 3]]
+    boxes[2::9] = boxes[2::9, [2, 3, 0, 1]]
+    boxes[3::9, 1] = NAN
+    boxes[4::9, 2] = INF
+    boxes[5::9, :2] = -1e25
+    boxes[5::9, 2:] = 1e25
+    scores[::4] = NAN
+    scores[1::8] = -INF
+    scores[2::8] = -0.0
+    scores[3::8] = 0.0
+
+
+def _far(boxes: Tensor, scores: Tensor) -> None:
+    """A few so far away that they would make one cell of all others, and coordinates that are negative."""
+    boxes -= 60
+    boxes[::40] += 1e4
+
+
+def _tiny(boxes: Tensor, scores: Tensor) -> None:
+    """Areas that float32 rounds to a few bits, or to zero."""
+    boxes *= 1e-23
+
+
+KINDS = {
+    "uniform": _uniform,
+    "tied": _tied,
+    "same": _same,
+    "improper": _improper,
+    "far": _far,
+    "tiny": _tiny,
+}
+
+THRESHOLDS = (0.0, 0.03, 0.1, 1 / 3, 0.5, 0.7, 1.0, 2.0, -0.5, NAN)
+
+CALLS = [Boxes(count, kind) for kind in KINDS for count in (1, 2, 90)] + [Boxes(0), Boxes(400), Boxes(400, "tied")]
+
+
+def nms_oracle(boxes: Tensor, scores: Tensor, iou_threshold: float, classes: Tensor | None = None) -> list[int]:
+    """Box by box, in the arithmetic of torchvision's kernel: everything but the comparison in the boxes' precision."""
+    real = np.float64 if boxes.dtype == torch.float64 else np.float32
+    corners = boxes.to(torch.float64 if real is np.float64 else torch.float32).numpy()
+    order = sorted(range(len(scores)), key=lambda i: (0, 0) if math.isnan(scores[i]) else (1, -scores[i].item()))
+    kept: list[int] = []
+    with np.errstate(all="ignore"):
+        for i in order:
+            others = [j for j in kept if classes is None or classes[j] == classes[i]]
+            if not any(float(_iou(corners[j], corners[i], real)) > iou_threshold for j in others):
+                kept.append(i)
+    return kept
+
+
+def _iou(a: np.ndarray, b: np.ndarray, real: type) -> np.floating:
+    def greater(x, y):
+        return y if x < y else x
+
+    def less(x, y):
+        return y if y < x else x
+
+    width = greater(real(0), less(a[2], b[2]) - greater(a[0], b[0]))
+    height = greater(real(0), less(a[3], b[3]) - greater(a[1], b[1]))
+    intersection = width * height
+    return intersection / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - intersection)
