@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
+import inspect
 import logging
+import pkgutil
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from .lowering import registry as lowering_registry
+from .ops import torchvision_detection  # noqa: F401  (declares what it replaces)
 from .ops.registry import TORCHVISION, TORCHVISION_PYTHON
 
 logger = logging.getLogger("inductor_vision")
@@ -113,9 +115,10 @@ def _define_operators() -> None:
 
 
 def _replace_in_compiled_code(function: str, replacement: Callable[..., Any]) -> None:
-    module_name, _, name = f"torchvision.{function}".rpartition(".")
-    module = importlib.import_module(module_name)
-    original = getattr(module, name)
+    """Of a function of a module, or a method of a class."""
+    path, _, name = f"torchvision.{function}".rpartition(".")
+    owner = pkgutil.resolve_name(path)
+    original = getattr(owner, name)
     if hasattr(original, _REPLACED):
         return
 
@@ -124,13 +127,16 @@ def _replace_in_compiled_code(function: str, replacement: Callable[..., Any]) ->
         return (replacement if torch.compiler.is_compiling() else original)(*args, **kwargs)
 
     setattr(choose, _REPLACED, True)
+    if inspect.isclass(owner):
+        setattr(owner, name, choose)
+        return
     # torch.jit.script, which cannot compile `choose`, takes the original of functions that are marked so. So does
     # Dynamo, which is told to take the replacement for the original; what traces without Dynamo calls `choose`.
     choose.__dict__.update({"__script_if_tracing_wrapper": True, "__original_fn": original})
     torch.compiler.substitute_in_graph(original, skip_signature_check=True)(replacement)
-    for other in list(sys.modules.values()):  # modules of torchvision import functions from each other
-        if getattr(other, "__name__", "").partition(".")[0] == "torchvision" and getattr(other, name, None) is original:
-            setattr(other, name, choose)
+    for module in list(sys.modules.values()):  # those of torchvision import functions from each other
+        if getattr(module, "__name__", "").partition(".")[0] == "torchvision" and vars(module).get(name) is original:
+            setattr(module, name, choose)
 
 
 def _missing(name: str):

@@ -26,6 +26,7 @@ import torch.compiler.config
 from ..ops.registry import NAMESPACE, OPS, TORCHVISION, VisionOp
 from ..paths import record_path
 from ..version import __version__
+from . import convolution
 from .hook import INDUCTOR_LOWERING
 
 
@@ -137,6 +138,7 @@ def install() -> None:
     for op in OPS.values():
         decompositions[op.overload] = _decompose_or_keep(op)
         register_lowering(op.overload, type_promotion_kind=None)(_lower(op))
+    convolution.install()
     _serve_torchvision()
     fast_random_decomps.cache_clear()  # it holds a copy of the table
     tag_caches()

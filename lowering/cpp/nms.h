@@ -174,9 +174,11 @@ class GridAxis {
 // If so, the intersection is longer than `threshold` times either length, l and m, and no longer than (l + m) / 2 - d,
 // where d is the distance: d < (l + m) / 2 - threshold * max(l, m), and m is between threshold * l and l / threshold.
 inline double reach(double threshold) {
-  constexpr double kLeast = 0.05;  // below, little is gained
+  constexpr double kLeast = 0.05;      // below, little is gained
+  constexpr double kRounding = 0.001;  // by much less than this, an overlap may be computed as more than it is
+  const double overlap = threshold - kRounding;
   return threshold < kLeast ? std::numeric_limits<double>::infinity()
-                            : std::max({1 - threshold, (1 / threshold - 1) / 2, 0.0});
+                            : std::max({1 - overlap, (1 / overlap - 1) / 2, 0.0});
 }
 
 // Proper boxes by the cell that their centre is in.
@@ -222,7 +224,7 @@ class BoxGrid {
 
  private:
   static double centre(const Scratch<acc_t>& low, const Scratch<acc_t>& high, int64_t i) {
-    return (static_cast<double>(low[i]) + static_cast<double>(high[i])) / 2;
+    return static_cast<double>(low[i]) / 2 + static_cast<double>(high[i]) / 2;  // their sum may be infinite
   }
   static double length(const Scratch<acc_t>& low, const Scratch<acc_t>& high, int64_t i) {
     return static_cast<double>(high[i]) - static_cast<double>(low[i]);
@@ -239,10 +241,15 @@ class BoxGrid {
   // The first and the last cell along an axis that the centre of a neighbour can be in.
   std::array<int64_t, 2> cells(
       const GridAxis& axis, const Scratch<acc_t>& low, const Scratch<acc_t>& high, int64_t i, double longest) const {
+    using limits = std::numeric_limits<double>;
+    using acc_limits = std::numeric_limits<acc_t>;
     const double from = centre(low, high, i), own = length(low, high, i);
-    // The factor allows for the rounding of areas, the sum for that of centres.
-    const double distance = 1.001 * std::min(reach_ * own, (own + longest) / 2) +
-        8 * std::numeric_limits<double>::epsilon() * (std::abs(from) + own + longest);
+    // Intersections with a box of so small an area may be denormal, and rounded by any part of themselves.
+    const bool small = given_.area[i] < acc_limits::min() / acc_limits::epsilon();
+    const double reached = small ? limits::infinity() : reach_ * own;
+    // The second term allows for the rounding of centres.
+    const double distance = std::min(reached, (own + longest) / 2) +
+        8 * (limits::epsilon() * (std::abs(from) + own + longest) + limits::denorm_min());
     return {axis.cell(from - distance), axis.cell(from + distance)};
   }
 

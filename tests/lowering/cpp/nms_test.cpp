@@ -39,7 +39,7 @@ enum class Kind {
   tiny,              // areas are denormal, of a few bits or 0
   denormal_sides,    // but areas are not denormal
   huge,              // areas are near the largest number or infinite
-  far_out,           // sums of coordinates overflow
+  far_out,           // sums of coordinates overflow, here and there
   inverted,          // some, along one axis or both
   flat,              // some have no area
   hostile,           // some coordinates are NaN or infinite
@@ -99,7 +99,7 @@ Box make_box(Kind kind, int64_t i, int64_t count, Random& random) {
   using acc_limits = std::numeric_limits<accumulate_t<box_t>>;
   const double largest = static_cast<double>(limits::max()), least = static_cast<double>(limits::denorm_min());
   // So that each box overlaps some, whatever their number.
-  const double room = 10 * std::sqrt(static_cast<double>(count)) + 1;
+  const double many = static_cast<double>(count) / 8, room = 10 * std::sqrt(static_cast<double>(count)) + 1;
   const auto uniform = [&](double low, double high) { return random.uniform(low, high); };
   const Box plain = from_centre(uniform(0, room), uniform(0, room), uniform(5, 40), uniform(5, 40));
   const bool special = random.integer(0, 3) == 0;
@@ -134,9 +134,9 @@ Box make_box(Kind kind, int64_t i, int64_t count, Random& random) {
       return from_centre(uniform(0, 4) * unit, uniform(0, 4) * unit, uniform(0.5, 3) * unit, uniform(0.5, 3) * unit);
     }
     case Kind::denormal_sides: {
-      const double x = least * static_cast<double>(random.integer(-10, 10));
-      const double y = largest * uniform(0, 0.02);
-      return {x, y, x + least * static_cast<double>(random.integer(1, 4)), y + largest * uniform(0.2, 0.25)};
+      const double x = least * static_cast<double>(random.integer(-1, 3)), row = std::floor(uniform(0, many));
+      const double width = least * static_cast<double>(random.integer(1, 3)), height = largest / (many + 1);
+      return {x, row * height, x + width, (row + 1) * height};
     }
     case Kind::huge: {
       if (special) {
@@ -148,8 +148,8 @@ Box make_box(Kind kind, int64_t i, int64_t count, Random& random) {
           uniform(-2, 2) * unit, uniform(-2, 2) * unit, uniform(0.4, 1.2) * unit, uniform(0.4, 1.2) * unit);
     }
     case Kind::far_out: {
-      const double x = (special ? -1 : 1) * largest * uniform(0.35, 0.6), y = uniform(0, 0.3);
-      return {x, y, x + largest * uniform(0.2, 0.25), y + uniform(0.4, 0.5)};
+      const double x = (i % 90 == 7 ? uniform(0.5, 0.54) : uniform(0.1, 0.49)) * largest;
+      return from_centre(count % 2 == 0 ? x : -x, uniform(0, many), largest * uniform(0.2, 0.25), uniform(0.9, 1));
     }
     case Kind::inverted: {
       Box box = plain;
@@ -305,7 +305,7 @@ std::vector<int64_t> plain_nms(
     }
     kept.push_back(order[a - ranked.data()]);
     for (Ranked* b = a + 1; b < end; ++b) {
-      if (b->of != a->of) {
+      if (b->suppressed || b->of != a->of) {
         continue;
       }
       const acc_t left = std::max(a->x1, b->x1), top = std::max(a->y1, b->y1);
@@ -419,10 +419,10 @@ void check_ties(const char* types, Figures& figures) {
   }
 }
 
-// All kinds of boxes in all sizes, around those of vectors and groups, else by chance.  So many boxes that they are not
-// all decided in the first group, with all thresholds where the scores are of the type of the boxes.
+// All kinds of boxes in all sizes, around those of vectors and groups, else by chance; in float and double also so many
+// that they are not all decided in the first group, `repeats` times, with one threshold after the other.
 template <typename box_t, typename score_t>
-void check_types(const char* types, int random_calls, Figures& figures) {
+void check_types(const char* types, int repeats, Figures& figures) {
   Random random(sizeof(box_t) + 16 * sizeof(score_t) + 256 * std::is_same_v<box_t, at::Half>);
   const auto random_call = [&](int64_t count, Kind kind, double threshold) {
     return Call{
@@ -435,21 +435,17 @@ void check_types(const char* types, int random_calls, Figures& figures) {
         random.pick(kVectorLayouts),
         random.pick(kVectorLayouts)};
   };
+  size_t next_threshold = sizeof(box_t);
   for (const Kind kind : kKinds) {
     for (const int64_t count : {0, 1, 2, 15, 16, 17, 63, 255, 256, 257, 600}) {
       check<box_t, score_t>(types, random_call(count, kind, random.pick(kThresholds)), random.next(), figures);
     }
-    if constexpr (std::is_same_v<box_t, score_t>) {
-      for (const double threshold : kThresholds) {
-        Call call = random_call(random.integer(330, 600), kind, threshold);
-        call.classes = Classes::none;
-        check<box_t, score_t>(types, call, random.next(), figures);
-      }
+    for (int i = 0; i < repeats && std::is_same_v<box_t, score_t> && sizeof(box_t) >= sizeof(float); ++i) {
+      const double threshold = kThresholds[next_threshold++ % (sizeof kThresholds / sizeof kThresholds[0])];
+      Call call = random_call(random.integer(280, 400), kind, threshold);
+      call.classes = Classes::none;
+      check<box_t, score_t>(types, call, random.next(), figures);
     }
-  }
-  for (int i = 0; i < random_calls; ++i) {
-    const Call call = random_call(random.integer(1, 300), random.pick(kKinds), random.pick(kThresholds));
-    check<box_t, score_t>(types, call, random.next(), figures);
   }
   for (const int64_t count : {1, 40, 600}) {  // one box, one score, one class
     Call call = random_call(count, Kind::uniform, 0.5);
@@ -458,55 +454,91 @@ void check_types(const char* types, int random_calls, Figures& figures) {
   }
 }
 
-// So many boxes that a class is decided on all threads, and small ones next to each other.
-const Call kLargeCalls[] = {
-    {5000, Kind::uniform, Scores::uniform, Classes::none, 0.3, Layout::contiguous, Layout::contiguous,
-     Layout::contiguous},
-    {5000, Kind::uniform, Scores::uniform, Classes::many, 0.3, Layout::contiguous, Layout::contiguous,
-     Layout::contiguous},
-    {5000, Kind::clustered, Scores::ties, Classes::one_large, 0.7, Layout::transposed, Layout::sliced_channels_last,
-     Layout::sliced_channels_last},
-    {4097, Kind::clustered, Scores::uniform, Classes::none, 0.2, Layout::contiguous, Layout::contiguous,
-     Layout::contiguous},
-    {4096, Kind::duplicates, Scores::equal, Classes::none, 0.9, Layout::sliced, Layout::contiguous, Layout::contiguous},
-    {4600, Kind::rounded, Scores::hostile, Classes::one_large, 0.1, Layout::sliced, Layout::contiguous,
-     Layout::contiguous},
-    {5000, Kind::hostile, Scores::ties, Classes::none, 0.05, Layout::contiguous, Layout::contiguous,
-     Layout::contiguous},
-    {4500, Kind::outliers, Scores::uniform, Classes::none, 0.5, Layout::contiguous, Layout::contiguous,
-     Layout::contiguous},
-    {4500, Kind::all_sizes, Scores::uniform, Classes::few, 0.5, Layout::contiguous, Layout::contiguous,
-     Layout::contiguous},
-};
+// What needs a careful choice of the cells that are searched for neighbours.
+template <typename box_t>
+void check_hard(const char* types, Figures& figures) {
+  struct Hard {
+    Kind kind;
+    double threshold;
+  };
+  const Hard hard[] = {
+      {Kind::nearly_identical, 1 - 1e-9},
+      {Kind::tiny, 0.9},
+      {Kind::tiny, 0.5},
+      {Kind::denormal_sides, 0.3},
+      {Kind::far_out, 0.01},
+      {Kind::far_out, 0.1},
+      {Kind::all_sizes, 0.05},
+      {Kind::outliers, 0.2},
+  };
+  for (const auto& [kind, threshold] : hard) {
+    for (int seed = 1; seed <= 4; ++seed) {
+      const Call call{
+          500 + seed,        kind, Scores::uniform, Classes::none, threshold, Layout::contiguous, Layout::contiguous,
+          Layout::contiguous};
+      check<box_t, float>(types, call, seed, figures);
+    }
+  }
+}
 
-template <typename box_t, typename score_t>
+// So many boxes that a class is decided on all threads, and small ones next to each other.
+template <typename box_t>
 void check_large(const char* types, Figures& figures) {
+  struct Large {
+    int64_t count;
+    Kind kind;
+    Scores scores;
+    Classes classes;
+    double threshold;
+  };
+  const Large large[] = {
+      {5000, Kind::uniform, Scores::uniform, Classes::none, 0.3},
+      {5000, Kind::uniform, Scores::uniform, Classes::many, 0.3},
+      {5000, Kind::clustered, Scores::ties, Classes::one_large, 0.7},
+      {4097, Kind::clustered, Scores::uniform, Classes::none, 0.2},
+      {4096, Kind::duplicates, Scores::equal, Classes::none, 0.9},
+      {4700, Kind::rounded, Scores::hostile, Classes::one_large, 0.1},
+      {4100, Kind::hostile, Scores::ties, Classes::none, 0.05},
+      {4200, Kind::outliers, Scores::uniform, Classes::few, 0.5},
+  };
   uint64_t seed = 1;
-  for (const Call& call : kLargeCalls) {
-    check<box_t, score_t>(types, call, seed++, figures);
+  for (const auto& [count, kind, scores, classes, threshold] : large) {
+    const bool contiguous = seed % 2 == 0;  // in turns
+    const Call call{
+        count,
+        kind,
+        scores,
+        classes,
+        threshold,
+        contiguous ? Layout::contiguous : Layout::transposed,
+        contiguous ? Layout::contiguous : Layout::sliced_channels_last,
+        contiguous ? Layout::sliced_channels_last : Layout::contiguous};
+    check<box_t, box_t>(types, call, seed++, figures);
   }
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  const int random_calls = argc > 1 ? std::atoi(argv[1]) : 20;
+  const int repeats = argc > 1 ? std::atoi(argv[1]) : 6;
   Figures figures;
   check_ties<float>("float", figures);
   check_ties<double>("double", figures);
   check_ties<at::BFloat16>("bf16", figures);
   check_ties<at::Half>("fp16", figures);
-  check_types<float, float>("float", random_calls, figures);
-  check_types<float, double>("float, double scores", random_calls, figures);
-  check_types<float, at::Half>("float, fp16 scores", random_calls, figures);
-  check_types<double, double>("double", random_calls, figures);
-  check_types<double, at::BFloat16>("double, bf16 scores", random_calls, figures);
-  check_types<at::BFloat16, at::BFloat16>("bf16", random_calls, figures);
-  check_types<at::BFloat16, float>("bf16, float scores", random_calls, figures);
-  check_types<at::Half, at::Half>("fp16", random_calls, figures);
-  check_types<at::Half, float>("fp16, float scores", random_calls, figures);
-  check_large<float, float>("float", figures);
-  check_large<double, double>("double", figures);
+  check_hard<float>("float", figures);
+  check_hard<double>("double", figures);
+  check_types<float, float>("float", repeats, figures);
+  check_types<float, double>("float, double scores", repeats, figures);
+  check_types<float, at::Half>("float, fp16 scores", repeats, figures);
+  check_types<double, double>("double", repeats, figures);
+  check_types<double, at::BFloat16>("double, bf16 scores", repeats, figures);
+  check_types<at::BFloat16, at::BFloat16>("bf16", repeats, figures);
+  check_types<at::BFloat16, float>("bf16, float scores", repeats, figures);
+  check_types<at::Half, at::Half>("fp16", repeats, figures);
+  check_types<at::Half, float>("fp16, float scores", repeats, figures);
+  check_large<float>("float", figures);
+  check_large<double>("double", figures);
   std::printf(
       "lanes=%d calls=%" PRId64 " runs=%" PRId64 " large=%" PRId64 " kept=%" PRId64 " suppressed=%" PRId64 "\n",
       static_cast<int>(at::vec::Vectorized<float>::size()), figures.calls, figures.runs, figures.large, figures.kept,
