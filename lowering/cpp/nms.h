@@ -2,10 +2,10 @@
 //
 //   kept = the boxes i, best score first, with no j kept before for which IoU(j, i) > threshold, j of i's class
 //
-// Each class is a problem of its own.  Boxes that overlap so much have their centres near each other, compared with their
-// widths and heights: the boxes of a class are sorted into the cells of a grid by their centres, and one that is kept is
-// compared with those in the cells around it.  They are decided a group at a time: the best ones left are compared with
-// each other, and then those that are kept with all other boxes, in parallel.
+// Each class is a problem of its own.  Boxes that overlap so much have their centres near each other, compared with
+// their widths and heights: the boxes of a class are sorted into the cells of a grid by their centres, and one that is
+// kept is compared with those in the cells around it.  They are decided a group at a time: the best ones left are
+// compared with each other, and then those that are kept with all other boxes, in parallel.
 #ifndef INDUCTOR_VISION_NMS_H
 #define INDUCTOR_VISION_NMS_H
 
@@ -102,8 +102,8 @@ struct BoxArrays {
   acc_t height(int64_t i) const {
     return y2[i] - y1[i];
   }
-  // Whether the box is one that, for a threshold of 0 or more, can overlap another by more than that: with sides, and an
-  // area that is a number.  All others have an intersection of 0 or a union that is infinite or NaN.
+  // Whether the box is one that, for a threshold of 0 or more, can overlap another by more than that: with sides, and
+  // an area that is a number.  All others have an intersection of 0 or a union that is infinite or NaN.
   bool is_proper(int64_t i) const {
     return width(i) > 0 && height(i) > 0 && std::isfinite(area[i]);
   }
@@ -249,7 +249,7 @@ class BoxGrid {
     const double reached = small ? limits::infinity() : reach_ * own;
     // The second term allows for the rounding of centres.
     const double distance = std::min(reached, (own + longest) / 2) +
-        8 * (limits::epsilon() * (std::abs(from) + own + longest) + limits::denorm_min());
+                            8 * (limits::epsilon() * (std::abs(from) + own + longest) + limits::denorm_min());
     return {axis.cell(from - distance), axis.cell(from + distance)};
   }
 
@@ -294,8 +294,8 @@ struct Undecided {
   }
 };
 
-// Decides the best boxes, group by group: kept[id] = true for those that are kept.  Ends when there are no more, or when
-// so many are suppressed that it pays to sort the others into a new grid; they are returned.
+// Decides the best boxes, group by group: kept[id] = true for those that are kept.  Ends when there are no more, or
+// when so many are suppressed that it pays to sort the others into a new grid; they are returned.
 template <typename acc_t>
 inline std::vector<int64_t> decide(
     const Undecided<acc_t>& undecided, double threshold, bool parallel, std::vector<char>& kept) {
@@ -397,7 +397,8 @@ inline void nms(const ScoredBoxes<box_t, score_t>& given, double threshold, int6
     boxes.set(rank, at(0), at(1), at(2), at(3));
     kept[rank] = !any_may && !boxes.is_proper(rank);
     if (!kept[rank]) {
-      keys.push_back(given.classes == nullptr ? 0 : static_cast<uint64_t>(given.classes[order[rank] * given.class_distance]));
+      keys.push_back(
+          given.classes == nullptr ? 0 : static_cast<uint64_t>(given.classes[order[rank] * given.class_distance]));
       ranks.push_back(rank);
     }
   }
