@@ -134,8 +134,8 @@ def _replace_in_compiled_code(function: str, replacement: Callable[..., Any]) ->
     # Dynamo, which is told to take the replacement for the original; what traces without Dynamo calls `choose`.
     choose.__dict__.update({"__script_if_tracing_wrapper": True, "__original_fn": original})
     torch.compiler.substitute_in_graph(original, skip_signature_check=True)(replacement)
-    for module in list(sys.modules.values()):  # those of torchvision import functions from each other
-        if getattr(module, "__name__", "").partition(".")[0] == "torchvision" and vars(module).get(name) is original:
+    for key, module in list(sys.modules.items()):  # torchvision's modules import functions from each other
+        if key.partition(".")[0] == "torchvision" and vars(module).get(name) is original:
             setattr(module, name, choose)
 
 

@@ -3,7 +3,8 @@
 Inductor runs convolutions channels_last. Of how the result lies in memory it asks a convolution of fake tensors, which
 says contiguous where it does not know whether there are any images; the compiled program then stops with "expected size
 ... stride ..." at the first result that is not. Such convolutions, in the mask head of a detector for one, are compiled
-contiguous here. Under freezing Inductor takes another way, without that fault.
+contiguous here. Images whose height or width is not known would need more. Under freezing Inductor takes another way,
+without that fault.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ def install() -> None:
     convolution = torch.ops.aten.convolution.default
     original = lowerings[convolution]
 
-    def lower(x: Any, *args: Any, **kwargs: Any) -> Any:
+    def lower(x: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
         from .inductor import V, ir
 
         if not depends_on_data(x.get_size()):
-            return original(x, *args, **kwargs)
+            return original(x, weight, *args, **kwargs)
+        contiguous = ir.ExternKernel.require_contiguous_strides  # of 1 x 1 weights too: a convolution looks at these
         with patch.object(V.graph, "layout_opt", False):
-            return original(ir.ExternKernel.require_contiguous(x), *args, **kwargs)
+            return original(contiguous(x), contiguous(weight), *args, **kwargs)
 
     lowerings[convolution] = lower

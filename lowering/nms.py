@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .inductor import DTYPE_TO_CPP, CppTemplateKernel, V, ir
-from .registry import Template, template_for
+from .registry import Template, serve_all, template_for
 from .template import KernelTemplate, double, pointer
 
 
@@ -51,4 +51,4 @@ def _lower(
     return NMSTemplate(boxes, scores, classes, iou_threshold).output()
 
 
-template_for("nms", Template(lambda *args: None, _lower))
+template_for("nms", Template(serve_all, _lower))

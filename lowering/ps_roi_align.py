@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from .inductor import CppTemplateKernel, ir
-from .regions import RegionsTemplate, grid_sampling, serve_all
-from .registry import Template, template_for
+from .regions import RegionsTemplate, grid_sampling
+from .registry import Template, serve_all, template_for
 
 
 class PSRoIAlignTemplate(RegionsTemplate):

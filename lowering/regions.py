@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from .inductor import DTYPE_TO_CPP, CppTemplateKernel, V, ir
 from .layout import first_result, realize_image, writes_channels_last
 from .template import BlocksTemplate, double, pointer
-
-
-def serve_all(*args: Any) -> str | None:
-    """The refusal of templates that take every call."""
-    return None
 
 
 def cache_bytes() -> int:

@@ -47,6 +47,11 @@ class Template:
     prepack: Callable[..., Any] | None = None
 
 
+def serve_all(*args: Any) -> str | None:
+    """The refusal of templates that take every call."""
+    return None
+
+
 _templates: dict[str, Template] = {}
 _internal = torch.library.Library(NAMESPACE, "FRAGMENT")
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from ..ops.roi_align import Arguments, BackwardArguments
 from .inductor import CppTemplateKernel, ir
-from .regions import RegionsTemplate, grid_sampling, serve_all
-from .registry import Template, template_for
+from .regions import RegionsTemplate, grid_sampling
+from .registry import Template, serve_all, template_for
 
 
 class RoIAlignTemplate(RegionsTemplate):

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from .inductor import CppTemplateKernel, V, ir
-from .regions import RegionsTemplate, serve_all
-from .registry import Template, template_for
+from .regions import RegionsTemplate
+from .registry import Template, serve_all, template_for
 
 
 class RoIPoolTemplate(RegionsTemplate):

@@ -54,7 +54,10 @@ def splice_header(name: str) -> str:
 
 def pointer(kernel: CppTemplateKernel, node: ir.IRNode) -> str:
     """To the first element of an input or output, in C++."""
-    return f"&{kernel.index(node, [0] * len(node.get_size()))}"
+    address = f"&{kernel.index(node, [0] * len(node.get_size()))}"
+    if node.get_dtype() != V.graph.get_dtype(node.get_name()):  # a view of memory that was declared as another dtype
+        address = f"reinterpret_cast<const {DTYPE_TO_CPP[node.get_dtype()]}*>({address})"
+    return address
 
 
 def double(value: float) -> str:

@@ -59,7 +59,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
 def _as_integers(classes: Tensor) -> Tensor:
     if not classes.is_floating_point():
         return classes.long()
-    return (classes.double() + 0.0).view(torch.int64)  # equal where the numbers are; -0 + 0 is 0
+    return classes.double().view(torch.int64).where(classes != 0, 0)  # equal where the numbers are; -0 is 0
 
 
 def _indices(padded: Tensor) -> Tensor:
@@ -145,11 +145,25 @@ _op = define_op(
 )
 
 
+# On other devices torchvision has kernels, and here is only the decomposition, a loop.
+
+
 @serves_torchvision("nms")
 def _torchvision(dets: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    return _indices(_op(dets, scores, None, iou_threshold))
+    return _indices(_op(dets, scores, None, iou_threshold)) if dets.device.type == "cpu" else NotImplemented
 
 
 # torchvision's operator tells compilers that at least two boxes are kept: exported models then refuse images with none.
-replaces_torchvision("ops.boxes.nms")(nms)
-replaces_torchvision("ops.boxes.batched_nms")(batched_nms)
+@replaces_torchvision("ops.boxes.nms")
+def _torchvision_nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    on_cpu = boxes.device.type == "cpu"
+    return (nms if on_cpu else torch.ops.torchvision.nms)(boxes, scores, iou_threshold)
+
+
+@replaces_torchvision("ops.boxes.batched_nms")
+def _torchvision_batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
+    if boxes.device.type == "cpu":
+        return batched_nms(boxes, scores, idxs, iou_threshold)
+    from torchvision.ops.boxes import _batched_nms_coordinate_trick
+
+    return _batched_nms_coordinate_trick(boxes, scores, idxs, iou_threshold)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .registry import replaces_torchvision
+from .registry import accumulate_dtype, replaces_torchvision
 
 
 @replaces_torchvision("models.detection._utils.BoxCoder.decode")
@@ -22,16 +22,17 @@ def decode(coder: Any, rel_codes: Tensor, boxes: list[Tensor]) -> Tensor:
         boxes: ``[L, 4]`` of each image, N in all.
 
     Returns:
-        ``[N, C, 4]``.
+        ``[N, C, 4]``; the original, where N is 0, ``[0, 4 C]``.
     """
-    return coder.decode_single(rel_codes, torch.cat(boxes)).unflatten(1, (-1, 4))
+    return coder.decode_single(rel_codes.flatten(0, -2), torch.cat(boxes)).unflatten(1, (-1, 4))
 
 
 @replaces_torchvision("models.detection.roi_heads.paste_masks_in_image")
 def paste_masks_in_image(masks: Tensor, boxes: Tensor, img_shape: tuple[int, int], padding: int = 1) -> Tensor:
     """The original resizes mask by mask, each to the size of its box.
 
-    Bilinear weights are a product of those of rows and of columns: these are matrices here, zero outside the box.
+    Bilinear weights are a product of those of rows and of columns, which are matrices here. A NaN in a mask is then
+    everywhere in its box.
 
     Args:
         masks: ``[N, 1, M, M]``.
@@ -46,20 +47,29 @@ def paste_masks_in_image(masks: Tensor, boxes: Tensor, img_shape: tuple[int, int
     masks, scale = expand_masks(masks, padding)
     x1, y1, x2, y2 = expand_boxes(boxes, scale).long().unbind(1)
     height, width = img_shape
-    rows = _resizing(y1, y2, height, masks.shape[-2], masks.dtype)
-    columns = _resizing(x1, x2, width, masks.shape[-1], masks.dtype)
-    return (rows @ masks[:, 0] @ columns.mT)[:, None]
+    dtype = accumulate_dtype(masks.dtype)
+    with torch.autocast(masks.device.type, enabled=False):
+        rows, in_rows = _resizing(y1, y2, height, masks.shape[-2], dtype)
+        columns, in_columns = _resizing(x1, x2, width, masks.shape[-1], dtype)
+        pasted = rows @ masks[:, 0].to(dtype) @ columns.mT
+    inside = in_rows[:, :, None] & in_columns[:, None, :]
+    return pasted.to(masks.dtype).where(inside, 0)[:, None]
 
 
-def _resizing(begin: Tensor, end: Tensor, size: int, source: int, dtype: torch.dtype) -> Tensor:
-    """``[N, size, source]``: what each of ``source`` pixels counts for each of ``size`` when it is stretched over the
-    pixels from ``begin`` to ``end``, as :func:`torch.nn.functional.interpolate` does it without ``align_corners``."""
+def _resizing(begin: Tensor, end: Tensor, size: int, source: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """How ``source`` pixels are stretched over those from ``begin`` to ``end``, as
+    :func:`torch.nn.functional.interpolate` does it without ``align_corners``.
+
+    Returns:
+        ``[N, size, source]``, what each counts for each of ``size`` pixels, and ``[N, size]``, whether these are among
+        the ones from ``begin`` to ``end``.
+    """
     at = torch.arange(size, device=begin.device)
     begin, end = begin[:, None], end[:, None]
     scale = source / (end - begin + 1).clamp(min=1).to(dtype)
-    position = ((at - begin + 0.5) * scale - 0.5).clamp(0, source - 1)
+    position = (((at - begin).to(dtype) + 0.5) * scale - 0.5).clamp(0, source - 1)
     low = position.floor()
     fraction = (position - low)[..., None]
     pixel = torch.arange(source, device=begin.device)
     weights = (1 - fraction).where(pixel == low[..., None], 0) + fraction.where(pixel == low[..., None] + 1, 0)
-    return weights.where(((at >= begin) & (at <= end))[..., None], 0)
+    return weights, (at >= begin) & (at <= end)

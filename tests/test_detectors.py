@@ -58,8 +58,10 @@ def assert_same_detections(ours: dict[str, Tensor], stock: dict[str, Tensor]) ->
 
 
 @pytest.mark.slow
-def test_mask_rcnn_is_one_graph(detector):
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_mask_rcnn_is_one_graph(detector, memory_format):
     accelerate_torchvision()
+    detector.to(memory_format=memory_format)
     images = [torch.rand(3, 90, 120) for _ in range(2)]
     with torch.no_grad():
         stock = [
@@ -105,16 +107,32 @@ def test_decode(torchvision):
         assert decode(coder, codes[:0], boxes[1:2]).shape == (0, classes, 4)
 
 
+def masks_and_boxes(size: int) -> tuple[Tensor, Tensor]:
+    boxes = (torch.rand(40, 2, 2).sort(dim=1).values * torch.tensor([110.0, 90.0])).flatten(1)
+    boxes[0] = torch.tensor([0.0, 0, 110, 90])
+    boxes[1] = torch.tensor([5.0, 6, 5, 6])
+    boxes[2] = torch.tensor([0.0, 0, 0, 0])
+    return torch.rand(40, 1, size, size), boxes
+
+
 @pytest.mark.parametrize("size", [14, 28])
 def test_paste_masks_in_image(torchvision, size):
     from torchvision.models.detection.roi_heads import paste_masks_in_image as stock
 
-    corners = torch.rand(40, 2, 2).sort(dim=1).values * torch.tensor([110.0, 90.0])
-    boxes = corners.flatten(1)
-    boxes[0] = torch.tensor([0.0, 0, 110, 90])
-    boxes[1] = torch.tensor([5.0, 6, 5, 6])
-    boxes[2] = torch.tensor([0.0, 0, 0, 0])
-    masks = torch.rand(40, 1, size, size)
+    masks, boxes = masks_and_boxes(size)
     ours = paste_masks_in_image(masks, boxes, (90, 110))
     torch.testing.assert_close(ours, stock(masks, boxes, (90, 110)), rtol=0, atol=2e-5)
     assert paste_masks_in_image(masks[:0], boxes[:0], (90, 110)).shape == (0, 1, 90, 110)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_pasted_masks_keep_their_dtype_and_their_precision(torchvision, dtype):
+    from torchvision.models.detection.roi_heads import paste_masks_in_image as stock
+
+    masks, boxes = masks_and_boxes(28)
+    masks = masks.to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = paste_masks_in_image(masks, boxes, (90, 110))
+    assert ours.dtype == dtype
+    tolerance = {torch.bfloat16: 4e-3, torch.float16: 5e-4}.get(dtype, 2e-5)
+    torch.testing.assert_close(ours.double(), stock(masks.double(), boxes, (90, 110)), rtol=0, atol=tolerance)

@@ -176,9 +176,9 @@ class GridAxis {
 inline double reach(double threshold) {
   constexpr double kLeast = 0.05;      // below, little is gained
   constexpr double kRounding = 0.001;  // by much less than this, an overlap may be computed as more than it is
-  const double overlap = threshold - kRounding;
+  const double least = threshold - kRounding;
   return threshold < kLeast ? std::numeric_limits<double>::infinity()
-                            : std::max({1 - overlap, (1 / overlap - 1) / 2, 0.0});
+                            : std::max({1 - least, (1 / least - 1) / 2, 0.0});
 }
 
 // Proper boxes by the cell that their centre is in.
@@ -360,7 +360,7 @@ inline std::vector<int64_t> decide(
   return left;
 }
 
-// The same for thresholds below 0, and NaN: no intersection is needed, and improper boxes count.
+// The same for thresholds below 0: no intersection is needed, and improper boxes count.
 template <typename acc_t>
 inline void decide_pair_by_pair(const Undecided<acc_t>& undecided, double threshold, std::vector<char>& kept) {
   std::vector<int64_t> before;
@@ -389,13 +389,13 @@ inline void nms(const ScoredBoxes<box_t, score_t>& given, double threshold, int6
   std::vector<char> kept(count, false);  // by place in `order`
   std::vector<int64_t> ranks;            // places in `order`, class by class, of the boxes that may be suppressed
   const BoxArrays<acc_t> boxes(count);   // by place in `order`
-  const bool any_may = !(threshold >= 0);
+  const bool improper_may_suppress = threshold < 0;
   keys.clear();
   for (int64_t rank = 0; rank < count; ++rank) {
     const box_t* box = given.boxes + order[rank] * given.row;
     const auto at = [&](int64_t i) { return static_cast<acc_t>(box[i * given.column]); };
     boxes.set(rank, at(0), at(1), at(2), at(3));
-    kept[rank] = !any_may && !boxes.is_proper(rank);
+    kept[rank] = std::isnan(threshold) || (!improper_may_suppress && !boxes.is_proper(rank));
     if (!kept[rank]) {
       keys.push_back(
           given.classes == nullptr ? 0 : static_cast<uint64_t>(given.classes[order[rank] * given.class_distance]));
@@ -413,7 +413,11 @@ inline void nms(const ScoredBoxes<box_t, score_t>& given, double threshold, int6
 
   const auto run = [&](size_t c, bool parallel) {
     std::vector<int64_t> left(ranks.begin() + class_begin[c], ranks.begin() + class_begin[c + 1]);
-    if (any_may) {
+    if (left.size() == 1) {
+      kept[left[0]] = true;
+      return;
+    }
+    if (improper_may_suppress) {
       decide_pair_by_pair(Undecided<acc_t>(std::move(left), boxes), threshold, kept);
     }
     while (!left.empty()) {

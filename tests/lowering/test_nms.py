@@ -81,6 +81,22 @@ def test_strided_views_and_neighbours():
         assert torch.equal(ours, eager)
 
 
+def test_classes_that_are_floating_numbers():
+    boxes, scores = torch.tensor([[0.0, 0, 1, 1]] * 4), torch.tensor([4.0, 3.0, 2.0, 1.0])
+    compiled = compile_and_run(
+        lambda *call: batched_nms(*call, 0.5), boxes, scores, torch.tensor([0.25, 0.5, 0.0, -0.0])
+    )
+    assert compiled.kinds == ["template"]
+    assert compiled.result.tolist() == [0, 1, 2]
+
+
+def test_memory_that_is_viewed_as_another_dtype():
+    boxes, scores, _ = Boxes(90).tensors()
+    compiled = compile_and_run(lambda bits, s: nms(bits.view(torch.float32), s, 0.3), boxes.view(torch.int32), scores)
+    assert compiled.kinds == ["template"]
+    assert compiled.result.tolist() == nms_oracle(boxes, scores, 0.3)
+
+
 def test_as_many_boxes_as_data_say():
     def best(boxes: Tensor, scores: Tensor, least: Tensor) -> Tensor:
         good = scores > least
