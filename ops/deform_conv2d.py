@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 from torch.nn.modules.utils import _pair
 
-from .registry import accumulate_dtype, define_op, forbid_double_backward, serves_torchvision
+from .registry import accumulate_dtype, check, define_op, forbid_double_backward, serves_torchvision
 
 
 def deform_conv2d(
@@ -144,70 +145,69 @@ def _check(arguments: Arguments) -> tuple[int, int]:
     """Raise RuntimeError unless the arguments go together; the output's height and width."""
     input, offset, weight, bias, stride, padding, dilation, mask = arguments
 
-    def check(condition: bool, message: str) -> None:
-        torch._check(condition, lambda: f"deform_conv2d: {message}")
+    require = functools.partial(check, "deform_conv2d")
 
     for name, tensor in (("input", input), ("offset", offset), ("weight", weight), ("mask", mask)):
         if tensor is not None:
-            check(tensor.dim() == 4, f"{name} must have 4 dimensions, got shape {tuple(tensor.shape)}")
-    check(
+            require(tensor.dim() == 4, f"{name} must have 4 dimensions, got shape {tuple(tensor.shape)}")
+    require(
         input.dtype in _FLOAT_DTYPES,
         f"input must be one of {', '.join(map(str, _FLOAT_DTYPES))}, got {input.dtype}",
     )
     for name, tensor in (("offset", offset), ("weight", weight), ("bias", bias), ("mask", mask)):
         if tensor is not None:
-            check(tensor.dtype == input.dtype, f"{name} must have input's dtype {input.dtype}, got {tensor.dtype}")
-            check(
+            require(tensor.dtype == input.dtype, f"{name} must have input's dtype {input.dtype}, got {tensor.dtype}")
+            require(
                 tensor.device == input.device, f"{name} must be on input's device {input.device}, got {tensor.device}"
             )
     for name, pair, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
-        check(len(pair) == 2, f"{name} must be a number or a pair, got {tuple(pair)}")
-        check(min(pair) >= least, f"{name} must be at least {least}, got {tuple(pair)}")
+        require(len(pair) == 2, f"{name} must be a number or a pair, got {tuple(pair)}")
+        require(min(pair) >= least, f"{name} must be at least {least}, got {tuple(pair)}")
 
     # Batch and image size may be dynamic. The rest is what the operator is: int() makes a symbolic size a constant.
     batch, channels, height, width = input.shape[0], int(input.shape[1]), *input.shape[2:]
     out_channels, group_channels, kernel_height, kernel_width = map(int, weight.shape)
     taps = kernel_height * kernel_width
-    check(
+    require(
         out_channels > 0 and group_channels > 0 and taps > 0,
         f"weight must not be empty, got shape {tuple(weight.shape)}",
     )
-    check(height > 0 and width > 0, f"input must have a positive height and width, got shape {tuple(input.shape)}")
-    check(
+    require(height > 0 and width > 0, f"input must have a positive height and width, got shape {tuple(input.shape)}")
+    require(
         channels > 0 and channels % group_channels == 0,
         f"input's channels must be a positive multiple of weight.shape[1] = {group_channels}, got {channels}",
     )
     groups = channels // group_channels
-    check(
+    require(
         out_channels % groups == 0,
         f"weight.shape[0] must be divisible by groups = {channels} // {group_channels} = {groups}, got {out_channels}",
     )
-    check(
+    require(
         bias is None or tuple(bias.shape) == (out_channels,),
         f"bias must have shape ({out_channels},), got {None if bias is None else tuple(bias.shape)}",
     )
 
     out_height = output_size(height, kernel_height, stride[0], padding[0], dilation[0])
     out_width = output_size(width, kernel_width, stride[1], padding[1], dilation[1])
-    check(
+    require(
         out_height > 0 and out_width > 0,
         f"the kernel does not fit into the padded input: the output would be {out_height} x {out_width}",
     )
     offset_channels = int(offset.shape[1])
-    check(
+    require(
         offset_channels > 0 and offset_channels % (2 * taps) == 0,
         f"offset.shape[1] must be a positive multiple of 2 * {kernel_height} * {kernel_width} = {2 * taps}, "
         f"got {offset_channels}",
     )
     offset_groups = offset_channels // (2 * taps)
-    check(
+    require(
         channels % offset_groups == 0,
         f"input's channels must be divisible by the {offset_groups} offset groups, got {channels}",
     )
     for name, tensor, expected in (("offset", offset, offset_channels), ("mask", mask, offset_groups * taps)):
         if tensor is not None:
             shape = (batch, expected, out_height, out_width)
-            check(
+            require(
                 all(got == want for got, want in zip(tensor.shape, shape)),
                 f"{name} must have shape {shape}, got {tuple(tensor.shape)}",
             )

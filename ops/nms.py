@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .registry import accumulate_dtype, define_op, replaces_torchvision, serves_torchvision
+from .registry import accumulate_dtype, check, define_op, replaces_torchvision, serves_torchvision
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
@@ -67,26 +67,22 @@ def _indices(padded: Tensor) -> Tensor:
 
 
 def _check(boxes: Tensor, scores: Tensor, classes: Tensor | None) -> None:
-    torch._check(
-        boxes.dim() == 2 and boxes.shape[1] == 4,
-        lambda: f"nms: boxes must be [N, 4], rows of (x1, y1, x2, y2); got {tuple(boxes.shape)}",
-    )
-    torch._check(boxes.is_floating_point(), lambda: f"nms: boxes must be of a floating dtype, got {boxes.dtype}")
-    torch._check(scores.is_floating_point(), lambda: f"nms: scores must be of a floating dtype, got {scores.dtype}")
+    shape = tuple(boxes.shape)
+    check("nms", boxes.dim() == 2 and shape[1] == 4, f"boxes must be [N, 4], rows of (x1, y1, x2, y2); got {shape}")
+    check("nms", boxes.is_floating_point(), f"boxes must be of a floating dtype, got {boxes.dtype}")
+    check("nms", scores.is_floating_point(), f"scores must be of a floating dtype, got {scores.dtype}")
     _check_each("scores", scores, boxes)
     if classes is not None:
-        torch._check(classes.dtype == torch.int64, lambda: f"nms: classes must be int64, got {classes.dtype}")
+        check("nms", classes.dtype == torch.int64, f"classes must be int64, got {classes.dtype}")
         _check_each("idxs", classes, boxes)
 
 
 def _check_each(name: str, values: Tensor, boxes: Tensor) -> None:
     """One value for each box."""
-    torch._check(values.dim() == 1, lambda: f"nms: {name} must be [N], one for each box; got {tuple(values.shape)}")
-    torch._check(
-        values.shape[0] == boxes.shape[0],
-        lambda: f"nms: {name} must be one for each box; there are {values.shape[0]} and {boxes.shape[0]} boxes",
-    )
-    torch._check(values.device == boxes.device, lambda: f"nms: {name} must be on {boxes.device}, got {values.device}")
+    check("nms", values.dim() == 1, f"{name} must be [N], one for each box; got {tuple(values.shape)}")
+    count, wanted = values.shape[0], boxes.shape[0]
+    check("nms", count == wanted, f"{name} must be one for each box; there are {count} and {wanted} boxes")
+    check("nms", values.device == boxes.device, f"{name} must be on {boxes.device}, got {values.device}")
 
 
 def _fake(boxes: Tensor, scores: Tensor, classes: Tensor | None, iou_threshold: float) -> Tensor:
@@ -150,7 +146,7 @@ _op = define_op(
 
 @serves_torchvision("nms")
 def _torchvision(dets: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    return _indices(_op(dets, scores, None, iou_threshold)) if dets.device.type == "cpu" else NotImplemented
+    return nms(dets, scores, iou_threshold) if dets.device.type == "cpu" else NotImplemented
 
 
 # torchvision's operator tells compilers that at least two boxes are kept: exported models then refuse images with none.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from .registry import accumulate_dtype
+from .registry import accumulate_dtype, check
 
 _FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -132,10 +132,6 @@ def check_grad(op: str, grad: Tensor, rois: Tensor, size: Sequence[int]) -> None
         f"the size of input must be [B, C, H, W], got {tuple(size)}",
     )
     check_rois(op, rois, grad)
-
-
-def check(op: str, condition: bool, message: str) -> None:
-    torch._check(condition, lambda: f"{op}: {message}")
 
 
 def input_names(inputs: Sequence[Tensor]) -> list[str]:

@@ -113,6 +113,11 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def check(op: str, condition: bool, message: str) -> None:
+    """Raise a RuntimeError that names the operator, eagerly and while a graph is traced, unless the condition holds."""
+    torch._check(condition, lambda: f"{op}: {message}")
+
+
 def forbid_double_backward(op: VisionOp, forward: str) -> None:
     """Have the gradient of a backward operator be a clear error."""
 

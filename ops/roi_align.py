@@ -18,14 +18,13 @@ from .regions import (
     bilinear_samples,
     channels_first,
     channels_last,
-    check,
     check_grad,
     check_regions,
     empty_regions,
     images_of,
     regions_of,
 )
-from .registry import accumulate_dtype, define_op, forbid_double_backward, serves_torchvision
+from .registry import accumulate_dtype, check, define_op, forbid_double_backward, serves_torchvision
 
 
 def roi_align(

@@ -14,7 +14,6 @@ from .regions import (
     Pixels,
     PooledAxis,
     channels_first,
-    check,
     check_grad,
     check_regions,
     empty_regions,
@@ -23,7 +22,7 @@ from .regions import (
     pooled_pixels,
     regions_of,
 )
-from .registry import accumulate_dtype, define_op, forbid_double_backward, serves_torchvision
+from .registry import accumulate_dtype, check, define_op, forbid_double_backward, serves_torchvision
 
 
 def roi_pool(

@@ -66,6 +66,12 @@ def eager(function: Callable[..., Any], arguments: Sequence[Any]) -> Prepared:
     return Prepared(call, call())
 
 
+def copy(bytes_moved: int) -> Prepared:
+    """Move so many bytes: read half of them and write the other half, into memory that is there already."""
+    source = torch.ones(bytes_moved // 2, dtype=torch.uint8)
+    return eager(torch.ones_like(source).copy_, (source,))
+
+
 def compiled(module: nn.Module, arguments: Sequence[Tensor], *, dynamic: bool | None = None) -> Prepared:
     """``torch.compile`` for inference, the module's parameters being constants to the compiler.
 

@@ -284,15 +284,6 @@ import torchvision
 from inductor_vision.paths import recorded_paths
 from inductor_vision.tests.support.compiled import compile_and_run
 from inductor_vision.tests.support.deform_conv2d import oracle, sample
-from inductor_vision.tests.support.regions import (
-    OPERATORS,
-    Pyramid,
-    PyramidSample,
-    pyramid,
-    pyramid_gradient_oracle,
-    pyramid_oracle,
-    sample as sample_regions,
-)
 from inductor_vision.tests.support.compare import assert_close
 
 torchvision.models.resnet18()

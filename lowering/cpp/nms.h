@@ -419,6 +419,7 @@ inline void nms(const ScoredBoxes<box_t, score_t>& given, double threshold, int6
     }
     if (improper_may_suppress) {
       decide_pair_by_pair(Undecided<acc_t>(std::move(left), boxes), threshold, kept);
+      return;
     }
     while (!left.empty()) {
       left = decide(Undecided<acc_t>(std::move(left), boxes), threshold, parallel, kept);

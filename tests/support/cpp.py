@@ -97,7 +97,7 @@ def _compiler(name: str) -> str:
 
 
 def build_sanitized(
-    source: pathlib.Path, program: pathlib.Path, capability: Capability, optimization: str = "-O1"
+    source: pathlib.Path, program: pathlib.Path, capability: Capability, optimization: str
 ) -> pathlib.Path:
     """Build a program with AddressSanitizer and UndefinedBehaviorSanitizer, and the math flags that Inductor gives."""
     libraries = [flag for path in library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
@@ -108,7 +108,7 @@ def build_sanitized(
 
 @contextlib.contextmanager
 def sanitized_programs(
-    request: pytest.FixtureRequest, folder: pathlib.Path, source: pathlib.Path, optimization: str = "-O1"
+    request: pytest.FixtureRequest, folder: pathlib.Path, source: pathlib.Path, optimization: str
 ) -> Iterator[Callable[[str], pathlib.Path]]:
     """The program of a source for a capability, by the name of that, for a fixture called ``program``.
 

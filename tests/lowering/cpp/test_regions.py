@@ -4,26 +4,17 @@ on nothing but the input."""
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable, Iterator
 
 import pytest
-from inductor_vision.tests.support.cpp import CAPABILITIES, compile_only, run_sanitized, sanitized_programs
+from inductor_vision.tests.support.cpp import CAPABILITIES, run_sanitized
 
 SOURCE = pathlib.Path(__file__).with_name("regions_test.cpp")
+OPTIMIZATION = "-O0"  # to optimize this program would take longer than to run it as it is
 
 pytestmark = pytest.mark.slow
 
 # How many calls of random shape for each operator and pair of types, besides those in the source.
 RANDOM_CALLS = {"AVX-512": 8, "AVX2": 4, "no vector instructions": 2}
-
-
-@pytest.fixture(scope="module")
-def program(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[[str], pathlib.Path]]:
-    # To optimize this program would take longer than to run it as it is.
-    with sanitized_programs(request, tmp_path_factory.mktemp("regions"), SOURCE, optimization="-O0") as programs:
-        yield programs
 
 
 @pytest.mark.parametrize("name", CAPABILITIES)
@@ -33,9 +24,3 @@ def test_under_sanitizers(program, name):
     assert figures["calls"] > 4 * 8 * RANDOM_CALLS[name]  # of 4 operators, in 8 pairs of types
     assert figures["runs"] >= 2 * 6 * figures["calls"]  # forward and backward, in 6 settings
     assert figures["rejected"] > 0
-
-
-@pytest.mark.parametrize("name", CAPABILITIES)
-def test_compiles_with_clang(name):
-    CAPABILITIES[name].skip_unless_it_runs_here()
-    compile_only("clang++", SOURCE, CAPABILITIES[name])
