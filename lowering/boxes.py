@@ -1,0 +1,54 @@
+"""What the templates of the operators on boxes with scores share: see cpp/boxes.h."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .inductor import DTYPE_TO_CPP, CppTemplateKernel, V, ir
+from .template import KernelTemplate, pointer
+
+
+class ScoredBoxesTemplate(KernelTemplate):
+    """A kernel over boxes with scores, and perhaps classes. Nothing is fused with its results."""
+
+    def __init__(self, boxes: ir.TensorBox, scores: ir.TensorBox, classes: ir.TensorBox | None) -> None:
+        tensors = [tensor for tensor in (boxes, scores, classes) if tensor is not None]
+        super().__init__([ir.ExternKernel.realize_input(tensor) for tensor in tensors])
+
+    def add_for_each_box(self, *dtypes: torch.dtype) -> list[ir.TensorBox]:
+        """Add the kernel to the graph; its results, ``[N]`` each."""
+        count = self.inputs[0].get_size()[0]
+        layouts = [ir.FixedLayout(torch.device("cpu"), dtype, [count]) for dtype in dtypes]
+        buffer = self.add(layouts[0])
+        results: Sequence[ir.Buffer] = [buffer]
+        if len(layouts) > 1:
+            results = [ir.MultiOutput(layout, buffer, [(list, i)]) for i, layout in enumerate(layouts)]
+            buffer.layout = ir.MultiOutputLayout(device=torch.device("cpu"))
+            buffer.outputs = results
+        V.graph.no_fuse_buffer_names.update(result.get_name() for result in results)
+        return [ir.TensorBox.create(result) for result in results]
+
+    def arguments(self) -> list[str]:
+        """What the kernel is given between the boxes and its results, in C++."""
+        return []
+
+    def render(
+        self, kernel: CppTemplateKernel, buffer: ir.CppTemplateBuffer, epilogue: list[ir.ComputedBuffer], keep: bool
+    ) -> str:
+        results = buffer.outputs or [buffer]
+
+        def body() -> list[str]:
+            arguments = [self._boxes(kernel), *self.arguments(), *(pointer(kernel, result) for result in results)]
+            return [f"inductor_vision::{self.op}({', '.join(arguments)});"]
+
+        return self.source(kernel, buffer, {f"out{i}": result for i, result in enumerate(results)}, body)
+
+    def _boxes(self, kernel: CppTemplateKernel) -> str:
+        boxes, scores, *classes = self.inputs
+        fields = [pointer(kernel, boxes), kernel.stride(boxes, 0), kernel.stride(boxes, 1)]
+        fields += [pointer(kernel, scores), kernel.stride(scores, 0)]
+        fields += [pointer(kernel, *classes), kernel.stride(*classes, 0)] if classes else ["nullptr", "0"]
+        types = ", ".join(DTYPE_TO_CPP[node.get_dtype()] for node in (boxes, scores))
+        return f"inductor_vision::ScoredBoxes<{types}>{{{', '.join(fields)}, {kernel.size(boxes, 0)}}}"
