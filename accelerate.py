@@ -8,13 +8,14 @@ import inspect
 import logging
 import pkgutil
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from .lowering import registry as lowering_registry
-from .ops import torchvision_detection  # noqa: F401  (declares what it replaces)
+from .ops import heatmaps_to_keypoints, torchvision_detection  # noqa: F401  (declare what they replace)
 from .ops.registry import TORCHVISION, TORCHVISION_PYTHON
 
 logger = logging.getLogger("inductor_vision")
@@ -122,10 +123,14 @@ def _replace_in_compiled_code(function: str, replacement: Callable[..., Any]) ->
     if hasattr(original, _REPLACED):
         return
 
-    @functools.wraps(original)
-    def choose(*args: Any, **kwargs: Any) -> Any:
-        return (replacement if torch.compiler.is_compiling() else original)(*args, **kwargs)
+    is_compiling = torch.compiler.is_compiling
 
+    def choose(*args: Any, **kwargs: Any) -> Any:
+        return (replacement if is_compiling() else original)(*args, **kwargs)
+
+    # torch.jit.script compiles the source of what is wrapped, and looks names up where this function would.
+    choose = types.FunctionType(choose.__code__, original.__globals__, name, closure=choose.__closure__)
+    functools.update_wrapper(choose, original)
     setattr(choose, _REPLACED, True)
     if inspect.isclass(owner):
         setattr(owner, name, choose)

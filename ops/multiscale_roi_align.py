@@ -152,32 +152,20 @@ class MultiScaleRoIAlign(nn.Module):
         )
 
 
-# torchvision's own module runs Python that depends on data: these two functions of it do not, here.
+# torchvision's own module runs Python that depends on data, and keeps what it finds out in its first call, for which a
+# compiled model would be compiled again.
 
 
-@replaces_torchvision("ops.poolers._setup_scales")
-def _torchvision_setup_scales(
-    features: list[Tensor], image_shapes: list[tuple[int, int]], canonical_scale: int, canonical_level: int
-) -> tuple[list[float], Any]:
-    from torchvision.ops.poolers import initLevelMapper
-
-    scales = _infer_scales(features, image_shapes)
-    return scales, initLevelMapper(*_finest_and_coarsest(scales), canonical_scale, canonical_level)
-
-
-@replaces_torchvision("ops.poolers._multiscale_roi_align")
-def _torchvision_multiscale_roi_align(
-    x_filtered: list[Tensor],
-    boxes: list[Tensor],
-    output_size: Sequence[int],
-    sampling_ratio: int,
-    scales: list[float] | None,
-    mapper: Any,
+@replaces_torchvision("ops.poolers.MultiScaleRoIAlign.forward")
+def _torchvision_forward(
+    module: Any, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
 ) -> Tensor:
-    if scales is None or mapper is None:
-        raise ValueError("scales and mapper should not be None")
+    features = [feature for name, feature in x.items() if name in module.featmap_names]
+    scales = module.scales or _infer_scales(features, image_shapes)
     rois = regions_of("multiscale_roi_align", boxes)
     levels = None
-    if len(x_filtered) > 1:
-        levels = assign_levels(rois, mapper.k_min, mapper.k_max, mapper.s0, mapper.lvl0, mapper.eps)
-    return align_on_levels(_of_one_dtype(x_filtered), rois, levels, scales, output_size, sampling_ratio, aligned=False)
+    if len(features) > 1:
+        finest_and_coarsest = _finest_and_coarsest(scales)
+        levels = assign_levels(rois, *finest_and_coarsest, module.canonical_scale, module.canonical_level)
+    size, ratio = module.output_size, module.sampling_ratio
+    return align_on_levels(_of_one_dtype(features), rois, levels, scales, size, ratio, aligned=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .registry import accumulate_dtype, replaces_torchvision
@@ -73,3 +74,46 @@ def _resizing(begin: Tensor, end: Tensor, size: int, source: int, dtype: torch.d
     pixel = torch.arange(source, device=begin.device)
     weights = (1 - fraction).where(pixel == low[..., None], 0) + fraction.where(pixel == low[..., None] + 1, 0)
     return weights, (at >= begin) & (at <= end)
+
+
+@replaces_torchvision("models.detection.transform.GeneralizedRCNNTransform.batch_images")
+def batch_images(transform: Any, images: list[Tensor], size_divisible: int = 32) -> Tensor:
+    """The original makes numbers of sizes, which then hold for one size only.
+
+    Args:
+        images: ``[C, H, W]`` each, of sizes of their own.
+        size_divisible: what the result's height and width are multiples of.
+
+    Returns:
+        ``[B, C, H, W]``, the images with zeros at the right and below.
+    """
+    height, width = (-(-max(image.shape[d] for image in images) // size_divisible) * size_divisible for d in (1, 2))
+    return torch.stack([F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1])) for image in images])
+
+
+@replaces_torchvision("models.detection.transform._resize_image_and_masks")
+def resize_image_and_masks(
+    image: Tensor,
+    self_min_size: int,
+    self_max_size: int,
+    target: dict[str, Tensor] | None = None,
+    fixed_size: tuple[int, int] | None = None,
+) -> tuple[Tensor, dict[str, Tensor] | None]:
+    """The original decides which side of the image limits its size, for all images that a graph is for.
+
+    Args:
+        image: ``[C, H, W]``.
+        self_min_size, self_max_size: what the shorter side becomes, unless the longer side becomes more than the latter.
+        target: of which "masks", ``[N, H, W]``, are resized too.
+        fixed_size: width and height, whatever the image's are.
+    """
+    if fixed_size is not None:
+        size = [fixed_size[1], fixed_size[0]]
+    else:
+        shape = image.shape[-2:]
+        scale = torch.sym_min(self_min_size / torch.sym_min(*shape), self_max_size / torch.sym_max(*shape))
+        size = [torch.sym_int(length * scale) for length in shape]
+    image = F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0]
+    if target is not None and "masks" in target:
+        target["masks"] = F.interpolate(target["masks"][:, None].float(), size=size)[:, 0].byte()
+    return image, target

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from inductor_vision import MultiScaleRoIAlign, multiscale_roi_align, roi_align
-from inductor_vision.ops.multiscale_roi_align import assign_levels
+from inductor_vision.ops.multiscale_roi_align import _infer_scales, assign_levels
 from inductor_vision.ops.registry import TORCHVISION_PYTHON
 from inductor_vision.paths import recorded_paths
 from inductor_vision.tests.support.compare import assert_close
@@ -468,62 +468,76 @@ def test_module_on_maps_with_a_level_missing():
         module(dict(zip("abc", s.features)), s.boxes, [s.case.image] * 2)
 
 
-# What stands for torchvision's Python in compiled code
+# What stands for torchvision's module in compiled code
+
+replacement = TORCHVISION_PYTHON["ops.poolers.MultiScaleRoIAlign.forward"]
 
 
 @pytest.fixture
-def poolers(torchvision):
-    """torchvision's own functions, whether or not accelerate_torchvision() was called before."""
-    names = ("_setup_scales", "_multiscale_roi_align")
-    functions = {name: getattr(torchvision.ops.poolers, name) for name in names}
-    return {name: getattr(function, "__original_fn", function) for name, function in functions.items()}
+def stock(torchvision):
+    """Makes modules of torchvision, whose forward is its own in eager mode."""
+
+    def make(names: str, case: Any, ratio: int = 2) -> nn.Module:
+        scale, level = case.canonical_scale, case.canonical_level
+        return torchvision.ops.MultiScaleRoIAlign(
+            list(names), case.bins, ratio, canonical_scale=scale, canonical_level=level
+        )
+
+    return make
 
 
 @pytest.mark.parametrize("maps", [(0,), (0, 1, 2), (0, 2)], ids=str)
 @pytest.mark.parametrize("images", [[(50, 70)], [(30, 70), (50, 20)], [(57, 70)], [(40, 61)]], ids=str)
-def test_scales_of_torchvisions_module(poolers, images, maps):
+def test_scales_of_torchvisions_module(torchvision, images, maps):
     features = [pyramid("plain").features[i] for i in maps]
-    scales, mapper = TORCHVISION_PYTHON["ops.poolers._setup_scales"](features, images, 32, 3)
-    expected_scales, expected_mapper = poolers["_setup_scales"](features, images, 32, 3)
-    assert scales == expected_scales and type(mapper) is type(expected_mapper)
-    assert vars(mapper) == vars(expected_mapper)
+    assert _infer_scales(features, images) == torchvision.ops.poolers._setup_scales(features, images, 32, 3)[0]
 
 
 @pytest.mark.parametrize("name", OF_TORCHVISION)
-def test_values_of_torchvisions_module(poolers, name):
+def test_values_of_torchvisions_module(stock, name):
     s = pyramid(name, torch.float64)
-    scales, mapper = poolers["_setup_scales"](
-        s.features, [s.case.image], s.case.canonical_scale, s.case.canonical_level
-    )
-    arguments = (s.features, s.boxes, s.case.bins, s.case.sampling_ratio, scales, mapper)
-    out = TORCHVISION_PYTHON["ops.poolers._multiscale_roi_align"](*arguments)
-    assert_close(out, poolers["_multiscale_roi_align"](*arguments), torch.float64)
+    names = "abcdef"[: len(s.features)]
+    module = stock(names, s.case, s.case.sampling_ratio)
+    arguments = (dict(zip(names + "x", [*s.features, s.features[0]])), s.boxes, [s.case.image])
+    out = replacement(module, *arguments)
+    assert module.scales is None  # nothing for which a compiled model would have to be compiled again
+    assert_close(out, module(*arguments), torch.float64)
+    assert module.scales is not None
+    assert torch.equal(out, replacement(module, *arguments))
 
 
-def test_values_of_torchvisions_module_with_a_level_missing(poolers):
+def test_scales_that_torchvisions_module_has_already(stock):
+    s = pyramid("plain", torch.float64)
+    module = stock("abc", s.case)
+    maps = dict(zip("abc", s.features))
+    first = module(maps, s.boxes, [s.case.image])
+    other_image = [tuple(2 * length for length in s.case.image)]
+    assert torch.equal(first, module(maps, s.boxes, other_image))
+    assert_close(replacement(module, maps, s.boxes, other_image), first, torch.float64)
+
+
+def test_values_of_torchvisions_module_with_a_level_missing(stock):
     """Boxes of the second level are on the second map, which is of the third; boxes of the third are on none."""
     s = pyramid("plain", torch.float64)
-    features = [s.features[0], s.features[2]]
-    scales, mapper = poolers["_setup_scales"](features, [s.case.image], 32, 3)
-    arguments = (features, s.boxes, s.case.bins, 2, scales, mapper)
-    out = TORCHVISION_PYTHON["ops.poolers._multiscale_roi_align"](*arguments)
+    module = stock("ac", s.case)
+    arguments = (dict(zip("abc", s.features)), s.boxes, [s.case.image])
+    out = replacement(module, *arguments)
     assert out[s.levels == 2].eq(0).all() and out[s.levels == 1].any()
-    assert_close(out, poolers["_multiscale_roi_align"](*arguments), torch.float64)
+    assert_close(out, module(*arguments), torch.float64)
 
 
-def test_values_of_torchvisions_module_on_maps_of_different_dtypes(poolers):
+def test_values_of_torchvisions_module_on_maps_of_different_dtypes(stock):
     """As autocast makes them. torchvision pools from each in its own; boxes here in the first's."""
     s = pyramid("plain")
+    module = stock("abc", s.case)
     features = [s.features[0], s.features[1].bfloat16(), s.features[2]]
     rounded = [feature.float() for feature in features]
-    scales, mapper = poolers["_setup_scales"](features, [s.case.image], 32, 3)
-    replacement = TORCHVISION_PYTHON["ops.poolers._multiscale_roi_align"]
-    out = replacement(features, s.boxes, s.case.bins, 2, scales, mapper)
+    out = replacement(module, dict(zip("abc", features)), s.boxes, [s.case.image])
     assert out.dtype == torch.float32
-    assert torch.equal(out, replacement(rounded, s.boxes, s.case.bins, 2, scales, mapper))
+    assert torch.equal(out, replacement(module, dict(zip("abc", rounded)), s.boxes, [s.case.image]))
 
 
-def test_torchvisions_module_without_scales():
+def test_torchvisions_module_without_images(stock):
     s = pyramid("plain")
-    with pytest.raises(ValueError, match="scales and mapper should not be None"):
-        TORCHVISION_PYTHON["ops.poolers._multiscale_roi_align"](s.features, s.boxes, (2, 2), 2, None, None)
+    with pytest.raises(ValueError, match="image_shapes must not be empty"):
+        replacement(stock("abc", s.case), dict(zip("abc", s.features)), s.boxes, [])

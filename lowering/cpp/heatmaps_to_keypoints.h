@@ -1,0 +1,187 @@
+// Keypoints from heatmaps: where each map, resized to its box, has its maximum.
+//
+//   K, N, H, W   boxes, keypoints of each, height and width of a map
+//
+// A map is resized by bicubic interpolation, columns first: H rows of a stretch of the result's columns are kept, and
+// each row of the result is a sum of four of them, which is searched as soon as it is made and never stored.
+#ifndef INDUCTOR_VISION_HEATMAPS_TO_KEYPOINTS_H
+#define INDUCTOR_VISION_HEATMAPS_TO_KEYPOINTS_H
+
+#include <cmath>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+#include "base.h"
+
+namespace inductor_vision {
+
+// The four source pixels of a pixel of the result, and what each counts.
+//
+// Keys, "Cubic convolution interpolation for digital image processing", with a = -0.75 as in PyTorch.  Pixels beyond
+// the border are those at the border.
+template <typename acc_t>
+struct CubicTaps {
+  std::array<int64_t, 4> index;
+  std::array<acc_t, 4> weight;
+
+  // Of pixel `at` where `source` pixels, at least 1, become `size`.
+  CubicTaps(int64_t at, int64_t source, int64_t size) {
+    const acc_t scale = static_cast<acc_t>(source) / static_cast<acc_t>(size);
+    const acc_t position = scale * (static_cast<acc_t>(at) + acc_t(0.5)) - acc_t(0.5);
+    const int64_t floor = std::min(static_cast<int64_t>(std::floor(position)), source - 1);
+    const acc_t t = std::min(std::max(position - static_cast<acc_t>(floor), acc_t(0)), acc_t(1));
+    for (int64_t i = 0; i < 4; ++i) {
+      index[i] = std::min(std::max<int64_t>(floor - 1 + i, 0), source - 1);
+    }
+    weight = {far(t + 1), near(t), near(1 - t), far(2 - t)};
+  }
+
+ private:
+  static constexpr acc_t a = acc_t(-0.75);
+
+  static acc_t near(acc_t x) {
+    return ((a + 2) * x - (a + 3)) * x * x + 1;
+  }
+  static acc_t far(acc_t x) {
+    return ((a * x - 5 * a) * x + 8 * a) * x - 4 * a;
+  }
+};
+
+// The first maximum of rows of numbers; NaN is greater than any number.
+template <typename acc_t>
+struct Peak {
+  acc_t value = 0;
+  int64_t row = -1, column = -1;
+
+  // Stretches of the same rows may be given one after another.
+  void search(const acc_t* values, acc_t maximum, int64_t row_of_values, int64_t first_column) {
+    const bool nan = std::isnan(maximum);
+    const bool same = nan ? std::isnan(value) : maximum == value;
+    const bool greater = nan ? !std::isnan(value) : maximum > value;
+    if (row < 0 || greater || (same && row_of_values < row)) {
+      int64_t i = 0;
+      while (nan ? !std::isnan(values[i]) : values[i] != maximum) {
+        ++i;
+      }
+      *this = {maximum, row_of_values, first_column + i};
+    }
+  }
+};
+
+// How large a box is, in whole pixels, and how much smaller it is than these.
+template <typename acc_t>
+struct BoxSide {
+  acc_t begin, correction;
+  int64_t pixels;
+
+  BoxSide(acc_t begin, acc_t end) : begin(begin) {
+    const acc_t length = std::max(end - begin, acc_t(1)), whole = std::ceil(length);
+    pixels = std::isfinite(begin) && whole < acc_t(1 << 30) ? static_cast<int64_t>(whole) : 0;  // 0: not a box
+    correction = length / whole;
+  }
+  float place(int64_t pixel) const {
+    return static_cast<float>((static_cast<acc_t>(pixel) + acc_t(0.5)) * correction + begin);
+  }
+};
+
+template <typename map_t>
+class HeatmapSearch {
+ public:
+  using acc_t = accumulate_t<map_t>;
+
+  HeatmapSearch(int64_t height, int64_t width, int64_t threads)
+      : height_(height),
+        width_(width),
+        rows_(threads * (height + 1) * kColumns) {
+  }
+
+  // Of one map resized to rows x columns.
+  Peak<acc_t> operator()(const View4d<map_t>& map, int64_t rows, int64_t columns, int64_t thread) const {
+    acc_t* resized = rows_.get() + thread * (height_ + 1) * kColumns;
+    acc_t* row = resized + height_ * kColumns;
+    Peak<acc_t> peak;
+    for (int64_t column = 0; column < columns; column += kColumns) {
+      const int64_t count = std::min(kColumns, columns - column);
+      for (int64_t x = 0; x < count; ++x) {
+        const CubicTaps<acc_t> taps(column + x, width_, columns);
+        for (int64_t y = 0; y < height_; ++y) {
+          resized[y * kColumns + x] = sum(taps.weight, [&](int64_t i) {
+            return static_cast<acc_t>(map.data[y * map.row + taps.index[i] * map.column]);
+          });
+        }
+      }
+      for (int64_t x = count; x < round_up(count, Vec::size()); ++x) {  // the last vector is a whole one
+        for (int64_t y = 0; y < height_; ++y) {
+          resized[y * kColumns + x] = resized[y * kColumns + count - 1];
+        }
+      }
+      for (int64_t y = 0; y < rows; ++y) {
+        peak.search(row, interpolate(CubicTaps<acc_t>(y, height_, rows), resized, row, count), y, column);
+      }
+    }
+    return peak;
+  }
+
+ private:
+  using Vec = Vectorized<acc_t>;
+  static constexpr int64_t kColumns = 256;
+
+  template <typename Weights, typename Load>
+  static auto sum(const Weights& weights, const Load& load) {
+    return load(0) * weights[0] + load(1) * weights[1] + load(2) * weights[2] + load(3) * weights[3];
+  }
+
+  // A row of the result, and its maximum.
+  static acc_t interpolate(const CubicTaps<acc_t>& taps, const acc_t* resized, acc_t* row, int64_t count) {
+    const auto weights = generate<4>([&](int i) { return Vec(taps.weight[i]); });
+    Vec maximum(-std::numeric_limits<acc_t>::infinity());
+    for (int64_t x = 0; x < count; x += Vec::size()) {
+      const Vec value = sum(weights, [&](int64_t i) { return Vec::loadu(resized + taps.index[i] * kColumns + x); });
+      value.store(row + x);
+      maximum = at::vec::maximum(maximum, value);
+    }
+    return at::vec::vec_reduce_all<acc_t>([](const Vec& a, const Vec& b) { return at::vec::maximum(a, b); }, maximum);
+  }
+
+  int64_t height_, width_;
+  Scratch<acc_t> rows_;
+};
+
+// `boxes`: K rows (x1, y1, x2, y2).  `out`: [K, N, 3] of x, y and the map's value there.
+template <typename map_t, typename box_t>
+inline void heatmaps_to_keypoints(
+    const Images<map_t>& maps, const box_t* boxes, int64_t box_distance, int64_t coordinate_distance, float* out) {
+  using acc_t = accumulate_t<box_t>;
+  const auto side = [&](int64_t k, int64_t axis) {
+    const box_t* box = boxes + k * box_distance;
+    return BoxSide<acc_t>(
+        static_cast<acc_t>(box[axis * coordinate_distance]), static_cast<acc_t>(box[(axis + 2) * coordinate_distance]));
+  };
+  for (int64_t k = 0; k < maps.count; ++k) {
+    const int64_t columns = side(k, 0).pixels, rows = side(k, 1).pixels;
+    if (columns == 0 || rows == 0 || columns * rows >= int64_t{1} << 31) {
+      throw std::runtime_error(
+          "heatmaps_to_keypoints: boxes must be finite and of less than 2^31 pixels, boxes[" + std::to_string(k) +
+          "] is not");
+    }
+  }
+  const int threads = omp_get_max_threads();
+  const HeatmapSearch<map_t> search(maps.height, maps.width, threads);
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int64_t i = 0; i < maps.count * maps.channels; ++i) {
+    const int64_t k = i / maps.channels, n = i % maps.channels;
+    const BoxSide<acc_t> x = side(k, 0), y = side(k, 1);
+    View4d<map_t> map = maps.view;
+    map.data += k * map.image + n * map.channel;
+    const auto peak = search(map, y.pixels, x.pixels, omp_get_thread_num());
+    float* to = out + i * 3;
+    to[0] = x.place(peak.column);
+    to[1] = y.place(peak.row);
+    to[2] = static_cast<float>(peak.value);
+  }
+}
+
+}  // namespace inductor_vision
+
+#endif  // INDUCTOR_VISION_HEATMAPS_TO_KEYPOINTS_H

@@ -1,0 +1,45 @@
+"""heatmaps_to_keypoints as one C++ kernel: see cpp/heatmaps_to_keypoints.h."""
+
+from __future__ import annotations
+
+import torch
+
+from .inductor import DTYPE_TO_CPP, CppTemplateKernel, V, ir
+from .registry import Template, serve_all, template_for
+from .template import KernelTemplate, pointer
+
+
+class HeatmapsToKeypointsTemplate(KernelTemplate):
+    """See cpp/heatmaps_to_keypoints.h."""
+
+    op = "heatmaps_to_keypoints"
+    header = "heatmaps_to_keypoints.h"
+
+    def output(self) -> ir.TensorBox:
+        """Add the kernel to the graph; its result, ``[K, N, 3]``."""
+        size = [*self.inputs[0].get_size()[:2], 3]
+        buffer = self.add(ir.FixedLayout(torch.device("cpu"), torch.float32, size))
+        V.graph.no_fuse_buffer_names.add(buffer.get_name())
+        return ir.TensorBox.create(buffer)
+
+    def render(
+        self, kernel: CppTemplateKernel, buffer: ir.CppTemplateBuffer, epilogue: list[ir.ComputedBuffer], keep: bool
+    ) -> str:
+        maps, rois = self.inputs
+
+        def body() -> list[str]:
+            dtype = DTYPE_TO_CPP[maps.get_dtype()]
+            view = ", ".join([pointer(kernel, maps), *(kernel.stride(maps, d) for d in range(4))])
+            size = ", ".join(kernel.size(maps, d) for d in range(4))
+            images = f"inductor_vision::Images<{dtype}>{{{{{view}}}, {size}}}"
+            boxes = ", ".join([pointer(kernel, rois), kernel.stride(rois, 0), kernel.stride(rois, 1)])
+            return [f"inductor_vision::heatmaps_to_keypoints({images}, {boxes}, {pointer(kernel, buffer)});"]
+
+        return self.source(kernel, buffer, {"out": buffer}, body)
+
+
+def _lower(maps: ir.TensorBox, rois: ir.TensorBox) -> ir.TensorBox:
+    return HeatmapsToKeypointsTemplate([ir.ExternKernel.realize_input(tensor) for tensor in (maps, rois)]).output()
+
+
+template_for("heatmaps_to_keypoints", Template(serve_all, _lower))

@@ -1,0 +1,87 @@
+"""Keypoints of a detected object from its heatmaps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .registry import accumulate_dtype, check, define_op, replaces_torchvision
+
+
+@replaces_torchvision("models.detection.roi_heads.heatmaps_to_keypoints")
+def heatmaps_to_keypoints(maps: Tensor, rois: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each heatmap, resized to its box, has its maximum; what torchvision's Keypoint R-CNN calls so.
+
+    Maps are resized to the box's size, rounded up to whole pixels, by bicubic interpolation as
+    :func:`torch.nn.functional.interpolate` does it without ``align_corners``. Of equal maxima the first counts, row by
+    row; NaN is greater than any number. Boxes have a width and a height of at least one pixel.
+
+    Args:
+        maps: ``[K, N, H, W]``, N heatmaps for each box, of a floating dtype.
+        rois: ``[K, 4]``, rows of (x1, y1, x2, y2).
+
+    Returns:
+        Float32 ``[K, N, 3]``, rows of (x, y, 1), and ``[K, N]``, the values of the heatmaps there.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not go together, or a box is not finite or has 2^31 pixels or more.
+    """
+    peaks = _op(maps, rois)
+    return torch.cat([peaks[..., :2], torch.ones_like(peaks[..., 2:])], dim=2), peaks[..., 2]
+
+
+def _check(maps: Tensor, rois: Tensor) -> None:
+    name = "heatmaps_to_keypoints"
+    shape = tuple(maps.shape)
+    check(name, maps.dim() == 4, f"maps must be [K, N, H, W], got {shape}")
+    check(name, shape[2] > 0 and shape[3] > 0, f"maps must have a positive height and width, got {shape}")
+    check(name, rois.dim() == 2 and rois.shape[1] == 4, f"rois must be [K, 4], got {tuple(rois.shape)}")
+    check(
+        name, rois.shape[0] == shape[0], f"rois must be one for each {shape[0]} of maps, there are {tuple(rois.shape)}"
+    )
+    for what, tensor in (("maps", maps), ("rois", rois)):
+        check(name, tensor.is_floating_point(), f"{what} must be of a floating dtype, got {tensor.dtype}")
+    check(name, rois.device == maps.device, f"rois must be on {maps.device}, got {rois.device}")
+
+
+def _fake(maps: Tensor, rois: Tensor) -> Tensor:
+    _check(maps, rois)
+    return maps.new_empty((*maps.shape[:2], 3), dtype=torch.float32)
+
+
+def _decomposition(maps: Tensor, rois: Tensor) -> Tensor:
+    """Float32 ``[K, N, 3]``, rows of (x, y, value)."""
+    _check(maps, rois)
+    begin, end = rois.to(accumulate_dtype(rois.dtype)).split(2, dim=1)  # [K, (x, y)]
+    lengths = (end - begin).clamp(min=1)
+    pixels = lengths.ceil()
+    fits = begin.isfinite().all(1) & (pixels < 2**30).all(1) & (pixels.prod(1) < 2**31)
+    for k in (~fits).nonzero().flatten().tolist():
+        check("heatmaps_to_keypoints", False, f"boxes must be finite and of less than 2^31 pixels, boxes[{k}] is not")
+
+    peaks = maps.new_empty((*maps.shape[:2], 3), dtype=torch.float32)
+    for k, (width, height) in enumerate(pixels.long().tolist()):
+        map = maps[k, None].to(accumulate_dtype(maps.dtype))
+        resized = F.interpolate(map, size=(height, width), mode="bicubic").flatten(2)[0]  # [N, height * width]
+        position = resized.argmax(1, keepdim=True)
+        place = torch.cat([position % width, position // width], dim=1)  # [N, (x, y)]
+        peaks[k, :, :2] = (place + 0.5) * (lengths / pixels)[k] + begin[k]
+        peaks[k, :, 2:] = resized.gather(1, position)
+    return peaks
+
+
+def _loop(*args: Any) -> str:
+    return "each map is resized to a size of its own"
+
+
+_op = define_op(
+    "heatmaps_to_keypoints(Tensor maps, Tensor rois) -> Tensor",
+    family="heatmaps_to_keypoints",
+    decomposition=_decomposition,
+    fake=_fake,
+    autocast=False,  # it computes in float32 at least
+    untraceable=_loop,
+)
