@@ -37,13 +37,19 @@ class ScoredBoxesTemplate(KernelTemplate):
     def render(
         self, kernel: CppTemplateKernel, buffer: ir.CppTemplateBuffer, epilogue: list[ir.ComputedBuffer], keep: bool
     ) -> str:
-        results = buffer.outputs or [buffer]
+        results = {f"out{i}": result for i, result in enumerate(buffer.outputs or [buffer])}
+        outputs = {name: result for name, result in results.items() if not self.is_unread(result)}
 
         def body() -> list[str]:
-            arguments = [self._boxes(kernel), *self.arguments(), *(pointer(kernel, result) for result in results)]
-            return [f"inductor_vision::{self.op}({', '.join(arguments)});"]
+            to = [self._pointer(kernel, result) for result in results.values()]
+            return [f"inductor_vision::{self.op}({', '.join([self._boxes(kernel), *self.arguments(), *to])});"]
 
-        return self.source(kernel, buffer, {f"out{i}": result for i, result in enumerate(results)}, body)
+        return self.source(kernel, buffer, outputs, body)
+
+    def _pointer(self, kernel: CppTemplateKernel, result: ir.Buffer) -> str:
+        """Null where nothing reads the result."""
+        null = f"static_cast<{DTYPE_TO_CPP[result.get_dtype()]}*>(nullptr)"
+        return null if self.is_unread(result) else pointer(kernel, result)
 
     def _boxes(self, kernel: CppTemplateKernel) -> str:
         boxes, scores, *classes = self.inputs

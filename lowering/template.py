@@ -156,6 +156,10 @@ class KernelTemplate(abc.ABC):
             ]
         )
 
+    def is_unread(self, output: ir.Buffer) -> bool:
+        """Whether an output, one of several, has no users: it has no memory then."""
+        return output.get_name() in V.graph.removed_buffers
+
 
 class BlocksTemplate(KernelTemplate):
     """A kernel over images, or regions, whose results are stored block by block."""
@@ -237,7 +241,7 @@ class BlocksTemplate(KernelTemplate):
             outputs["own"] = buffer
         elif epilogue:
             aliases[buffer.get_name()] = last.get_name()
-        outputs = {name: node for name, node in outputs.items() if not self._is_unread(node)}
+        outputs = {name: node for name, node in outputs.items() if not self.is_unread(node)}
 
         def body() -> list[str]:
             stores = [self._store(kernel, first, epilogue, keep)]
@@ -304,7 +308,7 @@ class BlocksTemplate(KernelTemplate):
 
     def _plain_store(self, kernel: CppTemplateKernel, buffer: ir.Buffer, function: str) -> str:
         """A lambda that stores a block of an output as it is, by a function like store_block."""
-        if self._is_unread(buffer):
+        if self.is_unread(buffer):
             return "[](const auto&...) {}"
         values = _block_name(buffer)
         if self.channels_last:
@@ -313,10 +317,6 @@ class BlocksTemplate(KernelTemplate):
             part = f"{kernel.stride(buffer, 1)}, n_channels, n_rows * n_columns"
         place = kernel.index(buffer, self._place())
         return f"{self._lambda(values)}\ninductor_vision::{function}({values}, distance, &{place}, {part});\n}}"
-
-    def _is_unread(self, output: ir.Buffer) -> bool:
-        """Whether an output, one of several, has no users: it has no memory then."""
-        return output.get_name() in V.graph.removed_buffers
 
     def _place(self) -> list[str]:
         """Where in the output, in physical order, a block of results begins."""

@@ -107,6 +107,14 @@ inline void for_each_class(std::vector<uint64_t> classes, std::vector<int64_t> i
   }
 }
 
+// The largest number of type acc_t that is not greater: whatever is of that type is greater than both or neither.
+template <typename acc_t>
+inline acc_t round_down_to(double value) {
+  const acc_t rounded = static_cast<acc_t>(value);
+  return static_cast<double>(rounded) > value ? std::nextafter(rounded, -std::numeric_limits<acc_t>::infinity())
+                                              : rounded;
+}
+
 // Boxes (x1, y1, x2, y2), coordinate by coordinate.
 template <typename acc_t>
 struct BoxArrays {
@@ -134,16 +142,19 @@ struct BoxArrays {
     y2[i] = other.y2[j];
     area[i] = other.area[j];
   }
-  acc_t width(int64_t i) const {
-    return x2[i] - x1[i];
+  // Along an axis, x or y.
+  double centre(int axis, int64_t i) const {
+    const acc_t low = axis == 0 ? x1[i] : y1[i], high = axis == 0 ? x2[i] : y2[i];
+    return static_cast<double>(low) / 2 + static_cast<double>(high) / 2;  // their sum may be infinite
   }
-  acc_t height(int64_t i) const {
-    return y2[i] - y1[i];
+  double length(int axis, int64_t i) const {
+    return axis == 0 ? static_cast<double>(x2[i]) - static_cast<double>(x1[i])
+                     : static_cast<double>(y2[i]) - static_cast<double>(y1[i]);
   }
   // Whether the box is one that, for a threshold of 0 or more, can overlap another by more than that: with sides, and
   // an area that is a number.  All others have an intersection of 0 or a union that is infinite or NaN.
   bool is_proper(int64_t i) const {
-    return width(i) > 0 && height(i) > 0 && std::isfinite(area[i]);
+    return x2[i] - x1[i] > 0 && y2[i] - y1[i] > 0 && std::isfinite(area[i]);
   }
 
   // How far apart along an axis the centres of two boxes are at most, as a multiple of the length of either, if they
@@ -206,14 +217,14 @@ class BoxGrid {
         place_of(count),
         given_(given),
         reach_(Boxes::reach(threshold)),
-        x_(axis(given.x1, given.x2, count)),
-        y_(axis(given.y1, given.y2, count)),
-        cell_begin_(x_.cells() * y_.cells() + 1, 0) {
+        axes_{make_axis(0, count), make_axis(1, count)},
+        cell_begin_(axes_[0].cells() * axes_[1].cells() + 1, 0) {
     for (int64_t i = 0; i < count; ++i) {
-      place_of[i] = y_.cell(centre(given.y1, given.y2, i)) * x_.cells() + x_.cell(centre(given.x1, given.x2, i));
+      place_of[i] = axes_[1].cell(given.centre(1, i)) * axes_[0].cells() + axes_[0].cell(given.centre(0, i));
       ++cell_begin_[place_of[i] + 1];
-      longest_x_ = std::max(longest_x_, length(given.x1, given.x2, i));
-      longest_y_ = std::max(longest_y_, length(given.y1, given.y2, i));
+      for (const int axis : {0, 1}) {
+        longest_[axis] = std::max(longest_[axis], given.length(axis, i));
+      }
     }
     std::partial_sum(cell_begin_.begin(), cell_begin_.end(), cell_begin_.begin());
     std::vector<int64_t> next = cell_begin_;
@@ -230,10 +241,9 @@ class BoxGrid {
   // visit(begin, end) for the places of all boxes that box i can overlap by more than the threshold, and of others.
   template <typename Visit>
   void visit_neighbours(int64_t i, const Visit& visit) const {
-    const auto rows = cells(y_, given_.y1, given_.y2, i, longest_y_);
-    const auto columns = cells(x_, given_.x1, given_.x2, i, longest_x_);
+    const auto rows = cells(1, i), columns = cells(0, i);
     for (int64_t row = rows[0]; row <= rows[1]; ++row) {
-      const int64_t* begin = cell_begin_.data() + row * x_.cells();
+      const int64_t* begin = cell_begin_.data() + row * axes_[0].cells();
       visit(begin[columns[0]], begin[columns[1] + 1]);
     }
   }
@@ -241,39 +251,33 @@ class BoxGrid {
  private:
   using acc_t = typename Boxes::value_t;
 
-  static double centre(const Scratch<acc_t>& low, const Scratch<acc_t>& high, int64_t i) {
-    return static_cast<double>(low[i]) / 2 + static_cast<double>(high[i]) / 2;  // their sum may be infinite
-  }
-  static double length(const Scratch<acc_t>& low, const Scratch<acc_t>& high, int64_t i) {
-    return static_cast<double>(high[i]) - static_cast<double>(low[i]);
-  }
-  static GridAxis axis(const Scratch<acc_t>& low, const Scratch<acc_t>& high, int64_t count) {
+  GridAxis make_axis(int axis, int64_t count) const {
     constexpr double kPerCell = 8;
     std::vector<double> centres(count);
     for (int64_t i = 0; i < count; ++i) {
-      centres[i] = centre(low, high, i);
+      centres[i] = given_.centre(axis, i);
     }
     return {centres, std::max<int64_t>(std::llround(std::sqrt(static_cast<double>(count) / kPerCell)), 1)};
   }
 
   // The first and the last cell along an axis that the centre of a neighbour can be in.
-  std::array<int64_t, 2> cells(
-      const GridAxis& axis, const Scratch<acc_t>& low, const Scratch<acc_t>& high, int64_t i, double longest) const {
+  std::array<int64_t, 2> cells(int axis, int64_t i) const {
     using limits = std::numeric_limits<double>;
     using acc_limits = std::numeric_limits<acc_t>;
-    const double from = centre(low, high, i), own = length(low, high, i);
+    const double from = given_.centre(axis, i), own = given_.length(axis, i), longest = longest_[axis];
     // Intersections with a box of so small an area may be denormal, and rounded by any part of themselves.
     const bool small = given_.area[i] < acc_limits::min() / acc_limits::epsilon();
     const double reached = small ? limits::infinity() : reach_ * own;
     // The second term allows for the rounding of centres.
     const double distance = std::min(reached, (own + longest) / 2) +
                             8 * (limits::epsilon() * (std::abs(from) + own + longest) + limits::denorm_min());
-    return {axis.cell(from - distance), axis.cell(from + distance)};
+    return {axes_[axis].cell(from - distance), axes_[axis].cell(from + distance)};
   }
 
   const Boxes& given_;
-  double reach_, longest_x_ = 0, longest_y_ = 0;
-  GridAxis x_, y_;
+  double reach_;
+  std::array<double, 2> longest_{};
+  std::array<GridAxis, 2> axes_;
   std::vector<int64_t> cell_begin_;  // of all cells, and the end of the last
 };
 

@@ -17,11 +17,11 @@ namespace inductor_vision {
 // the threshold.
 template <typename acc_t>
 inline void suppress(
-    const BoxArrays<acc_t>& a, int64_t i, const BoxArrays<acc_t>& b, int64_t begin, int64_t end,
-    const Vectorized<acc_t>& threshold, acc_t* suppressed) {
+    const BoxArrays<acc_t>& a, int64_t i, const BoxArrays<acc_t>& b, int64_t begin, int64_t end, acc_t threshold,
+    acc_t* suppressed) {
   using Vec = Vectorized<acc_t>;
   constexpr int64_t kLanes = Vec::size();
-  const Vec x1(a.x1[i]), y1(a.y1[i]), x2(a.x2[i]), y2(a.y2[i]), area(a.area[i]), zero(0);
+  const Vec x1(a.x1[i]), y1(a.y1[i]), x2(a.x2[i]), y2(a.y2[i]), area(a.area[i]), zero(0), limit(threshold);
   for (int64_t j = begin; j < end; j += kLanes) {
     const int64_t count = std::min(kLanes, end - j);
     const auto load = [&](const Scratch<acc_t>& values) {
@@ -32,16 +32,8 @@ inline void suppress(
     const Vec intersection = at::vec::maximum(zero, width) * at::vec::maximum(zero, height);
     const Vec ratio = intersection / (area + load(b.area) - intersection);
     const Vec before = Vec::loadu(suppressed + j, count);
-    (before | (ratio > threshold)).store(suppressed + j, count);
+    (before | (ratio > limit)).store(suppressed + j, count);
   }
-}
-
-// The largest number of type acc_t that is not greater: whatever is of that type is greater than both or neither.
-template <typename acc_t>
-inline acc_t round_down_to(double value) {
-  const acc_t rounded = static_cast<acc_t>(value);
-  return static_cast<double>(rounded) > value ? std::nextafter(rounded, -std::numeric_limits<acc_t>::infinity())
-                                              : rounded;
 }
 
 // Vectors of flags are those of comparisons: all bits are set, or none.  Not by signbit(), which is `flag < 0` to GCC
@@ -81,7 +73,7 @@ inline std::vector<int64_t> decide(
   const int64_t count = undecided.count();
   const Boxes& boxes = undecided.boxes;
   const BoxGrid<Boxes> grid(boxes, count, threshold);
-  const Vectorized<acc_t> limit(round_down_to<acc_t>(threshold));
+  const acc_t limit = round_down_to<acc_t>(threshold);
   const Boxes group(kGroup);
   const Scratch<acc_t> suppressed(count), suppressed_in_group(kGroup);  // by place in the grid and in the group
   std::fill_n(suppressed.get(), count, acc_t(0));

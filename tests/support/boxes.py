@@ -117,3 +117,46 @@ def _iou(a: np.ndarray, b: np.ndarray, real: type) -> np.floating:
     height = greater(real(0), less(a[3], b[3]) - greater(a[1], b[1]))
     intersection = width * height
     return intersection / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - intersection)
+
+
+def soft_nms_oracle(
+    boxes: Tensor,
+    scores: Tensor,
+    iou_threshold: float = 0.3,
+    sigma: float = 0.5,
+    min_score: float = 1e-3,
+    method: str = "linear",
+    classes: Tensor | None = None,
+) -> dict[int, float]:
+    """Box by box: the scores of those that are taken, in the order in which they are."""
+    real = np.float64 if torch.float64 in (boxes.dtype, scores.dtype) else np.float32
+    corners = boxes.double().numpy().astype(real)
+    left = {i: real(score) for i, score in enumerate(scores.tolist())}
+    taken: dict[int, float] = {}
+    with np.errstate(all="ignore"):
+        while left := {i: score for i, score in left.items() if not float(score) < min_score}:
+            best = min(left, key=lambda i: (0, 0, i) if np.isnan(left[i]) else (1, -left[i], i))
+            taken[best] = float(left.pop(best))
+            for i, score in left.items():
+                overlap = _iou(corners[best], corners[i], real)
+                if not score > 0 or not overlap > 0 or (classes is not None and classes[i] != classes[best]):
+                    continue
+                if method == "gaussian":
+                    score = score * np.exp(-overlap * overlap / real(sigma))
+                elif float(overlap) > iou_threshold:
+                    score = score * (1 - overlap)
+                left[i] = real(0) if np.isnan(score) else score
+    return taken
+
+
+def assert_taken(result: tuple[Tensor, Tensor], expected: dict[int, float]) -> None:
+    """The boxes and, but for some roundings, the scores that are expected, best first.
+
+    Not always in the order that is expected: the scores of two boxes may be equal but for a rounding.
+    """
+    indices, scores = (tensor.tolist() for tensor in result)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[result[1].dtype]
+    assert len(indices) == len(expected) and set(indices) == set(expected)
+    np.testing.assert_allclose(scores, [expected[i] for i in indices], rtol=tolerance, atol=tolerance / 100)
+    ranks = [-INF if math.isnan(score) else -score for score in scores]
+    assert ranks == sorted(ranks)

@@ -102,7 +102,7 @@ def build_sanitized(
     """Build a program with AddressSanitizer and UndefinedBehaviorSanitizer, and the math flags that Inductor gives."""
     libraries = [flag for path in library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
     flags = (*_COMMON, *_MATH, optimization, *_SANITIZED, *capability.flags)
-    _run([_compiler("g++"), *flags, source, "-o", program, *libraries, "-lc10"])
+    _run([_compiler("g++"), *flags, source, "-o", program, *libraries, "-lc10", "-Wl,--as-needed", "-ltorch_cpu"])
     return program
 
 

@@ -1,0 +1,151 @@
+"""Soft non-maximum suppression: boxes lose score to the better ones that they overlap."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .boxes import as_integers, check_scored_boxes, iou, loop, pad
+from .registry import accumulate_dtype, check, define_op
+
+METHODS = ("linear", "gaussian")
+
+
+def soft_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    iou_threshold: float = 0.3,
+    sigma: float = 0.5,
+    min_score: float = 1e-3,
+    method: str = "linear",
+) -> tuple[Tensor, Tensor]:
+    r"""Lowers the scores of boxes that overlap better ones, instead of removing them.
+
+    The box of the highest score is taken, of equal ones the first, and the score of every other box is multiplied by a
+    weight that depends on its overlap :math:`x` with it (:func:`nms` says what that is). Then the same among those that
+    are left, as long as there is one whose score is not less than ``min_score``.
+
+    .. math::
+        \text{linear: } \begin{cases} 1 - x & x > \text{iou\_threshold} \\ 1 & \text{otherwise} \end{cases}
+        \qquad \text{gaussian: } e^{-x^2 / \text{sigma}}
+
+    Scores are meant to be positive. One that is 0, negative or NaN is not changed; NaN comes first, and lowers others. A
+    box without area, or with a coordinate that is NaN or infinite, overlaps none. The results have no gradient.
+
+    Source: Bodla et al., "Soft-NMS: Improving Object Detection With One Line of Code", https://arxiv.org/abs/1704.04503.
+
+    Args:
+        boxes: ``[N, 4]``, rows of (x1, y1, x2, y2), float32, float64, bfloat16 or float16.
+        scores: ``[N]``, of any of these dtypes. It is computed in float64 if either is float64, otherwise in float32.
+        iou_threshold: of the linear weight; compared in float64.
+        sigma: of the gaussian weight, greater than 0.
+        min_score: boxes are dropped whose score is, or becomes, less than that; compared in float64, before scores are
+            rounded to their dtype.
+        method: "linear" or "gaussian".
+
+    Returns:
+        int64 ``[M]``, the indices of the boxes that are not dropped, best first, and ``[M]``, their scores when they
+        were taken, of the dtype of ``scores``. In a compiled graph M is a size that depends on data, and may be 0.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not go together, ``sigma`` is not positive, there is no such method.
+    """
+    return _taken(boxes, scores, None, iou_threshold, sigma, min_score, method)
+
+
+def batched_soft_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    idxs: Tensor,
+    iou_threshold: float = 0.3,
+    sigma: float = 0.5,
+    min_score: float = 1e-3,
+    method: str = "linear",
+) -> tuple[Tensor, Tensor]:
+    """:func:`soft_nms` in each class by itself.
+
+    Args:
+        boxes, scores, iou_threshold, sigma, min_score, method: see :func:`soft_nms`.
+        idxs: ``[N]``, the class of each box, of any dtype.
+
+    Returns:
+        Indices and scores as those of :func:`soft_nms`, of all classes, best first.
+
+    Raises:
+        RuntimeError: as :func:`soft_nms`.
+    """
+    return _taken(boxes, scores, as_integers(idxs), iou_threshold, sigma, min_score, method)
+
+
+def _taken(boxes: Tensor, scores: Tensor, classes: Tensor | None, *rule: float | str) -> tuple[Tensor, Tensor]:
+    indices, lowered = _op(boxes.detach(), scores.detach(), classes, *rule)
+    taken = (indices >= 0).nonzero()[:, 0]  # once: both results are of one size
+    return indices[taken], lowered[taken]
+
+
+def _check(boxes: Tensor, scores: Tensor, classes: Tensor | None, sigma: float, method: str) -> None:
+    check_scored_boxes("soft_nms", boxes, scores, classes)
+    check("soft_nms", sigma > 0, f"sigma must be greater than 0, got {sigma}")
+    check("soft_nms", method in METHODS, f"method must be one of {', '.join(METHODS)}; got {method!r}")
+
+
+def _fake(
+    boxes: Tensor,
+    scores: Tensor,
+    classes: Tensor | None,
+    iou_threshold: float,
+    sigma: float,
+    min_score: float,
+    method: str,
+) -> tuple[Tensor, Tensor]:
+    _check(boxes, scores, classes, sigma, method)
+    count = boxes.shape[0]
+    return boxes.new_empty(count, dtype=torch.int64), scores.new_empty(count)
+
+
+def _decomposition(
+    boxes: Tensor,
+    scores: Tensor,
+    classes: Tensor | None,
+    iou_threshold: float,
+    sigma: float,
+    min_score: float,
+    method: str,
+) -> tuple[Tensor, Tensor]:
+    """Indices, and then -1, and scores, and then 0, up to the number of boxes."""
+    _check(boxes, scores, classes, sigma, method)
+    dtype = accumulate_dtype(torch.promote_types(boxes.dtype, scores.dtype))
+    boxes, current = boxes.to(dtype), scores.to(dtype, copy=True)
+    left = torch.arange(len(boxes), device=boxes.device)
+    indices, taken = [], []
+    while True:
+        left = left[~(current[left].double() < min_score)]
+        if not len(left):
+            break
+        best = left[current[left].argmax()]  # NaN before all others, and the first of equal ones
+        indices.append(best)
+        taken.append(current[best])
+        left = left[left != best]
+        overlap = iou(boxes[best], boxes[left])
+        if method == "linear":
+            weight = torch.where(overlap.double() > iou_threshold, 1 - overlap, 1)
+        else:
+            weight = torch.where(overlap > 0, (-(overlap * overlap) / sigma).exp(), 1)
+        if classes is not None:
+            weight = weight.where(classes[left] == classes[best], 1)
+        lowered = current[left] * weight
+        lowered = lowered.where(~lowered.isnan(), 0)  # infinity times 0 is 0
+        current[left] = lowered.where((current[left] > 0) & (weight < 1), current[left])
+    padding = current.new_zeros(len(boxes) - len(taken))
+    return pad(indices, left.new_empty(len(boxes))), torch.cat([*(s[None] for s in taken), padding]).to(scores.dtype)
+
+
+_op = define_op(
+    "soft_nms(Tensor boxes, Tensor scores, Tensor? classes, float iou_threshold, float sigma, float min_score, "
+    "str method) -> (Tensor, Tensor)",
+    family="soft_nms",
+    decomposition=_decomposition,
+    fake=_fake,
+    autocast=False,  # it computes in float32 at least
+    untraceable=loop,
+)
