@@ -24,12 +24,13 @@ def heatmaps_to_keypoints(maps: Tensor, rois: Tensor) -> tuple[Tensor, Tensor]:
         rois: ``[K, 4]``, rows of (x1, y1, x2, y2).
 
     Returns:
-        Float32 ``[K, N, 3]``, rows of (x, y, 1), and ``[K, N]``, the values of the heatmaps there.
+        Float32 ``[K, N, 3]``, rows of (x, y, 1), and ``[K, N]``, the values of the heatmaps there. They have no
+        gradient.
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not go together, or a box is not finite or has 2^31 pixels or more.
     """
-    peaks = _op(maps, rois)
+    peaks = _op(maps.detach(), rois.detach())
     return torch.cat([peaks[..., :2], torch.ones_like(peaks[..., 2:])], dim=2), peaks[..., 2]
 
 
@@ -39,9 +40,8 @@ def _check(maps: Tensor, rois: Tensor) -> None:
     check(name, maps.dim() == 4, f"maps must be [K, N, H, W], got {shape}")
     check(name, shape[2] > 0 and shape[3] > 0, f"maps must have a positive height and width, got {shape}")
     check(name, rois.dim() == 2 and rois.shape[1] == 4, f"rois must be [K, 4], got {tuple(rois.shape)}")
-    check(
-        name, rois.shape[0] == shape[0], f"rois must be one for each {shape[0]} of maps, there are {tuple(rois.shape)}"
-    )
+    boxes = rois.shape[0]
+    check(name, boxes == shape[0], f"rois must be one for each of maps; there are {boxes} and {shape[0]} maps")
     for what, tensor in (("maps", maps), ("rois", rois)):
         check(name, tensor.is_floating_point(), f"{what} must be of a floating dtype, got {tensor.dtype}")
     check(name, rois.device == maps.device, f"rois must be on {maps.device}, got {rois.device}")
@@ -55,20 +55,21 @@ def _fake(maps: Tensor, rois: Tensor) -> Tensor:
 def _decomposition(maps: Tensor, rois: Tensor) -> Tensor:
     """Float32 ``[K, N, 3]``, rows of (x, y, value)."""
     _check(maps, rois)
-    begin, end = rois.to(accumulate_dtype(rois.dtype)).split(2, dim=1)  # [K, (x, y)]
+    rois = rois.to(accumulate_dtype(rois.dtype))
+    begin, end = rois.split(2, dim=1)  # [K, (x, y)]
     lengths = (end - begin).clamp(min=1)
     pixels = lengths.ceil()
-    fits = begin.isfinite().all(1) & (pixels < 2**30).all(1) & (pixels.prod(1) < 2**31)
+    fits = rois.isfinite().all(1) & (pixels.double().prod(1) < 2**31)
     for k in (~fits).nonzero().flatten().tolist():
-        check("heatmaps_to_keypoints", False, f"boxes must be finite and of less than 2^31 pixels, boxes[{k}] is not")
+        check("heatmaps_to_keypoints", False, f"rois must be finite and of less than 2^31 pixels, rois[{k}] is not")
 
     peaks = maps.new_empty((*maps.shape[:2], 3), dtype=torch.float32)
     for k, (width, height) in enumerate(pixels.long().tolist()):
-        map = maps[k, None].to(accumulate_dtype(maps.dtype))
-        resized = F.interpolate(map, size=(height, width), mode="bicubic").flatten(2)[0]  # [N, height * width]
+        map = maps[k, :, None].to(accumulate_dtype(maps.dtype))
+        resized = F.interpolate(map, size=(height, width), mode="bicubic").flatten(1)  # [N, height * width]
         position = resized.argmax(1, keepdim=True)
         place = torch.cat([position % width, position // width], dim=1)  # [N, (x, y)]
-        peaks[k, :, :2] = (place + 0.5) * (lengths / pixels)[k] + begin[k]
+        peaks[k, :, :2] = (place.to(rois.dtype) + 0.5) * (lengths / pixels)[k] + begin[k]
         peaks[k, :, 2:] = resized.gather(1, position)
     return peaks
 

@@ -55,29 +55,30 @@ struct Peak {
   int64_t row = -1, column = -1;
 
   // Stretches of the same rows may be given one after another.
-  void search(const acc_t* values, acc_t maximum, int64_t row_of_values, int64_t first_column) {
+  void search(const acc_t* values, int64_t count, acc_t maximum, int64_t row_of_values, int64_t first_column) {
     const bool nan = std::isnan(maximum);
     const bool same = nan ? std::isnan(value) : maximum == value;
     const bool greater = nan ? !std::isnan(value) : maximum > value;
     if (row < 0 || greater || (same && row_of_values < row)) {
-      int64_t i = 0;
-      while (nan ? !std::isnan(values[i]) : values[i] != maximum) {
-        ++i;
-      }
-      *this = {maximum, row_of_values, first_column + i};
+      const acc_t* first =
+          std::find_if(values, values + count, [&](acc_t x) { return nan ? std::isnan(x) : x == maximum; });
+      *this = {maximum, row_of_values, first_column + (first - values)};
     }
   }
 };
 
-// How large a box is, in whole pixels, and how much smaller it is than these.
+constexpr int64_t kTooManyPixels = int64_t{1} << 31;  // pixels of a box
+
+// How long a side of a box is, in whole pixels, and how much shorter it is than these.
 template <typename acc_t>
 struct BoxSide {
   acc_t begin, correction;
-  int64_t pixels;
+  int64_t pixels;  // 0 if it is not finite, or has too many
 
   BoxSide(acc_t begin, acc_t end) : begin(begin) {
     const acc_t length = std::max(end - begin, acc_t(1)), whole = std::ceil(length);
-    pixels = std::isfinite(begin) && whole < acc_t(1 << 30) ? static_cast<int64_t>(whole) : 0;  // 0: not a box
+    const bool fits = std::isfinite(begin) && std::isfinite(end) && whole < static_cast<acc_t>(kTooManyPixels);
+    pixels = fits ? static_cast<int64_t>(whole) : 0;
     correction = length / whole;
   }
   float place(int64_t pixel) const {
@@ -117,7 +118,7 @@ class HeatmapSearch {
         }
       }
       for (int64_t y = 0; y < rows; ++y) {
-        peak.search(row, interpolate(CubicTaps<acc_t>(y, height_, rows), resized, row, count), y, column);
+        peak.search(row, count, interpolate(CubicTaps<acc_t>(y, height_, rows), resized, row, count), y, column);
       }
     }
     return peak;
@@ -160,9 +161,9 @@ inline void heatmaps_to_keypoints(
   };
   for (int64_t k = 0; k < maps.count; ++k) {
     const int64_t columns = side(k, 0).pixels, rows = side(k, 1).pixels;
-    if (columns == 0 || rows == 0 || columns * rows >= int64_t{1} << 31) {
+    if (columns == 0 || rows == 0 || columns * rows >= kTooManyPixels) {
       throw std::runtime_error(
-          "heatmaps_to_keypoints: boxes must be finite and of less than 2^31 pixels, boxes[" + std::to_string(k) +
+          "heatmaps_to_keypoints: rois must be finite and of less than 2^31 pixels, rois[" + std::to_string(k) +
           "] is not");
     }
   }
