@@ -2,13 +2,16 @@
 
 from .accelerate import accelerate_torchvision as accelerate_torchvision
 from .explain import Explanation as Explanation, explain as explain
+from .export import export_detector as export_detector
 from .lowering.hook import install_when_inductor_is_imported
+from .ops.box_iou_rotated import box_iou_rotated as box_iou_rotated
 from .ops.deform_conv2d import DeformConv2d as DeformConv2d, deform_conv2d as deform_conv2d
 from .ops.multiscale_roi_align import (
     MultiScaleRoIAlign as MultiScaleRoIAlign,
     multiscale_roi_align as multiscale_roi_align,
 )
 from .ops.nms import batched_nms as batched_nms, nms as nms
+from .ops.nms_rotated import batched_nms_rotated as batched_nms_rotated, nms_rotated as nms_rotated
 from .ops.ps_roi_align import PSRoIAlign as PSRoIAlign, ps_roi_align as ps_roi_align
 from .ops.ps_roi_pool import PSRoIPool as PSRoIPool, ps_roi_pool as ps_roi_pool
 from .ops.roi_align import RoIAlign as RoIAlign, roi_align as roi_align

@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .nms import batched_nms
 from .registry import accumulate_dtype, replaces_torchvision
 
 
@@ -103,7 +105,7 @@ def resize_image_and_masks(
 
     Args:
         image: ``[C, H, W]``.
-        self_min_size, self_max_size: what the shorter side becomes, unless the longer side becomes more than the latter.
+        self_min_size, self_max_size: what the shorter side becomes, unless the longer becomes more than the latter.
         target: of which "masks", ``[N, H, W]``, are resized too.
         fixed_size: width and height, whatever the image's are.
     """
@@ -117,3 +119,41 @@ def resize_image_and_masks(
     if target is not None and "masks" in target:
         target["masks"] = F.interpolate(target["masks"][:, None].float(), size=size)[:, 0].byte()
     return image, target
+
+
+@replaces_torchvision("models.detection._utils._topk_min")
+def topk_min(input: Tensor, orig_kval: int, axis: int) -> int:
+    """The original decides which is less, for all images that a graph is for."""
+    return torch.sym_min(orig_kval, input.size(axis))
+
+
+@replaces_torchvision("models.detection.ssd.SSD.postprocess_detections")
+def ssd_detections(
+    ssd: Any, head_outputs: dict[str, Tensor], image_anchors: list[Tensor], image_shapes: list[tuple[int, int]]
+) -> list[dict[str, Tensor]]:
+    """The original goes class by class, of which there may be many: a graph that takes minutes to compile.
+
+    Args:
+        head_outputs: "cls_logits", ``[B, A, C]``, and "bbox_regression", ``[B, A, 4]``.
+        image_anchors: ``[A, 4]`` of each image.
+        image_shapes: height and width of each image.
+
+    Returns:
+        Of each image "boxes", "scores" and "labels".
+    """
+    from torchvision.ops.boxes import clip_boxes_to_image
+
+    probabilities = head_outputs["cls_logits"].softmax(dim=-1)
+    detections = []
+    for codes, scores, anchors, shape in zip(
+        head_outputs["bbox_regression"], probabilities, image_anchors, image_shapes
+    ):
+        boxes = clip_boxes_to_image(ssd.box_coder.decode_single(codes, anchors), shape)
+        scores = scores[:, 1:].T  # [C - 1, A], without the background
+        candidates = topk_min(scores, ssd.topk_candidates, 1)
+        best, anchor = scores.where(scores > ssd.score_thresh, -math.inf).topk(candidates, dim=1)
+        label, place = torch.where(best > -math.inf)
+        anchor, best = anchor[label, place], best[label, place]
+        kept = batched_nms(boxes[anchor], best, label, ssd.nms_thresh)[: ssd.detections_per_img]
+        detections.append({"boxes": boxes[anchor[kept]], "scores": best[kept], "labels": label[kept] + 1})
+    return detections

@@ -1,0 +1,124 @@
+"""Detectors of torchvision as one file that needs neither torchvision nor this package nor Python where it runs."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pathlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .accelerate import accelerate_torchvision
+
+_LARGEST_SIDE = 1 << 16  # of an image, in pixels
+_LARGEST_RATIO = 10  # of its sides
+
+
+class _OneImage(nn.Module):
+    """A detector that takes an image and returns its detections, instead of lists of them."""
+
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        return self.detector([image])[0]
+
+
+class _AnyImage(_OneImage):
+    """The same, for images whose sides differ no more than what :func:`export_detector` makes sure of."""
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        sides = torch.sym_min(*image.shape[1:]), torch.sym_max(*image.shape[1:])
+        shorter, longer = (torch.scalar_tensor(side, dtype=torch.int64) for side in sides)
+        message = f"an image must not be more than {_LARGEST_RATIO} times as long as it is wide"
+        torch._assert_async(longer <= _LARGEST_RATIO * shorter, message)
+        return super().forward(image)
+
+
+def export_detector(
+    model: nn.Module, example_image: Tensor, path: str | os.PathLike[str], *, any_size: bool = True
+) -> pathlib.Path:
+    """Compile a detector into an AOTInductor package that takes an image and returns its detections.
+
+    The package holds all of the model: resizing of the image, backbone, proposals, suppression, and results in pixels of
+    the image as it was given. It runs with neither torchvision nor this package; load it with
+    :func:`torch._inductor.aoti_load_package`, or from C++ as ``examples/cpp/run.cpp`` does. There results are a list, of
+    which the package's metadata hold the names, under "outputs" and separated by commas.
+
+    Args:
+        model: of torchvision, or one that is called as those are: in eval mode it takes a list of images and returns a
+            dictionary of tensors for each.
+        example_image: ``[C, H, W]``, of the dtype that images will have.
+        path: of the file to write, which ends with ".pt2".
+        any_size: whether images may be of any height and width, neither more than ten times the other, or must have
+            those of ``example_image``, which compiles faster.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        ValueError: the file's name does not end with ".pt2", the model is in training mode, the image is not
+            ``[C, H, W]``, the model does not return detections, or ``any_size`` is set and the model does not allow it.
+        ImportError: torchvision is not installed.
+    """
+    path = pathlib.Path(path)
+    if path.suffix != ".pt2":
+        raise ValueError(f"export_detector: path must end with .pt2, got {str(path)!r}")
+    if model.training:
+        raise ValueError("export_detector: the model is in training mode; call its eval() first")
+    if example_image.dim() != 3:
+        raise ValueError(f"export_detector: example_image must be [C, H, W], got {tuple(example_image.shape)}")
+    accelerate_torchvision()
+    with torch.no_grad():
+        names = _names(_OneImage(model)(example_image))  # also lets stock poolers find out their scales
+        exported = _export_any_size(model, example_image) if any_size else _export(_OneImage(model), example_image)
+        options = {
+            "cpp.dynamic_threads": True,
+            "aot_inductor.check_lowerbound": False,
+            "aot_inductor.metadata": {"outputs": ",".join(names)},
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=options)
+    return path
+
+
+def _names(detections: object) -> list[str]:
+    if not isinstance(detections, dict) or not all(isinstance(value, Tensor) for value in detections.values()):
+        raise ValueError(
+            "export_detector: the model must return a dictionary of tensors for each image, "
+            f"got {type(detections).__name__}"
+        )
+    return list(detections)
+
+
+def _export(detector: nn.Module, example_image: Tensor, dynamic_shapes: Any = None) -> torch.export.ExportedProgram:
+    return torch.export.export(detector.eval(), (example_image,), dynamic_shapes=dynamic_shapes)
+
+
+def _export_any_size(model: nn.Module, example_image: Tensor) -> torch.export.ExportedProgram:
+    height, width = (torch.export.Dim(name, min=2, max=_LARGEST_SIDE) for name in ("height", "width"))
+    try:
+        exported = _export(_AnyImage(model), example_image, ({1: height, 2: width},))
+        _check_guards(exported, example_image)
+    except (torch._dynamo.exc.UserError, ValueError, RuntimeError, AssertionError) as error:
+        raise ValueError(
+            "export_detector: this model does not allow images of any height and width; with any_size=False it can be "
+            f"exported for those of {example_image.shape[1]} x {example_image.shape[2]} pixels. The reason: {error}"
+        ) from error
+    return exported
+
+
+def _check_guards(exported: torch.export.ExportedProgram, example_image: Tensor) -> None:
+    """Raise AssertionError where what was decided while the model was traced does not hold for all images.
+
+    A package does not check that: what is decided with the size of an image in hand (`if height > 1000`) would silently
+    be so for every image.
+    """
+    guards = exported.module().get_submodule("_guards_fn")
+    sides = [2, 3, *(round(2 ** (i / 2)) for i in range(4, 33))]  # up to the largest
+    for height, width in itertools.product(sides, sides):
+        if max(height, width) <= _LARGEST_RATIO * min(height, width):
+            guards(example_image.new_empty((example_image.shape[0], height, width), device="meta"))
