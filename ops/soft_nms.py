@@ -29,8 +29,8 @@ def soft_nms(
         \text{linear: } \begin{cases} 1 - x & x > \text{iou\_threshold} \\ 1 & \text{otherwise} \end{cases}
         \qquad \text{gaussian: } e^{-x^2 / \text{sigma}}
 
-    Scores are meant to be positive. One that is 0, negative or NaN is not changed; NaN comes first, and lowers others. A
-    box without area, or with a coordinate that is NaN or infinite, overlaps none. The results have no gradient.
+    Scores are meant to be positive. One that is 0, negative or NaN is not changed; NaN comes first, and lowers others.
+    A box without area, or with a coordinate that is NaN or infinite, overlaps none. The results have no gradient.
 
     Source: Bodla et al., "Soft-NMS: Improving Object Detection With One Line of Code", https://arxiv.org/abs/1704.04503.
 

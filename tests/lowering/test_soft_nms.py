@@ -6,7 +6,7 @@ import pytest
 import torch
 from inductor_vision import batched_soft_nms, soft_nms
 from inductor_vision.tests.support.boxes import CALLS, Boxes, assert_taken, soft_nms_oracle
-from inductor_vision.tests.support.compiled import caches_disabled, compile_and_run, run_python
+from inductor_vision.tests.support.compiled import caches_disabled, compile_and_run, package_and_run_alone
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -87,26 +87,11 @@ def test_a_result_that_nothing_reads():
     torch.testing.assert_close(compiled.result, both(boxes, scores))
 
 
-RUN_PACKAGE = """
-import sys
-import torch
-
-model = torch._inductor.aoti_load_package(sys.argv[1])
-results = [model(*call) for call in torch.load(sys.argv[2])]
-present = {name.partition(".")[0] for name in sys.modules}
-assert not present & {"inductor_vision", "torchvision"}, present
-torch.save(results, sys.argv[3])
-"""
-
-
 def test_packages_run_alone(tmp_path):
     many = {0: Dim.DYNAMIC}
     exported = torch.export.export(Suppress(), Boxes(17).tensors(), dynamic_shapes=(many, many, many))
-    torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "model.pt2"))
     calls = [Boxes(2).tensors(), Boxes(90).tensors(), Boxes(90, "improper").tensors(), Boxes(0).tensors()]
-    torch.save(calls, tmp_path / "calls.pt")
-    run_python(RUN_PACKAGE, *(str(tmp_path / name) for name in ("model.pt2", "calls.pt", "results.pt")))
-    results = torch.load(tmp_path / "results.pt")
+    results = package_and_run_alone(exported, calls, tmp_path)
     assert len(results) == len(calls)
     for call, result in zip(calls, results):
         assert_right(tuple(result), *call)

@@ -106,7 +106,7 @@ def test_as_nms_where_what_overlaps_is_dropped():
 
 
 def test_the_operator_pads():
-    boxes, scores, classes = Boxes(90).tensors()
+    boxes, scores, _ = Boxes(90).tensors()
     indices, lowered = soft_nms(boxes, scores, min_score=0.3)
     padded, padded_scores = OP(boxes, scores, None, 0.3, 0.5, 0.3, "linear")
     count = len(indices)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -92,18 +93,89 @@ THRESHOLDS = (0.0, 0.03, 0.1, 1 / 3, 0.5, 0.7, 1.0, 2.0, -0.5, NAN)
 CALLS = [Boxes(count, kind) for kind in KINDS for count in (1, 2, 90)] + [Boxes(0), Boxes(400), Boxes(400, "tied")]
 
 
+@dataclasses.dataclass(frozen=True)
+class RotatedBoxes(Boxes):
+    """The same boxes, (x, y, width, height, angle), turned: "tied" ones by right angles, so that they stay so."""
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        boxes, scores, classes = dataclasses.replace(self, dtype=torch.float32).upright()
+        low, high = boxes[:, :2], boxes[:, 2:]
+        angles = torch.rand(self.count, 1, generator=torch.Generator().manual_seed(self.seed + 1)) * 800 - 400
+        angles[1::3] = (angles[1::3] / 90).round() * 90
+        if self.kind == "tied":
+            angles = (angles / 90).round() * 90
+        if self.kind == "improper":
+            angles[6::9] = INF
+        if self.kind == "same":
+            angles[1:] = angles[:1].clone()
+        boxes = torch.cat([(low + high) / 2, high - low, angles], dim=1)
+        return boxes.to(self.dtype), scores.to(self.dtype), classes
+
+    def upright(self) -> tuple[Tensor, Tensor, Tensor]:
+        return super().tensors()
+
+
+ROTATED_CALLS = [RotatedBoxes(call.count, call.kind) for call in CALLS]
+
+
 def nms_oracle(boxes: Tensor, scores: Tensor, iou_threshold: float, classes: Tensor | None = None) -> list[int]:
     """Box by box, in the arithmetic of torchvision's kernel: everything but the comparison in the boxes' precision."""
     real = np.float64 if boxes.dtype == torch.float64 else np.float32
     corners = boxes.to(torch.float64 if real is np.float64 else torch.float32).numpy()
+    with np.errstate(all="ignore"):
+        return _greedy(lambda j, i: float(_iou(corners[j], corners[i], real)), scores, iou_threshold, classes)
+
+
+def nms_rotated_oracle(boxes: Tensor, scores: Tensor, iou_threshold: float, classes: Tensor | None = None) -> list[int]:
+    rows = boxes.double().tolist()
+    return _greedy(lambda j, i: rotated_iou_oracle(rows[j], rows[i]), scores, iou_threshold, classes)
+
+
+def _greedy(
+    iou: Callable[[int, int], float], scores: Tensor, iou_threshold: float, classes: Tensor | None
+) -> list[int]:
     order = sorted(range(len(scores)), key=lambda i: (0, 0) if math.isnan(scores[i]) else (1, -scores[i].item()))
     kept: list[int] = []
-    with np.errstate(all="ignore"):
-        for i in order:
-            others = [j for j in kept if classes is None or classes[j] == classes[i]]
-            if not any(float(_iou(corners[j], corners[i], real)) > iou_threshold for j in others):
-                kept.append(i)
+    for i in order:
+        others = [j for j in kept if classes is None or classes[j] == classes[i]]
+        if not any(iou(j, i) > iou_threshold for j in others):
+            kept.append(i)
     return kept
+
+
+def rotated_iou_oracle(a: Sequence[float], b: Sequence[float]) -> float:
+    """Of (x, y, width, height, angle): a's polygon, clipped at one edge of b after the other."""
+    areas = [box[2] * box[3] for box in (a, b)]
+    if not all(math.isfinite(number) for number in (*a, *b)) or min(areas) <= 0:
+        return 0.0
+    polygon, clip = _polygon(a, a), _polygon(b, a)
+    for (x0, y0), (x1, y1) in zip(clip, clip[1:] + clip[:1]):
+        sides = [(x1 - x0) * (y - y0) - (y1 - y0) * (x - x0) for x, y in polygon]
+        left = []
+        for k, (x, y) in enumerate(polygon):
+            next_x, next_y = polygon[(k + 1) % len(polygon)]
+            side, next_side = sides[k], sides[(k + 1) % len(polygon)]
+            if side <= 0:
+                left.append((x, y))
+            if (side <= 0) != (next_side <= 0):
+                part = side / (side - next_side)
+                left.append((x + part * (next_x - x), y + part * (next_y - y)))
+        polygon = left
+    shifted = polygon[1:] + polygon[:1]
+    intersection = abs(sum(x * next_y - y * next_x for (x, y), (next_x, next_y) in zip(polygon, shifted))) / 2
+    intersection = min(intersection, *areas)
+    return intersection / (sum(areas) - intersection)
+
+
+def _polygon(box: Sequence[float], origin: Sequence[float]) -> list[tuple[float, float]]:
+    """Corners relative to the centre of ``origin``, counter-clockwise to the eye."""
+    x, y, width, height, angle = box
+    exact = {0: (1.0, 0.0), 90: (0.0, 1.0), 180: (-1.0, 0.0), 270: (0.0, -1.0)}
+    radians = math.radians(math.fmod(angle, 360))
+    cos, sin = exact.get(angle % 360, (math.cos(radians), math.sin(radians)))
+    ux, uy, vx, vy = width / 2 * cos, -width / 2 * sin, height / 2 * sin, height / 2 * cos
+    x, y = x - origin[0], y - origin[1]
+    return [(x + i * ux + j * vx, y + i * uy + j * vy) for i, j in ((1, 1), (1, -1), (-1, -1), (-1, 1))]
 
 
 def _iou(a: np.ndarray, b: np.ndarray, real: type) -> np.floating:

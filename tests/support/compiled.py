@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -102,3 +103,24 @@ def run_python(program: str, *args: str, **environment: str) -> str:
     )
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
     return result.stdout
+
+
+_RUN_PACKAGE = """
+import sys
+import torch
+
+model = torch._inductor.aoti_load_package(sys.argv[1])
+results = [model(*call) for call in torch.load(sys.argv[2])]
+present = {name.partition(".")[0] for name in sys.modules}
+assert not present & {"inductor_vision", "torchvision"}, present
+torch.save(results, sys.argv[3])
+"""
+
+
+def package_and_run_alone(exported: torch.export.ExportedProgram, calls: list[Any], folder: pathlib.Path) -> list[Any]:
+    """The results of calls of an AOTInductor package, in a process that has neither this package nor torchvision."""
+    package, arguments, results = (str(folder / name) for name in ("model.pt2", "calls.pt", "results.pt"))
+    torch._inductor.aoti_compile_and_package(exported, package_path=package)
+    torch.save(calls, arguments)
+    run_python(_RUN_PACKAGE, package, arguments, results)
+    return torch.load(results)

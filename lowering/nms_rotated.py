@@ -1,0 +1,16 @@
+"""nms_rotated as one C++ kernel: see cpp/nms_rotated.h."""
+
+from __future__ import annotations
+
+from .nms import NMSTemplate
+from .registry import Template, serve_all, template_for
+
+
+class RotatedNMSTemplate(NMSTemplate):
+    """See cpp/nms_rotated.h."""
+
+    op = "nms_rotated"
+    header = "nms_rotated.h"
+
+
+template_for("nms_rotated", Template(serve_all, RotatedNMSTemplate.lower))
