@@ -43,10 +43,10 @@ def export_detector(
 ) -> pathlib.Path:
     """Compile a detector into an AOTInductor package that takes an image and returns its detections.
 
-    The package holds all of the model: resizing of the image, backbone, proposals, suppression, and results in pixels of
-    the image as it was given. It runs with neither torchvision nor this package; load it with
-    :func:`torch._inductor.aoti_load_package`, or from C++ as ``examples/cpp/run.cpp`` does. There results are a list, of
-    which the package's metadata hold the names, under "outputs" and separated by commas.
+    The package holds all of the model: resizing of the image, backbone, proposals, suppression, and results in pixels
+    of the image as it was given. It runs with neither torchvision nor this package; load it with
+    :func:`torch._inductor.aoti_load_package`, or from C++ as ``examples/cpp/run.cpp`` does. There results are a list,
+    whose names are in the package's metadata under "outputs", separated by commas.
 
     Args:
         model: of torchvision, or one that is called as those are: in eval mode it takes a list of images and returns a
