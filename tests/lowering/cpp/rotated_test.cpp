@@ -143,7 +143,7 @@ void check(const char* types, const Call& call, uint64_t seed, RotatedFigures& f
   const std::vector<double> expected = overlaps(exact, exact, 1);
   ++figures.calls;
 
-  const int64_t compared = std::min<int64_t>(count, 100);
+  const int64_t compared = std::min<int64_t>(count, 40);
   for (int64_t i = 0; i < count; ++i) {
     for (int64_t j = 0; j < count; ++j) {
       const double iou = expected[i * count + j], *a = &boxes[5 * i], *b = &boxes[5 * j];
@@ -201,7 +201,7 @@ void check_types(const char* types, int repeats, RotatedFigures& figures) {
   Random random(sizeof(box_t) + 16 * sizeof(score_t) + 256 * std::is_same_v<box_t, at::Half>);
   for (int i = 0; i < repeats; ++i) {
     for (const Kind kind : kKinds) {
-      for (const int64_t count : {0, 1, 2, 7, 8, 9, 17, 64, 130, 300}) {
+      for (const int64_t count : {0, 1, 2, 7, 8, 9, 17, 64, 130, 200}) {
         const Call call{
             count,
             kind,
@@ -219,11 +219,9 @@ void check_types(const char* types, int repeats, RotatedFigures& figures) {
 
 // So many boxes of one class that they are decided on all threads.
 void check_large(RotatedFigures& figures) {
-  for (const double threshold : {0.1, 0.5, 0.8}) {
-    const Call call{4200,      Kind::uniform,      Scores::uniform,    Classes::none,
-                    threshold, Layout::contiguous, Layout::contiguous, Layout::contiguous};
-    check<float, float>("float", call, 1, figures);
-  }
+  const Call call{4200, Kind::uniform,      Scores::uniform,    Classes::none,
+                  0.3,  Layout::contiguous, Layout::contiguous, Layout::contiguous};
+  check<float, float>("float", call, 1, figures);
 }
 
 }  // namespace
