@@ -86,7 +86,7 @@ def iou_rotated(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     along_v = below(opposite_x, opposite_y, second_x, v_slope) + below(first_x, first_y, fourth_x, v_slope)
     intersection = (along_u - along_v).abs().minimum(area1).minimum(area2)
 
-    # What is left of an integral that should be 0 is not: boxes are apart if they are along an axis, or a side of either.
+    # What is left of an integral that should be 0 is not: boxes are apart if they are along an axis or any side.
     qx, qy = dx * cos2 - dy * sin2, dx * sin2 + dy * cos2
     extent1, extent2 = _extents(w1, h1, cos1, sin1), _extents(w2, h2, cos2, sin2)
     meet = (dx.abs() < extent1[0] + extent2[0]) & (dy.abs() < extent1[1] + extent2[1])

@@ -51,7 +51,9 @@ def test_known_values():
     octagon = 8 * (math.sqrt(2) - 1)
     assert box_iou_rotated(square, on_its_corner).item() == pytest.approx(octagon / (8 - octagon), abs=1e-14)
     wide = torch.tensor([[0.0, 0, 4, 2, 0]])
-    assert box_iou_rotated(wide, torch.tensor([[0.0, 0, 4, 2, 90], [0, 0, 2, 4, 90]])).tolist() == [[pytest.approx(1 / 3), 1.0]]
+    assert box_iou_rotated(wide, torch.tensor([[0.0, 0, 4, 2, 90], [0, 0, 2, 4, 90]])).tolist() == [
+        [pytest.approx(1 / 3), 1.0]
+    ]
 
 
 def test_angles_are_counter_clockwise_to_the_eye():
