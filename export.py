@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,7 +40,12 @@ class _AnyImage(_OneImage):
 
 
 def export_detector(
-    model: nn.Module, example_image: Tensor, path: str | os.PathLike[str], *, any_size: bool = True
+    model: nn.Module,
+    example_image: Tensor,
+    path: str | os.PathLike[str],
+    *,
+    any_size: bool = True,
+    labels: Sequence[str] = (),
 ) -> pathlib.Path:
     """Compile a detector into an AOTInductor package that takes an image and returns its detections.
 
@@ -55,13 +61,15 @@ def export_detector(
         path: of the file to write, which ends with ".pt2".
         any_size: whether images may be of any height and width, neither more than ten times the other, or must have
             those of ``example_image``, which compiles faster.
+        labels: what the classes are called, for the package's metadata, under "labels" and separated by commas.
 
     Returns:
         ``path``.
 
     Raises:
         ValueError: the file's name does not end with ".pt2", the model is in training mode, the image is not
-            ``[C, H, W]``, the model does not return detections, or ``any_size`` is set and the model does not allow it.
+            ``[C, H, W]``, a label has a comma, the model does not return detections, or ``any_size`` is set and the
+            model does not allow it.
         ImportError: torchvision is not installed.
     """
     path = pathlib.Path(path)
@@ -71,6 +79,8 @@ def export_detector(
         raise ValueError("export_detector: the model is in training mode; call its eval() first")
     if example_image.dim() != 3:
         raise ValueError(f"export_detector: example_image must be [C, H, W], got {tuple(example_image.shape)}")
+    if any("," in label for label in labels):
+        raise ValueError(f"export_detector: labels must not have commas, got {list(labels)}")
     accelerate_torchvision()
     with torch.no_grad():
         names = _names(_OneImage(model)(example_image))  # also lets stock poolers find out their scales
@@ -78,7 +88,7 @@ def export_detector(
         options = {
             "cpp.dynamic_threads": True,
             "aot_inductor.check_lowerbound": False,
-            "aot_inductor.metadata": {"outputs": ",".join(names)},
+            "aot_inductor.metadata": {"outputs": ",".join(names), "labels": ",".join(labels)},
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=options)

@@ -80,7 +80,7 @@ Run it in Python, where torch is enough:
 
 Run it in C++:
     examples/cpp/build.sh out/run
-    out/run {arguments.out} --batch 4 --height 224 --width 320""")
+    out/run {arguments.out} --shape 4x3x224x320""")
 
 
 if __name__ == "__main__":

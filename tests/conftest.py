@@ -87,3 +87,14 @@ def torchvision() -> ModuleType:
     if not torch._C._dispatch_has_kernel_for_dispatch_key("torchvision::deform_conv2d", "CPU"):
         pytest.skip("torchvision's compiled operators do not load")
     return torchvision
+
+
+@pytest.fixture(scope="session")
+def detector_package(torchvision: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The small Mask R-CNN as a package, for images of any size; it takes a while to make."""
+    from inductor_vision import export_detector
+    from inductor_vision.tests.support.detectors import small_detector
+
+    path = tmp_path_factory.mktemp("detector") / "detector.pt2"
+    labels = ["background", "cat", "dog", "cup"]
+    return export_detector(small_detector("MaskRCNN"), torch.rand(3, 90, 120), path, labels=labels)

@@ -3,7 +3,7 @@
 #
 #     python examples/export.py                 # makes out/model.pt2
 #     examples/cpp/build.sh out/run             # makes out/run
-#     out/run out/model.pt2 --batch 4 --height 224 --width 320 --threads 2
+#     out/run out/model.pt2 --shape 4x3x224x320 --threads 2
 #
 # PYTHON is the interpreter that has torch (default: .venv/bin/python where `make` made it, else python3); it is asked
 # where torch is, and is needed no longer once the program is built. CXX is the compiler (default: g++).

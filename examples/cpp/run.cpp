@@ -1,4 +1,5 @@
-// Runs an AOTInductor package (examples/export.py makes one) with torch's libraries alone: no Python, no torchvision.
+// Runs an AOTInductor package (examples/export.py and examples/detect.py make some) with torch's libraries alone: no
+// Python, no torchvision.
 // Build it with build.sh; `run --help` says how to use it.
 
 #include <algorithm>
@@ -6,7 +7,9 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <filesystem>
 #include <fstream>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -19,12 +22,11 @@
 namespace {
 
 constexpr const char* kUsage =
-    R"(usage: run MODEL.pt2 [--batch N] [--channels C] [--height H] [--width W]
-                     [--input FILE] [--output FILE] [--threads T] [--runs R]
+    R"(usage: run MODEL.pt2 [--shape 1x3x224x224] [--input FILE] [--output FOLDER] [--threads T] [--runs R]
 
-Runs the model on a float32 tensor of shape [N, C, H, W] (default 1, 3, 224, 224): on random numbers, or on
-FILE, which holds them raw, in native byte order. Prints the output's shape, its checksum (the sum of all values)
-and the median time of R runs (default 10). --output writes the result as --input reads it. --threads 0, the
+Runs the model on a float32 tensor of that shape: on random numbers between 0 and 1, or on FILE, which holds them
+raw, in native byte order. Prints the shape of each result, its checksum (the sum of all values), and the median time
+of R runs (default 10). --output writes each result into a file of FOLDER as --input reads it. --threads 0, the
 default, uses all cores.
 )";
 
@@ -35,7 +37,8 @@ struct UsageError : std::runtime_error {
 
 struct Arguments {
   std::string model, input, output;
-  int64_t batch = 1, channels = 3, height = 224, width = 224, threads = 0, runs = 10;
+  std::vector<int64_t> shape{1, 3, 224, 224};
+  int64_t threads = 0, runs = 10;
 };
 
 int64_t parse_number(const std::string& option, const std::string& text, int64_t least) {
@@ -48,34 +51,31 @@ int64_t parse_number(const std::string& option, const std::string& text, int64_t
   return number;
 }
 
-// Where an option that takes a number keeps it; null if there is no such option.
-int64_t* number_option(Arguments& arguments, const std::string& option) {
-  if (option == "--batch") return &arguments.batch;
-  if (option == "--channels") return &arguments.channels;
-  if (option == "--height") return &arguments.height;
-  if (option == "--width") return &arguments.width;
-  if (option == "--threads") return &arguments.threads;
-  if (option == "--runs") return &arguments.runs;
-  return nullptr;
+std::vector<int64_t> parse_shape(const std::string& option, const std::string& text) {
+  std::vector<int64_t> shape;
+  std::istringstream sizes(text + 'x');
+  for (std::string size; std::getline(sizes, size, 'x');) shape.push_back(parse_number(option, size, 1));
+  return shape;
 }
 
 Arguments parse_arguments(const std::vector<std::string>& words) {
   Arguments arguments;
   for (size_t i = 0; i < words.size(); ++i) {
-    const std::string& word = words[i];
-    if (word.rfind("--", 0) != 0) {
-      if (!arguments.model.empty()) throw UsageError("one model is wanted, got '" + word + "' as well");
-      arguments.model = word;
+    const std::string& option = words[i];
+    if (option.rfind("--", 0) != 0) {
+      if (!arguments.model.empty()) throw UsageError("one model is wanted, got '" + option + "' as well");
+      arguments.model = option;
       continue;
     }
-    int64_t* number = number_option(arguments, word);
-    if (number == nullptr && word != "--input" && word != "--output") throw UsageError("no option " + word);
-    if (++i == words.size()) throw UsageError(word + " wants a value");
-    if (number != nullptr) {
-      *number = parse_number(word, words[i], word == "--threads" ? 0 : 1);
-    } else {
-      (word == "--input" ? arguments.input : arguments.output) = words[i];
-    }
+    const std::vector<std::string> known{"--shape", "--input", "--output", "--threads", "--runs"};
+    if (std::find(known.begin(), known.end(), option) == known.end()) throw UsageError("no option " + option);
+    if (++i == words.size()) throw UsageError(option + " wants a value");
+    const std::string& value = words[i];
+    if (option == "--shape") arguments.shape = parse_shape(option, value);
+    if (option == "--input") arguments.input = value;
+    if (option == "--output") arguments.output = value;
+    if (option == "--threads") arguments.threads = parse_number(option, value, 0);
+    if (option == "--runs") arguments.runs = parse_number(option, value, 1);
   }
   if (arguments.model.empty()) throw UsageError("which model?");
   if (!std::ifstream(arguments.model)) throw UsageError("cannot read " + arguments.model);
@@ -83,12 +83,11 @@ Arguments parse_arguments(const std::vector<std::string>& words) {
 }
 
 at::Tensor make_input(const Arguments& arguments) {
-  const std::vector<int64_t> shape{arguments.batch, arguments.channels, arguments.height, arguments.width};
   if (arguments.input.empty()) {
     at::manual_seed(0);
-    return at::randn(shape);
+    return at::rand(arguments.shape);
   }
-  at::Tensor tensor = at::empty(shape);
+  at::Tensor tensor = at::empty(arguments.shape);
   std::ifstream file(arguments.input, std::ios::binary | std::ios::ate);
   if (!file) throw UsageError("cannot read " + arguments.input);
   const auto size = static_cast<int64_t>(file.tellg()), wanted = static_cast<int64_t>(tensor.nbytes());
@@ -101,11 +100,20 @@ at::Tensor make_input(const Arguments& arguments) {
   return tensor;
 }
 
-void write_output(const at::Tensor& tensor, const std::string& path) {
+// What the package calls its results (inductor_vision.export_detector gives them names), otherwise output0 and so on.
+std::vector<std::string> output_names(torch::inductor::AOTIModelPackageLoader& model, size_t count) {
+  std::vector<std::string> names;
+  std::istringstream given(model.get_metadata()["outputs"]);
+  for (std::string name; std::getline(given, name, ',');) names.push_back(name);
+  for (size_t i = names.size(); i < count; ++i) names.push_back("output" + std::to_string(i));
+  return names;
+}
+
+void write_output(const at::Tensor& tensor, const std::filesystem::path& path) {
   const at::Tensor values = tensor.to(at::kFloat).contiguous();
   std::ofstream file(path, std::ios::binary);
   file.write(static_cast<const char*>(values.data_ptr()), static_cast<std::streamsize>(values.nbytes()));
-  if (!file) throw UsageError("cannot write " + path);
+  if (!file) throw UsageError("cannot write " + path.string());
 }
 
 double median_milliseconds(
@@ -126,15 +134,22 @@ void run(const Arguments& arguments) {
   const c10::InferenceMode guard;
   const std::vector<at::Tensor> inputs{make_input(arguments)};
   torch::inductor::AOTIModelPackageLoader model(arguments.model);
-  const at::Tensor output = model.run(inputs).at(0);
+  const std::vector<at::Tensor> outputs = model.run(inputs);
+  const std::vector<std::string> names = output_names(model, outputs.size());
 
-  std::string shape;
-  for (const int64_t size : output.sizes()) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
-  std::printf("output    [%s]\n", shape.c_str());
-  std::printf("checksum  %.9g\n", output.sum(at::kDouble).item<double>());
-  std::printf("threads   %d\n", at::get_num_threads());
-  std::printf("time      %.3f ms\n", median_milliseconds(model, inputs, arguments.runs));
-  if (!arguments.output.empty()) write_output(output, arguments.output);
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    std::string shape;
+    for (const int64_t size : outputs[i].sizes()) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
+    std::printf(
+        "%-16s  [%s], checksum %.9g\n", names[i].c_str(), shape.c_str(), outputs[i].sum(at::kDouble).item<double>());
+  }
+  std::printf("%-16s  %d\n", "threads", at::get_num_threads());
+  std::printf("%-16s  %.3f ms\n", "time", median_milliseconds(model, inputs, arguments.runs));
+  if (arguments.output.empty()) return;
+  std::filesystem::create_directories(arguments.output);
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    write_output(outputs[i], std::filesystem::path(arguments.output) / names[i]);
+  }
 }
 
 }  // namespace

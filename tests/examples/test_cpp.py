@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from inductor_vision.tests.support.detectors import assert_same_detections, small_detector
 
 BUILD = pathlib.Path(__file__).parents[2] / "examples" / "cpp" / "build.sh"
 
@@ -30,14 +31,14 @@ def run(program, *arguments):
 
 
 def run_on(program, package, image, folder, threads):
-    """The program's output for an image, and what it printed."""
+    """The program's outputs for an image, by name, and what it printed."""
     image.numpy().tofile(folder / "input")
-    sizes = zip(("--batch", "--channels", "--height", "--width"), image.shape)
-    options = [word for option in sizes for word in option]
-    files = ("--input", folder / "input", "--output", folder / "output")
-    result = run(program, package, *options, *files, "--threads", threads, "--runs", 3)
+    shape = "x".join(map(str, image.shape))
+    files = ("--input", folder / "input", "--output", folder / "outputs")
+    result = run(program, package, "--shape", shape, *files, "--threads", threads, "--runs", 3)
     assert result.returncode == 0, result.stderr
-    return torch.from_numpy(np.fromfile(folder / "output", dtype=np.float32)), result.stdout
+    outputs = sorted((folder / "outputs").iterdir())
+    return {file.name: torch.from_numpy(np.fromfile(file, dtype=np.float32)) for file in outputs}, result.stdout
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 24, 40), (3, 3, 37, 19)])
@@ -47,11 +48,21 @@ def test_same_values_as_the_model(program, exported, tmp_path, shape):
     with torch.no_grad():
         expected = model(image)
     actual, printed = run_on(program, package, image, tmp_path, threads=2)
-    torch.testing.assert_close(actual.view(expected.shape), expected, rtol=1e-5, atol=1e-5)
-    assert f"[{', '.join(map(str, expected.shape))}]" in printed
-    checksum = float(re.search(r"checksum +(\S+)", printed)[1])
+    torch.testing.assert_close(actual["output0"].view(expected.shape), expected, rtol=1e-5, atol=1e-5)
+    checksum = float(re.search(rf"output0 +\[{', '.join(map(str, expected.shape))}\], checksum (\S+)", printed)[1])
     assert checksum == pytest.approx(expected.double().sum().item(), rel=1e-4)
     assert float(re.search(r"time +(\S+) ms", printed)[1]) > 0
+
+
+@pytest.mark.slow
+def test_detector(program, detector_package, tmp_path):
+    image, detector = torch.rand(3, 100, 150), small_detector("MaskRCNN")
+    with torch.no_grad():
+        (expected,) = detector([image])
+    outputs, printed = run_on(program, detector_package, image, tmp_path, threads=2)
+    outputs["labels"] = outputs["labels"].long()
+    assert "boxes             [12, 4]" in printed
+    assert_same_detections({key: outputs[key].view(value.shape) for key, value in expected.items()}, expected)
 
 
 def test_any_number_of_threads(program, exported, tmp_path):
@@ -60,7 +71,7 @@ def test_any_number_of_threads(program, exported, tmp_path):
     for threads in (1, 2, 3):
         output, printed = run_on(program, exported[1], image, tmp_path, threads)
         assert re.search(rf"threads +{threads}\n", printed)
-        outputs.append(output)
+        outputs.append(output["output0"])
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
 
 
@@ -77,9 +88,9 @@ def test_does_not_link_python(program):
     [
         ([], "which model?"),
         (["nowhere.pt2"], "cannot read nowhere.pt2"),
-        (["{package}", "--batch", "two"], "--batch must be an integer of at least 1, got 'two'"),
-        (["{package}", "--height", "0"], "--height must be an integer of at least 1, got '0'"),
-        (["{package}", "--width"], "--width wants a value"),
+        (["{package}", "--runs", "two"], "--runs must be an integer of at least 1, got 'two'"),
+        (["{package}", "--shape", "1x3x0x8"], "--shape must be an integer of at least 1, got '0'"),
+        (["{package}", "--shape"], "--shape wants a value"),
         (["{package}", "--depth", "3"], "no option --depth"),
         (["{package}", "{package}"], "one model is wanted"),
         (["{package}", "--input", "nowhere"], "cannot read nowhere"),
@@ -93,7 +104,7 @@ def test_bad_usage(program, exported, arguments, message):
 
 
 def test_input_that_the_model_does_not_take(program, exported):
-    result = run(program, exported[1], "--channels", 4)
+    result = run(program, exported[1], "--shape", "1x4x224x224")
     assert result.returncode == 1
     assert "expected: 3, but got: 4" in result.stderr
 

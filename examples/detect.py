@@ -1,0 +1,121 @@
+"""Detect what is in a picture with a detector of torchvision as a package, and draw it.
+
+    python examples/detect.py PICTURE [--model fasterrcnn_resnet50_fpn] [--weights DEFAULT | none | FILE]
+        [--package out/fasterrcnn_resnet50_fpn.pt2] [--out out/detections.png] [--score 0.5] [--most 20]
+
+Where there is no package yet it is made, for pictures of any size, which takes minutes and needs torchvision; trained
+weights are downloaded. With a package, torch and Pillow are all that is needed. Prints what was detected and how long
+that took; ``--weights none`` shows with random weights, without a download, that it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import statistics
+import sys
+import time
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+# torch speaks of its own internals.
+warnings.filterwarnings("ignore", message=".*(LeafSpec|is deprecated)")
+
+COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000")
+
+
+def make_package(model: str, weights: str, image: Tensor, path: pathlib.Path) -> None:
+    from inductor_vision import accelerate_torchvision, export_detector
+
+    accelerate_torchvision()  # before torchvision is imported, which may not load by itself
+    from torchvision import models
+
+    trained = models.get_model_weights(model).DEFAULT
+    if weights == "DEFAULT":
+        detector = models.get_model(model, weights=trained)
+    else:
+        torch.manual_seed(0)
+        detector = models.get_model(model, weights=None, weights_backbone=None)
+        if weights != "none":
+            detector.load_state_dict(torch.load(weights, weights_only=True))
+    labels = [name.replace(",", "") for name in trained.meta["categories"]]
+    print(f"making {path}: a few minutes", flush=True)
+    start = time.perf_counter()
+    export_detector(detector.eval(), image, path, labels=labels)
+    print(f"made it in {time.perf_counter() - start:.0f} s, {path.stat().st_size / 1e6:.0f} MB")
+
+
+def detect(package: Any, image: Tensor, runs: int = 3) -> tuple[dict[str, Tensor], float]:
+    """Detections, and the median time in milliseconds."""
+    detections, times = package(image), []
+    for _ in range(runs):
+        start = time.perf_counter()
+        detections = package(image)
+        times.append(1e3 * (time.perf_counter() - start))
+    return detections, statistics.median(times)
+
+
+def draw(picture: Image.Image, detections: dict[str, Tensor], names: list[str]) -> Image.Image:
+    """Boxes with their names; masks, and keypoints, where there are some."""
+    pixels = np.asarray(picture).astype(np.float32)
+    colours = [COLOURS[i % len(COLOURS)] for i in range(len(names))]
+    for mask, colour in zip(detections.get("masks", ()), colours):
+        inside = mask[0].numpy() > 0.5
+        pixels[inside] = pixels[inside] / 2 + np.array(Image.new("RGB", (1, 1), colour))[0, 0] / 2
+    picture = Image.fromarray(pixels.astype(np.uint8))
+    canvas = ImageDraw.Draw(picture)
+    width = max(2, max(picture.size) // 400)
+    for box, name, colour in zip(detections["boxes"].tolist(), names, colours):
+        canvas.rectangle(box, outline=colour, width=width)
+        place = box[0] + width, box[1] + width
+        canvas.rectangle(canvas.textbbox(place, name, font_size=7 * width), fill=colour)
+        canvas.text(place, name, fill="white", font_size=7 * width)
+    for points, colour in zip(detections.get("keypoints", torch.empty(0)).tolist(), colours):
+        for x, y, _ in points:
+            canvas.ellipse((x - width, y - width, x + width, y + width), fill=colour, outline="white")
+    return picture
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("picture", type=pathlib.Path)
+    parser.add_argument(
+        "--model", default="fasterrcnn_resnet50_fpn", help="of torchvision.models.detection (%(default)s)"
+    )
+    parser.add_argument("--weights", default="DEFAULT", help="DEFAULT, none, or a file with a state_dict (%(default)s)")
+    parser.add_argument("--package", type=pathlib.Path, help="made if it does not exist (out/MODEL.pt2)")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/detections.png"), help="(%(default)s)")
+    parser.add_argument("--score", type=float, default=0.5, help="the least to draw (%(default)s)")
+    parser.add_argument("--most", type=int, default=20, help="how many to draw, best first (%(default)s)")
+    arguments = parser.parse_args()
+
+    try:
+        picture = Image.open(arguments.picture).convert("RGB")
+    except OSError as error:
+        sys.exit(f"cannot read {arguments.picture}: {error}")
+    image = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+    path = arguments.package or pathlib.Path("out") / f"{arguments.model}.pt2"
+    if not path.exists():
+        make_package(arguments.model, arguments.weights, image, path)
+    package = torch._inductor.aoti_load_package(str(path))
+
+    detections, milliseconds = detect(package, image)
+    drawn = (detections["scores"] >= arguments.score).nonzero().flatten()[: arguments.most]
+    print(f"{len(detections['boxes'])} detections in {milliseconds:.0f} ms, {len(drawn)} of them are drawn")
+    detections = {key: value[drawn] for key, value in detections.items()}
+    labels = package.loader.get_metadata()["labels"].split(",")
+    names = [f"{labels[i]} {score:.2f}" for i, score in zip(detections["labels"], detections["scores"])]
+    for name, box in zip(names, detections["boxes"].tolist()):
+        print(f"  {name:24}", *(f"{side:7.1f}" for side in box))
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    draw(picture, detections, names).save(arguments.out)
+    print(f"wrote {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
