@@ -25,6 +25,7 @@ from .inductor import (
     CppTemplateKernel,
     Placeholder,
     V,
+    config,
     gen_2d_view_of_epilogue_buf,
     get_export_declaration,
     ir,
@@ -140,17 +141,21 @@ class KernelTemplate(abc.ABC):
         body: Callable[[], Sequence[str]],
         aliases: dict[str, str] | None = None,
     ) -> str:
-        """The source of the generated function; ``body`` makes its statements once the parameters are known."""
+        """The source of the generated function; ``body`` makes its statements once the parameters are known.
+
+        Where kernels are profiled (Inductor's ``cpp.enable_kernel_profile``) this one goes by its operator's name.
+        """
         names = {f"in{i}": node for i, node in enumerate(buffer.inputs)}
         signature = kernel.def_kernel(inputs=names, outputs=outputs, aliases=aliases)
         return "\n".join(
             [
                 "#include <torch/csrc/inductor/cpp_prefix.h>",
+                *(["#include <torch/csrc/inductor/aoti_runtime/utils.h>"] if config.cpp.enable_kernel_profile else []),
                 splice_header(self.header),
                 f'extern "C" {get_export_declaration()}',
                 signature,
                 "{",
-                kernel.maybe_codegen_profile(),
+                kernel.maybe_codegen_profile(self.op),
                 *body(),
                 "}",
             ]
