@@ -72,23 +72,31 @@ def copy(bytes_moved: int) -> Prepared:
     return eager(torch.ones_like(source).copy_, (source,))
 
 
-def compiled(module: nn.Module, arguments: Sequence[Tensor], *, dynamic: bool | None = None) -> Prepared:
-    """``torch.compile`` for inference, the module's parameters being constants to the compiler.
+def compiled(
+    module: nn.Module,
+    arguments: Sequence[Tensor],
+    *,
+    dynamic: bool | None = None,
+    freezing: bool = True,
+    fullgraph: bool = True,
+) -> Prepared:
+    """``torch.compile`` for inference, the module's parameters being constants to the compiler under ``freezing``.
 
-    Falling back to eager mode, for whatever reason, is an error: it would be timed as compiled code.
+    Falling back to eager mode, for whatever reason, is an error: it would be timed as compiled code. Without
+    ``fullgraph``, parts may.
     """
     import torch._dynamo
     import torch._inductor.config
 
-    program = torch.compile(module.eval(), fullgraph=True, dynamic=dynamic)
+    program = torch.compile(module.eval(), fullgraph=fullgraph, dynamic=dynamic)
 
     def call() -> Any:
         with torch.no_grad():
             return program(*arguments)
 
     with (
-        torch._inductor.config.patch(freezing=True),
-        torch._dynamo.config.patch(fail_on_recompile_limit_hit=True),
+        torch._inductor.config.patch(freezing=freezing),
+        torch._dynamo.config.patch(fail_on_recompile_limit_hit=fullgraph),
     ):
         return Prepared(call, call())
 

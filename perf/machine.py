@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import importlib.metadata
+import multiprocessing
 import os
 import platform
 import subprocess
@@ -40,8 +41,16 @@ def foreign_seconds() -> float | None:
         user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, file.readline().split()[1:9])
         busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
         own = os.times()
-        return busy - own.user - own.system
+        return busy - own.user - own.system - sum(_seconds_of(child.pid) for child in multiprocessing.active_children())
     return None
+
+
+def _seconds_of(process: int | None) -> float:
+    """Processor time that a process has taken so far; 0 for one that has ended."""
+    with contextlib.suppress(OSError), open(f"/proc/{process}/stat") as file:
+        fields = file.read().rpartition(")")[2].split()  # behind the name, which may hold anything
+        return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")  # user and system
+    return 0.0
 
 
 def _versions() -> dict[str, str]:

@@ -59,6 +59,7 @@ def _text_case(case: CaseResult) -> str:
         cells += [_seconds(row.compile_cold), _seconds(row.compile_warm)] if compiles else []
         lines.append(cells)
     remarks = {f"extra memory: {row.memory_reason}" for row in case.rows if row.memory_reason} | {busy_warning(case)}
+    remarks |= {f"{row.contender}: {_parts(row)} of the time in operators" for row in case.rows if row.shares}
     rounds = [row.rounds for row in case.rows if row.rounds]
     counted = f" ({min(rounds)} to {max(rounds)} rounds)" if rounds else ""
     return "\n".join(
@@ -93,7 +94,7 @@ def markdown(report: Report) -> str:
         if row.seconds is None
     }
     remarks |= {f"{case.suite}/{case.case}: {warning}" for case in report.cases if (warning := busy_warning(case))}
-    parts = [_markdown_table(cases) for cases in tables.values()]
+    parts = [table for cases in tables.values() for table in (_markdown_table(cases), _markdown_shares(cases)) if table]
     parts.append(f"Medians of interleaved rounds; ratios are medians over rounds. {heading(report)}.")
     return "\n\n".join([*parts, "\n".join(f"- {remark}" for remark in sorted(remarks))])
 
@@ -120,6 +121,29 @@ def _markdown_table(cases: Sequence[CaseResult]) -> str:
             cells += [_seconds(us.compile_cold), _seconds(us.compile_warm)] if compiles else []
         lines.append(cells)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _markdown_shares(cases: Sequence[CaseResult]) -> str:
+    """Of every contender the share of the time in operators, and the memory; where somebody looked at the former."""
+    if not any(row.shares for case in cases for row in case.rows):
+        return ""
+    names = [row.contender for row in cases[0].rows]
+    lines = [["time in operators; extra memory", *names], ["---", *["---"] * len(names)]]
+    for case in cases:
+        rows = {row.contender: row for row in case.rows}
+        cells = [f"{_parts(rows[name])}; {_megabytes(rows[name].memory)}" for name in names]
+        lines.append([f"{case.suite}/{case.case}", *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _parts(row: Row) -> str:
+    """The share of the time in operators, and in each of them."""
+    each = ", ".join(f"{name} {_percent(share)}" for name, share in sorted(row.shares.items()))
+    return f"{_percent(sum(row.shares.values()))} ({each})" if row.shares else _NOTHING
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}"
 
 
 def _standing_for(role: str, cases: Sequence[CaseResult]) -> str | None:

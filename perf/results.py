@@ -44,6 +44,7 @@ class Row:
         ratios: for other contenders, this one's time divided by theirs, round by round.
         memory: peak bytes beyond inputs and outputs; None where it cannot be measured, ``memory_reason`` says why.
         compile_cold, compile_warm: seconds to the first result with empty caches and with filled ones.
+        shares: which part of the time some operators take, by their names; empty where nobody looked.
     """
 
     contender: str
@@ -58,6 +59,7 @@ class Row:
     memory_reason: str = ""
     compile_cold: float | None = None
     compile_warm: float | None = None
+    shares: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

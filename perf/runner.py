@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from .compile_time import compile_seconds
+from .isolated import prepare_in_own_process
 from .machine import foreign_seconds
 from .memory import extra_memory
 from .progress import Progress
@@ -98,10 +99,13 @@ def run_case(
             threads = contender.threads or settings.threads
             torch.set_num_threads(threads)
             progress.say(f"{label}: {'compiling' if contender.compiled else 'preparing'} {contender.name}")
-            row, prepared = _check(contender, Job(case, inputs, threads), reference)
+            row, prepared = _check(
+                contender, Job(case, inputs, threads), lambda output: (suite.error or relative_error)(output, reference)
+            )
             if prepared:
                 progress.say(f"{label}: memory of {contender.name}", passing=True)
                 row = _with_memory(row, prepared)
+                row = dataclasses.replace(row, shares=prepared.shares() if prepared.shares else {})
                 sides[contender.name] = _Side(contender.name, threads, prepared.call)
             rows[contender.name] = row
         foreign = _interleave_watched(
@@ -118,7 +122,7 @@ def run_case(
     return CaseResult(suite.name, case.name, case.description, case.tolerance, tuple(rows.values()), foreign)
 
 
-def _check(contender: Contender, job: Job, reference: Any) -> tuple[Row, Prepared | None]:
+def _check(contender: Contender, job: Job, error_of: Callable[[Any], float]) -> tuple[Row, Prepared | None]:
     """Prepare a contender and compare its output; it is handed back only if it may be timed."""
 
     def row(status: str, **more: Any) -> Row:
@@ -126,14 +130,15 @@ def _check(contender: Contender, job: Job, reference: Any) -> tuple[Row, Prepare
 
     try:
         contender.check()
-        prepared = contender.prepare(job)
+        isolated = contender.isolated
+        prepared = prepare_in_own_process(contender.prepare, job) if isolated else contender.prepare(job)
     except Unavailable as reason:
         return row("unavailable", reason=str(reason)), None
     except Exception as error:  # one that breaks must not take the others' results along; the row says what happened
         return row("failed", reason=f"{type(error).__name__}: {error}"), None
     if contender.role == "limit":
         return row("ok"), prepared
-    error = relative_error(prepared.output, reference)
+    error = error_of(prepared.output)
     if error == math.inf:
         return row("wrong", reason="not finite, or of another shape than the reference"), None
     if error > job.case.tolerance:
@@ -143,7 +148,8 @@ def _check(contender: Contender, job: Job, reference: Any) -> tuple[Row, Prepare
 
 def _with_memory(row: Row, prepared: Prepared) -> Row:
     try:
-        return dataclasses.replace(row, memory=extra_memory(prepared.call, prepared.lean))
+        memory = prepared.memory() if prepared.memory else extra_memory(prepared.call, prepared.lean)
+        return dataclasses.replace(row, memory=memory)
     except Unavailable as reason:
         return dataclasses.replace(row, memory_reason=str(reason))
 

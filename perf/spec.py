@@ -55,11 +55,16 @@ class Prepared:
         output: what a first call returned: tensors or arrays, or a sequence of them.
         lean: gives back the memory that it keeps between calls, and hands out a callable that does the same work; for
             contenders with such a pool, whose peak memory would otherwise be missed.
+        memory: measures the peak memory of a call, for contenders whose calls are made in another process.
+        shares: profiles a call and says which part of its time each of some operators takes; for programs of which
+            these are only a part.
     """
 
     call: Callable[[], Any]
     output: Any
     lean: Callable[[], Callable[[], Any]] | None = None
+    memory: Callable[[], int] | None = None
+    shares: Callable[[], dict[str, float]] | None = None
 
 
 def _always() -> None:
@@ -79,6 +84,7 @@ class Contender:
         threads: a fixed number of threads, whatever the run is set to.
         compiled: whether ``prepare`` compiles, so that its time is worth a column.
         default: takes part in every case that does not name its contenders.
+        isolated: is prepared and called in a process of its own. ``prepare`` and the cases must be picklable then.
     """
 
     name: str
@@ -88,6 +94,7 @@ class Contender:
     threads: int | None = None
     compiled: bool = False
     default: bool = True
+    isolated: bool = False
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
@@ -96,13 +103,19 @@ class Contender:
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """The benchmark of one operator. ``reference`` computes the right output from a case's inputs, in float64."""
+    """The benchmark of one operator, or of programs that use some.
+
+    Attributes:
+        reference: computes the right output from a case's inputs, in float64 where the suite does not say otherwise.
+        error: of an output against the reference; :func:`~inductor_vision.perf.verify.relative_error` if None.
+    """
 
     name: str
     description: str
     cases: tuple[Case, ...]
     contenders: tuple[Contender, ...]
     reference: Callable[[Any], Any]
+    error: Callable[[Any, Any], float] | None = None
 
     def __post_init__(self) -> None:
         for kind, names in (("case", self.case_names()), ("contender", self.contender_names())):

@@ -1,0 +1,323 @@
+"""torchvision's detectors, from the image to its detections.
+
+The reference is the stock model in eager mode, in float32: in float64 a model of this depth may rank and suppress
+boxes in another way. The limit is its convolutions and matrix products alone, one after the other. Torchvision is
+accelerated, or not, for all of a process: each contender has its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import pkgutil
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...accelerate import accelerate_torchvision
+from ...export import export_detector
+from .. import backends
+from ..spec import Case, Contender, Job, Prepared, Suite
+from ..verify import relative_error
+
+_MULTIPLYING = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+
+# Random weights give logits that are much the same everywhere, and boxes as large as the image. So what the last layers
+# give is shifted and scaled: to these means in each channel, and these standard deviations.
+_MEAN_AND_DEVIATION = {
+    r"rpn\.head\.cls_logits": (0.0, 1.0),
+    r"rpn\.head\.bbox_pred": (0.0, 0.2),
+    r"roi_heads\.box_predictor\.cls_score": (0.0, 1.5),
+    r"roi_heads\.box_predictor\.bbox_pred": (0.0, 1.0),
+    r"roi_heads\.mask_predictor\.mask_fcn_logits": (0.0, 2.0),
+    r"roi_heads\.keypoint_predictor\.kps_score_lowres": (0.0, 2.0),
+    r"head\.classification_head\.cls_logits": (-8.0, 1.0),
+    r"head\.classification_head\.module_list\.\d": (0.0, 1.5),
+    r"head\.regression_head\.bbox_reg": (0.0, 0.3),
+    r"head\.regression_head\.module_list\.\d": (0.0, 1.0),
+    r"head\.regression_head\.bbox_ctrness": (0.0, 1.0),
+}
+
+# Operators of this package, and the functions of torchvision that they stand for.
+_FUNCTIONS = {
+    "roi_align": "torchvision.ops.poolers.MultiScaleRoIAlign.forward",
+    "nms": "torchvision.ops.boxes.batched_nms",
+    "decode": "torchvision.models.detection._utils.BoxCoder.decode",
+    "paste_masks": "torchvision.models.detection.transform.paste_masks_in_image",
+    "heatmaps_to_keypoints": "torchvision.models.detection.roi_heads.heatmaps_to_keypoints",
+}
+_RECORD = "operator "  # what these functions are called in a profile begins so
+_TORCHVISION_KERNEL = r"torchvision::(\w+)"
+_TEMPLATE_KERNEL = r"graph_\d+_((?!cpp_)\w+?)_(?:kernel|cpp_\w*)"  # see KernelTemplate.source
+_PROFILED_CALLS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A detector and an image.
+
+    Attributes:
+        make: the detector, with random weights.
+        size: height and width of the image.
+        detections: how many there are, at least and at most.
+    """
+
+    make: Callable[[], nn.Module]
+    size: tuple[int, int] = (480, 640)
+    detections: tuple[int, int] = (40, 60)
+
+    @functools.cached_property
+    def image(self) -> Tensor:
+        """Smooth, with some noise."""
+        generator = torch.Generator().manual_seed(0)
+        coarse = torch.rand(1, 3, *(-(-side // 32) for side in self.size), generator=generator)
+        smooth = F.interpolate(coarse, size=self.size, mode="bicubic")[0]
+        return (0.8 * smooth + 0.2 * torch.rand(3, *self.size, generator=generator)).clamp(0, 1)
+
+    @functools.cached_property
+    def detector(self) -> nn.Module:
+        """Takes an image; detects something."""
+        torch.manual_seed(0)
+        detector = OneImage(self.make().eval())
+        owner = getattr(detector.model, "roi_heads", detector.model)
+        owner.score_thresh = 0.0
+        with torch.no_grad(), _scaling(detector.model):
+            owner.score_thresh = _threshold(detector(self.image)["scores"], *self.detections)
+        return detector
+
+
+class OneImage(nn.Module):
+    """A detector that takes an image and returns its detections, instead of lists of them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        return self.model([image])[0]
+
+
+@contextlib.contextmanager
+def _scaling(model: nn.Module) -> Iterator[None]:
+    """Scale the last layers by what they compute in their first call."""
+    scaled = set()
+
+    def scale(layer: Any, inputs: Any, output: Tensor, mean: float, deviation: float) -> Tensor | None:
+        if layer in scaled:  # it serves several levels
+            return None
+        scaled.add(layer)
+        others = [d for d in range(output.dim()) if d != 1]
+        means = output.mean(others)
+        spread = (output - output.mean(others, keepdim=True)).std()
+        factor = deviation / spread if spread > 1e-6 else 1.0  # a map of one pixel has none
+        layer.weight.mul_(factor)
+        layer.bias.sub_(means).mul_(factor).add_(mean)
+        return layer.forward(*inputs)
+
+    handles = []
+    for name, layer in model.named_modules():
+        for pattern, (mean, deviation) in _MEAN_AND_DEVIATION.items():
+            if re.fullmatch(pattern, name):
+                hook = functools.partial(scale, mean=mean, deviation=deviation)
+                handles.append(layer.register_forward_hook(hook))
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+def _threshold(scores: Tensor, fewest: int, most: int) -> float:
+    """In the widest gap between scores, best first, that leaves neither too few detections nor too many.
+
+    Candidates below a threshold have no influence on what is detected above it.
+    """
+    among = scores[fewest - 1 : most + 1]
+    gap = (among[:-1] - among[1:]).argmax()
+    return among[gap : gap + 2].mean().item()
+
+
+def _stock(name: str) -> nn.Module:
+    """A model of torchvision, with the normalization of its trained models."""
+    from torchvision.models import detection
+    from torchvision.ops.misc import FrozenBatchNorm2d
+
+    with patch.object(nn, "BatchNorm2d", FrozenBatchNorm2d):
+        return getattr(detection, name)(weights=None, weights_backbone=None)
+
+
+def _build(problem: Problem) -> Problem:
+    problem = dataclasses.replace(problem)  # what a case holds is pickled: without the detector
+    _ = problem.detector
+    return problem
+
+
+def _reference(problem: Problem) -> dict[str, Tensor]:
+    with torch.no_grad():
+        return problem.detector(problem.image)
+
+
+def detections_error(found: Any, right: Mapping[str, Tensor]) -> float:
+    """The largest relative error of detections, wherever they are among those of about the same score.
+
+    Scores are compared as they come, best first; then each detection with the nearest one of its class. Infinite for
+    another number of detections or another class.
+
+    A keypoint is where a map is highest, and a mask ends where a box does, in whole pixels: rounding may move either.
+    Of these, one in a hundred is let off.
+    """
+    if not isinstance(found, Mapping) or found.keys() != right.keys() or found["boxes"].shape != right["boxes"].shape:
+        return math.inf
+    order = _nearest(found, right)
+    if len(order.unique()) < len(order):
+        return math.inf
+    error = relative_error(found["scores"], right["scores"])
+    for name, value in right.items():
+        ours = found[name][order]
+        if name in ("keypoints", "masks") and ours.shape == value.shape and ours.isfinite().all():
+            far = (ours - value).abs() > 1e-3 * value.abs().max()
+            ours = value.where(far, ours) if far.float().mean() < 0.01 else ours
+        error = max(error, relative_error(ours, value))
+    return error
+
+
+def _nearest(found: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Tensor:
+    """For each of the right detections, the index of the one found of its class whose box is nearest."""
+    if not len(right["boxes"]):
+        return torch.empty(0, dtype=torch.int64)
+    distance = torch.cdist(right["boxes"], found["boxes"], p=math.inf)
+    return distance.masked_fill(right["labels"][:, None] != found["labels"], math.inf).argmin(1)
+
+
+def _detector(job: Job, channels_last: bool) -> tuple[nn.Module, tuple[Tensor]]:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return job.inputs.detector.to(memory_format=layout), (job.inputs.image,)
+
+
+def _eager(job: Job, channels_last: bool = False) -> Prepared:
+    prepared = backends.eager(*_detector(job, channels_last))
+    return dataclasses.replace(prepared, shares=functools.partial(_shares_of_functions, prepared.call))
+
+
+def _stock_compiled(job: Job) -> Prepared:
+    prepared = backends.compiled(*_detector(job, False), freezing=False, fullgraph=False)
+    return dataclasses.replace(prepared, shares=functools.partial(_shares, prepared.call, _TORCHVISION_KERNEL))
+
+
+def _compiled(job: Job, *, channels_last: bool = False, freezing: bool = True) -> Prepared:
+    accelerate_torchvision()
+    with _kernels_named():
+        prepared = backends.compiled(*_detector(job, channels_last), freezing=freezing)
+    return dataclasses.replace(prepared, shares=functools.partial(_shares, prepared.call, _TEMPLATE_KERNEL))
+
+
+def _packaged(job: Job) -> Prepared:
+    detector, (image,) = _detector(job, False)
+    with tempfile.TemporaryDirectory(prefix="inductor_vision_perf_") as folder:
+        with _kernels_named():
+            path = export_detector(detector.model, image, Path(folder, "model.pt2"), any_size=False)
+        prepared = backends.eager(torch._inductor.aoti_load_package(path), (image,))
+    return dataclasses.replace(prepared, shares=functools.partial(_shares, prepared.call, _TEMPLATE_KERNEL))
+
+
+def _multiplications(job: Job) -> Prepared:
+    """The convolutions and matrix products of the model, channels_last, each on what it was given."""
+    detector, (image,) = _detector(job, True)
+    calls = []
+    for layer in detector.modules():
+        if isinstance(layer, _MULTIPLYING):
+            layer.register_forward_hook(lambda layer, inputs, output: calls.append((layer.forward, *inputs)))
+    with torch.no_grad():
+        detector(image)
+
+    def multiply() -> list[int]:
+        return [layer(input).dim() for layer, input in calls]
+
+    return backends.eager(multiply, ())
+
+
+@contextlib.contextmanager
+def _kernels_named() -> Iterator[None]:
+    """Have compiled kernels tell a profiler their names, where there is one; else it costs them nothing."""
+    import torch._inductor.config
+
+    with torch._inductor.config.patch({"cpp.enable_kernel_profile": True}):
+        yield
+
+
+def _shares(call: Callable[[], Any], pattern: str) -> dict[str, float]:
+    """Of the time of a call, that of the events whose names match; the operator is the first group."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        start = time.perf_counter()
+        for _ in range(_PROFILED_CALLS):
+            call()
+        seconds = time.perf_counter() - start
+    shares: dict[str, float] = {}
+    for event in profiler.key_averages():
+        if match := re.fullmatch(pattern, event.key):
+            shares[match[1]] = shares.get(match[1], 0.0) + event.cpu_time_total / 1e6 / seconds
+    return shares
+
+
+def _shares_of_functions(call: Callable[[], Any]) -> dict[str, float]:
+    with contextlib.ExitStack() as stack:
+        for operator, path in _FUNCTIONS.items():
+            stack.enter_context(patch(path, _recorded(operator, pkgutil.resolve_name(path))))
+        return _shares(call, _RECORD + r"(\w+)")
+
+
+def _recorded(operator: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        with torch.profiler.record_function(_RECORD + operator):
+            return function(*args, **kwargs)
+
+    return recorded
+
+
+def _contender(name: str, role: str, prepare: Callable[[Job], Prepared], **more: Any) -> Contender:
+    return Contender(name, role, prepare, check=backends.needs_torchvision, isolated=True, **more)
+
+
+def case(name: str, problem: Problem) -> Case:
+    """A case of a suite; ``name`` says which model it is.
+
+    Coordinates are compared with the image's size, or the largest of them: a hundredth of a pixel is let off.
+    """
+    height, width = problem.size
+    return Case(name, f"1 image of {height}x{width}", functools.partial(_build, problem), 1e-4)
+
+
+_MODELS = (
+    "fasterrcnn_resnet50_fpn",
+    "maskrcnn_resnet50_fpn",
+    "keypointrcnn_resnet50_fpn",
+    "retinanet_resnet50_fpn",
+    "fcos_resnet50_fpn",
+    "ssd300_vgg16",
+)
+
+SUITE = Suite(
+    name="detectors",
+    description="torchvision's detectors with random weights, from the image to its detections",
+    reference=_reference,
+    error=detections_error,
+    contenders=(
+        _contender("ours-frozen", "ours", _compiled, compiled=True),
+        _contender("ours-compiled", "ours", functools.partial(_compiled, freezing=False), compiled=True),
+        _contender("ours-channels-last", "ours", functools.partial(_compiled, channels_last=True), compiled=True),
+        _contender("ours-aoti", "ours", _packaged, compiled=True),
+        _contender("stock", "peer", _eager),
+        _contender("stock-channels-last", "peer", functools.partial(_eager, channels_last=True)),
+        _contender("stock-compiled", "peer", _stock_compiled, compiled=True),
+        _contender("multiplications", "limit", _multiplications),
+    ),
+    cases=tuple(case(name, Problem(functools.partial(_stock, name))) for name in _MODELS),
+)
