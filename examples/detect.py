@@ -37,7 +37,10 @@ def make_package(model: str, weights: str, image: Tensor, path: pathlib.Path) ->
 
     trained = models.get_model_weights(model).DEFAULT
     if weights == "DEFAULT":
-        detector = models.get_model(model, weights=trained)
+        try:
+            detector = models.get_model(model, weights=trained)
+        except OSError as error:
+            sys.exit(f"cannot download the trained weights ({error}); --weights takes a file with them, or none")
     else:
         torch.manual_seed(0)
         detector = models.get_model(model, weights=None, weights_backbone=None)
