@@ -82,6 +82,8 @@ def export_detector(
     if any("," in label for label in labels):
         raise ValueError(f"export_detector: labels must not have commas, got {list(labels)}")
     accelerate_torchvision()
+    from .lowering.sizes import sizes_as_symbols  # imports sympy, which takes its time
+
     with torch.no_grad():
         names = _names(_OneImage(model)(example_image))  # also lets stock poolers find out their scales
         exported = _export_any_size(model, example_image) if any_size else _export(_OneImage(model), example_image)
@@ -91,7 +93,8 @@ def export_detector(
             "aot_inductor.metadata": {"outputs": ",".join(names), "labels": ",".join(labels)},
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=options)
+        with sizes_as_symbols():
+            torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=options)
     return path
 
 
