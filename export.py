@@ -52,15 +52,19 @@ def export_detector(
     The package holds all of the model: resizing of the image, backbone, proposals, suppression, and results in pixels
     of the image as it was given. It runs with neither torchvision nor this package; load it with
     :func:`torch._inductor.aoti_load_package`, or from C++ as ``examples/cpp/run.cpp`` does. There results are a list,
-    whose names are in the package's metadata under "outputs", separated by commas.
+    whose names are in the package's metadata under "outputs", separated by commas. Images must be contiguous; one that
+    the package cannot take is an error.
+
+    For lower precision, have the model itself enter autocast. Calls :func:`inductor_vision.accelerate_torchvision`.
 
     Args:
         model: of torchvision, or one that is called as those are: in eval mode it takes a list of images and returns a
             dictionary of tensors for each.
-        example_image: ``[C, H, W]``, of the dtype that images will have.
+        example_image: ``[C, H, W]``, of the dtype that images will have. Its size should be a usual one: it tells a
+            stock pooler the scales of its maps.
         path: of the file to write, which ends with ".pt2".
         any_size: whether images may be of any height and width, neither more than ten times the other, or must have
-            those of ``example_image``, which compiles faster.
+            those of ``example_image``, which compiles faster. A side has 2 to 65536 pixels.
         labels: what the classes are called, for the package's metadata, under "labels" and separated by commas.
 
     Returns:
@@ -81,7 +85,9 @@ def export_detector(
         raise ValueError(f"export_detector: example_image must be [C, H, W], got {tuple(example_image.shape)}")
     if any("," in label for label in labels):
         raise ValueError(f"export_detector: labels must not have commas, got {list(labels)}")
+    example_image = example_image.contiguous()
     accelerate_torchvision()
+    from .lowering.checks import inputs_checked
     from .lowering.sizes import sizes_as_symbols  # imports sympy, which takes its time
 
     with torch.no_grad():
@@ -89,11 +95,10 @@ def export_detector(
         exported = _export_any_size(model, example_image) if any_size else _export(_OneImage(model), example_image)
         options = {
             "cpp.dynamic_threads": True,
-            "aot_inductor.check_lowerbound": False,
             "aot_inductor.metadata": {"outputs": ",".join(names), "labels": ",".join(labels)},
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        with sizes_as_symbols():
+        with sizes_as_symbols(), inputs_checked():
             torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=options)
     return path
 

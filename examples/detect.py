@@ -101,7 +101,7 @@ def main() -> None:
         picture = Image.open(arguments.picture).convert("RGB")
     except OSError as error:
         sys.exit(f"cannot read {arguments.picture}: {error}")
-    image = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+    image = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous() / 255
     path = arguments.package or pathlib.Path("out") / f"{arguments.model}.pt2"
     if not path.exists():
         make_package(arguments.model, arguments.weights, image, path)
@@ -111,8 +111,9 @@ def main() -> None:
     drawn = (detections["scores"] >= arguments.score).nonzero().flatten()[: arguments.most]
     print(f"{len(detections['boxes'])} detections in {milliseconds:.0f} ms, {len(drawn)} of them are drawn")
     detections = {key: value[drawn] for key, value in detections.items()}
-    labels = package.loader.get_metadata()["labels"].split(",")
-    names = [f"{labels[i]} {score:.2f}" for i, score in zip(detections["labels"], detections["scores"])]
+    labels = dict(enumerate(package.loader.get_metadata()["labels"].split(",")))
+    found = zip(detections["labels"].tolist(), detections["scores"].tolist())
+    names = [f"{labels.get(label, label)} {score:.2f}" for label, score in found]
     for name, box in zip(names, detections["boxes"].tolist()):
         print(f"  {name:24}", *(f"{side:7.1f}" for side in box))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,7 @@ def install() -> None:
     def lower(x: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
         from .inductor import V, ir
 
-        if not depends_on_data(x.get_size()):
+        if x.get_device().type != "cpu" or not depends_on_data(x.get_size()):
             return original(x, weight, *args, **kwargs)
         contiguous = ir.ExternKernel.require_contiguous_strides  # of 1 x 1 weights too: a convolution looks at these
         with patch.object(V.graph, "layout_opt", False):

@@ -52,6 +52,8 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     Raises:
         RuntimeError: shapes, dtypes or devices do not go together.
     """
+    if boxes.dim() == 1 and boxes.shape[0] == 0:  # which torchvision takes for no boxes
+        boxes = boxes.reshape(0, 4)
     return indices(_op(boxes, scores, as_integers(idxs), iou_threshold))
 
 

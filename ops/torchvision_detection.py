@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -12,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .nms import batched_nms
 from .registry import accumulate_dtype, replaces_torchvision
 
 
@@ -89,7 +89,8 @@ def batch_images(transform: Any, images: list[Tensor], size_divisible: int = 32)
     Returns:
         ``[B, C, H, W]``, the images with zeros at the right and below.
     """
-    height, width = (-(-max(image.shape[d] for image in images) // size_divisible) * size_divisible for d in (1, 2))
+    largest = (functools.reduce(torch.sym_max, (image.shape[d] for image in images)) for d in (1, 2))
+    height, width = (-(-side // size_divisible) * size_divisible for side in largest)
     return torch.stack([F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1])) for image in images])
 
 
@@ -141,7 +142,7 @@ def ssd_detections(
     Returns:
         Of each image "boxes", "scores" and "labels".
     """
-    from torchvision.ops.boxes import clip_boxes_to_image
+    from torchvision.ops.boxes import batched_nms, clip_boxes_to_image
 
     probabilities = head_outputs["cls_logits"].softmax(dim=-1)
     detections = []

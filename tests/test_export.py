@@ -6,20 +6,9 @@ import pytest
 import torch
 from inductor_vision import accelerate_torchvision, export_detector
 from inductor_vision.export import _export_any_size
-from inductor_vision.tests.support.compiled import run_python
-from inductor_vision.tests.support.detectors import assert_same_detections, small_detector
+from inductor_vision.tests.support.compiled import run_alone
+from inductor_vision.tests.support.detectors import agreement, assert_same_detections, small_detector
 from torch import Tensor, nn
-
-RUN_PACKAGE = """
-import sys
-import torch
-
-detector = torch._inductor.aoti_load_package(sys.argv[1])
-results = [detector(image) for image in torch.load(sys.argv[2])]
-present = {name.partition(".")[0] for name in sys.modules}
-assert not present & {"inductor_vision", "torchvision"}, present
-torch.save(results, sys.argv[3])
-"""
 
 SIZES = [(90, 120), (120, 90), (60, 60), (333, 500), (700, 1000), (50, 400), (300, 30), (2, 2)]
 
@@ -27,9 +16,7 @@ SIZES = [(90, 120), (120, 90), (60, 60), (333, 500), (700, 1000), (50, 400), (30
 @pytest.mark.slow
 def test_runs_alone_on_images_of_any_size(detector_package, tmp_path):
     images = [torch.rand(3, *size) for size in SIZES]
-    torch.save(images, tmp_path / "images.pt")
-    run_python(RUN_PACKAGE, str(detector_package), *(str(tmp_path / name) for name in ("images.pt", "results.pt")))
-    results = torch.load(tmp_path / "results.pt")
+    results = run_alone(detector_package, [(image,) for image in images], tmp_path)
     detector = small_detector("MaskRCNN")
     assert len(results) == len(SIZES)
     with torch.no_grad():
@@ -40,8 +27,7 @@ def test_runs_alone_on_images_of_any_size(detector_package, tmp_path):
 
 
 @pytest.mark.slow
-def test_package_says_what_it_returns_and_refuses_what_it_cannot_take(detector_package, monkeypatch):
-    monkeypatch.setenv("AOTI_RUNTIME_CHECK_INPUTS", "1")
+def test_package_says_what_it_returns_and_refuses_what_it_cannot_take(detector_package):
     detector = torch._inductor.aoti_load_package(str(detector_package))
     metadata = detector.loader.get_metadata()
     assert metadata["outputs"].split(",") == ["boxes", "labels", "scores", "masks"]
@@ -49,12 +35,53 @@ def test_package_says_what_it_returns_and_refuses_what_it_cannot_take(detector_p
     for size in ((30, 301), (301, 30)):
         with pytest.raises(RuntimeError, match="more than 10 times as long as it is wide"):
             detector(torch.rand(3, *size))
-    for image in (torch.rand(1, 3, 90, 120), torch.rand(4, 90, 120), torch.rand(3, 90, 120, dtype=torch.float64)):
-        with pytest.raises(RuntimeError, match="expected: "):
+    for image, message in {
+        torch.rand(1, 3, 90, 120): "expected: 3, but got: 1",
+        torch.rand(90, 120): "expected: 3, but got: 90",
+        torch.rand(4, 90, 120): "expected: 3, but got: 4",
+        torch.rand(3, 1, 1): "dim value is too small",
+        torch.rand(3, 90, 120).double(): "unmatched dtype",
+        torch.zeros(3, 90, 120, dtype=torch.uint8): "unmatched dtype",
+        torch.rand(90, 120, 3).permute(2, 0, 1): "stride",
+        torch.rand(3, 100, 130)[:, :90, :120]: "stride",
+    }.items():
+        with pytest.raises(RuntimeError, match=message):
             detector(image)
 
 
-@pytest.mark.parametrize("kind", ["KeypointRCNN", "RetinaNet", "FCOS", "SSD"])
+@pytest.mark.slow
+def test_keypoints_in_images_of_any_size(torchvision, tmp_path):
+    detector = small_detector("KeypointRCNN")
+    path = export_detector(detector, torch.rand(90, 120, 3).permute(2, 0, 1), tmp_path / "detector.pt2")
+    package = torch._inductor.aoti_load_package(str(path))
+    with torch.no_grad():
+        for size in ((120, 90), (70, 300)):
+            image = torch.rand(3, *size)
+            assert_same_detections(package(image), detector([image])[0])
+
+
+class LowPrecision(nn.Module):
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.detector(images)
+
+
+@pytest.mark.slow
+def test_bfloat16(torchvision, tmp_path):
+    detector, image = small_detector("SSD"), torch.rand(3, 90, 120)
+    path = export_detector(LowPrecision(detector).eval(), image, tmp_path / "detector.pt2", any_size=False)
+    ours = torch._inductor.aoti_load_package(str(path))(image)
+    with torch.no_grad():
+        (stock,) = detector([image])
+    assert ours["scores"].dtype == torch.bfloat16 and len(stock["boxes"]) > 4
+    assert agreement(ours, stock, iou=0.9, score=0.02) >= 0.85
+
+
+@pytest.mark.parametrize("kind", ["RetinaNet", "FCOS", "SSD"])
 def test_nothing_is_decided_for_one_size(torchvision, kind):
     """The exported program, whose compilation takes longer, at sizes that its guards let through."""
     accelerate_torchvision()

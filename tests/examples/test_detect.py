@@ -6,6 +6,8 @@ import sys
 
 import numpy as np
 import pytest
+import torch
+from inductor_vision.tests.support.detectors import small_detector
 from PIL import Image
 
 PROGRAM = pathlib.Path(__file__).parents[2] / "examples" / "detect.py"
@@ -17,8 +19,8 @@ def run(*arguments):
 
 @pytest.fixture(scope="module")
 def picture(tmp_path_factory):
-    path = tmp_path_factory.mktemp("picture") / "grey.png"
-    Image.fromarray(np.full((120, 160, 3), 128, np.uint8)).save(path)
+    path = tmp_path_factory.mktemp("picture") / "noise.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (120, 160, 3), np.uint8)).save(path)
     return path
 
 
@@ -29,11 +31,17 @@ def test_draws(detector_package, picture, tmp_path):
     assert result.returncode == 0, result.stderr
     first, *names, last = result.stdout.splitlines()
     assert first.startswith("12 detections in ") and first.endswith("3 of them are drawn")
-    assert len(names) == 3 and all(name.split()[0] in ("cat", "dog", "cup") for name in names)
-    assert last == f"wrote {drawn}"
-    pixels = np.asarray(Image.open(drawn))
-    assert pixels.shape == (120, 160, 3)
-    assert 0.02 < (pixels != 128).any(axis=2).mean() < 0.98
+    image = torch.from_numpy(np.array(Image.open(picture))).permute(2, 0, 1) / 255
+    with torch.no_grad():
+        (stock,) = small_detector("MaskRCNN")([image])
+    labels = ["background", "cat", "dog", "cup"]
+    for line, label, score, box in zip(names, stock["labels"], stock["scores"], stock["boxes"].tolist(), strict=False):
+        name, its_score, *corners = line.split()
+        assert name == labels[label] and float(its_score) == pytest.approx(score.item(), abs=0.01)
+        assert [float(corner) for corner in corners] == pytest.approx(box, abs=0.1)
+    assert len(names) == 3 and last == f"wrote {drawn}"
+    changed = (np.asarray(Image.open(drawn)) != np.asarray(Image.open(picture))).any(axis=2)
+    assert changed.shape == (120, 160) and 0.02 < changed.mean() < 0.98
 
 
 @pytest.mark.slow
@@ -42,7 +50,7 @@ def test_nothing_to_draw(detector_package, picture, tmp_path):
     result = run(picture, "--package", detector_package, "--out", drawn, "--score", 1.1)
     assert result.returncode == 0, result.stderr
     assert "0 of them are drawn" in result.stdout
-    assert (np.asarray(Image.open(drawn)) == 128).all()
+    assert (np.asarray(Image.open(drawn)) == np.asarray(Image.open(picture))).all()
 
 
 def test_no_picture(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from inductor_vision import accelerate_torchvision
 from inductor_vision.ops.heatmaps_to_keypoints import heatmaps_to_keypoints
-from inductor_vision.tests.support.compiled import caches_disabled, compile_and_run, run_python
+from inductor_vision.tests.support.compiled import caches_disabled, compile_and_run, package_and_run_alone
 from inductor_vision.tests.support.heatmaps_to_keypoints import CALLS, NAN, NO_BOXES, Heatmaps, assert_keypoints
 from torch import Tensor, nn
 from torch.export import Dim
@@ -110,26 +110,11 @@ class Keypoints(nn.Module):
         return heatmaps_to_keypoints(maps, rois)
 
 
-RUN_PACKAGE = """
-import sys
-import torch
-
-model = torch._inductor.aoti_load_package(sys.argv[1])
-results = [model(*call) for call in torch.load(sys.argv[2])]
-present = {name.partition(".")[0] for name in sys.modules}
-assert not present & {"inductor_vision", "torchvision"}, present
-torch.save(results, sys.argv[3])
-"""
-
-
 def test_packages_run_alone(tmp_path):
     any_size = dict.fromkeys(range(4), Dim.DYNAMIC)
     exported = torch.export.export(Keypoints(), Heatmaps().tensors(), dynamic_shapes=(any_size, {0: Dim.DYNAMIC}))
-    torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "keypoints.pt2"))
     calls = [call.tensors() for call in CALLS]
-    torch.save(calls, tmp_path / "calls.pt")
-    run_python(RUN_PACKAGE, *(str(tmp_path / name) for name in ("keypoints.pt2", "calls.pt", "results.pt")))
-    results = torch.load(tmp_path / "results.pt")
+    results = package_and_run_alone(exported, calls, tmp_path)
     assert len(results) == len(calls)
     for call, result in zip(calls, results):
         assert_keypoints(tuple(result), *call)

@@ -161,3 +161,10 @@ def test_wrong_arguments(message):
     boxes, scores, classes = WRONG[message]
     with pytest.raises(RuntimeError, match=message):
         nms(boxes, scores, 0.5) if classes is None else batched_nms(boxes, scores, classes, 0.5)
+
+
+def test_no_boxes_as_torchvision_takes_them():
+    none = torch.empty(0)
+    assert batched_nms(none, none, none.long(), 0.5).shape == (0,)
+    with pytest.raises(RuntimeError, match=r"boxes must be \[N, 4\]"):
+        batched_nms(torch.ones(3), torch.ones(3), torch.ones(3), 0.5)
