@@ -17,7 +17,7 @@ _LARGEST_SIDE = 1 << 16  # of an image, in pixels
 _LARGEST_RATIO = 10  # of its sides
 
 
-class _OneImage(nn.Module):
+class OneImage(nn.Module):
     """A detector that takes an image and returns its detections, instead of lists of them."""
 
     def __init__(self, detector: nn.Module) -> None:
@@ -28,7 +28,7 @@ class _OneImage(nn.Module):
         return self.detector([image])[0]
 
 
-class _AnyImage(_OneImage):
+class _AnyImage(OneImage):
     """The same, for images whose sides differ no more than what :func:`export_detector` makes sure of."""
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
@@ -91,8 +91,8 @@ def export_detector(
     from .lowering.sizes import sizes_as_symbols  # imports sympy, which takes its time
 
     with torch.no_grad():
-        names = _names(_OneImage(model)(example_image))  # also lets stock poolers find out their scales
-        exported = _export_any_size(model, example_image) if any_size else _export(_OneImage(model), example_image)
+        names = _names(OneImage(model)(example_image))  # also lets stock poolers find out their scales
+        exported = _export_any_size(model, example_image) if any_size else _export(OneImage(model), example_image)
         options = {
             "cpp.dynamic_threads": True,
             "aot_inductor.metadata": {"outputs": ",".join(names), "labels": ",".join(labels)},

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...accelerate import accelerate_torchvision
-from ...export import export_detector
+from ...export import OneImage, export_detector
 from .. import backends
 from ..spec import Case, Contender, Job, Prepared, Suite
 from ..verify import relative_error
@@ -90,22 +90,11 @@ class Problem:
         """Takes an image; detects something."""
         torch.manual_seed(0)
         detector = OneImage(self.make().eval())
-        owner = getattr(detector.model, "roi_heads", detector.model)
+        owner = getattr(detector.detector, "roi_heads", detector.detector)
         owner.score_thresh = 0.0
-        with torch.no_grad(), _scaling(detector.model):
+        with torch.no_grad(), _scaling(detector.detector):
             owner.score_thresh = _threshold(detector(self.image)["scores"], *self.detections)
         return detector
-
-
-class OneImage(nn.Module):
-    """A detector that takes an image and returns its detections, instead of lists of them."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, image: Tensor) -> dict[str, Tensor]:
-        return self.model([image])[0]
 
 
 @contextlib.contextmanager
@@ -224,7 +213,7 @@ def _packaged(job: Job) -> Prepared:
     detector, (image,) = _detector(job, False)
     with tempfile.TemporaryDirectory(prefix="inductor_vision_perf_") as folder:
         with _kernels_named():
-            path = export_detector(detector.model, image, Path(folder, "model.pt2"), any_size=False)
+            path = export_detector(detector.detector, image, Path(folder, "model.pt2"), any_size=False)
         prepared = backends.eager(torch._inductor.aoti_load_package(path), (image,))
     return dataclasses.replace(prepared, shares=functools.partial(_shares, prepared.call, _TEMPLATE_KERNEL))
 
