@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .inductor import DTYPE_TO_CPP, CppTemplateKernel, V, ir
+from .inductor import DTYPE_TO_CPP, CppTemplateKernel, ir
 from .registry import Template, serve_all, template_for
 from .template import KernelTemplate, pointer
 
@@ -18,9 +18,7 @@ class RotatedIoUTemplate(KernelTemplate):
     def output(self) -> ir.TensorBox:
         """Add the kernel to the graph; its result, ``[N, M]``."""
         size = [boxes.get_size()[0] for boxes in self.inputs]
-        buffer = self.add(ir.FixedLayout(torch.device("cpu"), self.inputs[0].get_dtype(), size))
-        V.graph.no_fuse_buffer_names.add(buffer.get_name())
-        return ir.TensorBox.create(buffer)
+        return self.add_unfused(ir.FixedLayout(torch.device("cpu"), self.inputs[0].get_dtype(), size))
 
     def render(
         self, kernel: CppTemplateKernel, buffer: ir.CppTemplateBuffer, epilogue: list[ir.ComputedBuffer], keep: bool

@@ -117,6 +117,12 @@ class KernelTemplate(abc.ABC):
             choice=None,
         )
 
+    def add_unfused(self, layout: ir.FixedLayout) -> ir.TensorBox:
+        """Add the kernel to the graph; its only result, with which nothing is fused."""
+        buffer = self.add(layout)
+        V.graph.no_fuse_buffer_names.add(buffer.get_name())
+        return ir.TensorBox.create(buffer)
+
     def _make_kernel_render(
         self,
         buffer: ir.CppTemplateBuffer,
