@@ -18,7 +18,8 @@ class RotatedIoUTemplate(KernelTemplate):
     def output(self) -> ir.TensorBox:
         """Add the kernel to the graph; its result, ``[N, M]``."""
         size = [boxes.get_size()[0] for boxes in self.inputs]
-        return self.add_unfused(ir.FixedLayout(torch.device("cpu"), self.inputs[0].get_dtype(), size))
+        (result,) = self.add_unfused(ir.FixedLayout(torch.device("cpu"), self.inputs[0].get_dtype(), size))
+        return result
 
     def render(
         self, kernel: CppTemplateKernel, buffer: ir.CppTemplateBuffer, epilogue: list[ir.ComputedBuffer], keep: bool

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
-from .inductor import DTYPE_TO_CPP, CppTemplateKernel, V, ir
+from .inductor import DTYPE_TO_CPP, CppTemplateKernel, ir
 from .template import KernelTemplate, pointer
 
 
@@ -20,15 +18,7 @@ class ScoredBoxesTemplate(KernelTemplate):
     def add_for_each_box(self, *dtypes: torch.dtype) -> list[ir.TensorBox]:
         """Add the kernel to the graph; its results, ``[N]`` each."""
         count = self.inputs[0].get_size()[0]
-        layouts = [ir.FixedLayout(torch.device("cpu"), dtype, [count]) for dtype in dtypes]
-        buffer = self.add(layouts[0])
-        results: Sequence[ir.Buffer] = [buffer]
-        if len(layouts) > 1:
-            results = [ir.MultiOutput(layout, buffer, [(list, i)]) for i, layout in enumerate(layouts)]
-            buffer.layout = ir.MultiOutputLayout(device=torch.device("cpu"))
-            buffer.outputs = results
-        V.graph.no_fuse_buffer_names.update(result.get_name() for result in results)
-        return [ir.TensorBox.create(result) for result in results]
+        return self.add_unfused(*(ir.FixedLayout(torch.device("cpu"), dtype, [count]) for dtype in dtypes))
 
     def arguments(self) -> list[str]:
         """What the kernel is given between the boxes and its results, in C++."""

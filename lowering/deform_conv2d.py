@@ -1,4 +1,4 @@
-"""deform_conv2d as one C++ kernel: see cpp/deform_conv2d.h."""
+"""deform_conv2d as one C++ kernel, and its gradients as another: see cpp/deform_conv2d.h, deform_conv2d_backward.h."""
 
 from __future__ import annotations
 
@@ -10,14 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.deform_conv2d import Arguments, empty_output
+from ..ops.deform_conv2d import Arguments, differentiable, empty_output
 from ..ops.registry import accumulate_dtype
 from .constants import fold_constant
-from .inductor import DTYPE_TO_CPP, CppCodeCache, CppTemplateKernel, V, config, ir, pick_vec_isa, valid_vec_isa_list
+from .inductor import (
+    DTYPE_TO_CPP,
+    CppCodeCache,
+    CppTemplateKernel,
+    V,
+    config,
+    ir,
+    lowerings,
+    pick_vec_isa,
+    valid_vec_isa_list,
+)
 from .layout import channels_last_strides, layout_is_free, realize_image, writes_channels_last
 from .registry import Template, define_internal_op, template_for
-from .template import BlocksTemplate, splice_header
-from .tuning import fastest
+from .template import BlocksTemplate, KernelTemplate, pointer, splice_header, view
+from .tuning import cache_bytes, fastest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +52,19 @@ class Convolution:
     def depthwise(self) -> bool:
         return self.channels == self.out_channels == self.groups
 
+    def declare(self, tensors: Sequence[str], size: Sequence[Any], out_size: Sequence[Any]) -> str:
+        """C++ that defines `op`.
+
+        Args:
+            tensors: image, offset and mask as View4d, bias as a pointer.
+            size: of the image, [B, C, H, W].
+            out_size: height and width.
+        """
+        pairs = [*self.kernel, *self.stride, *self.padding, *self.dilation]
+        fields = [*tensors, *size, self.out_channels, *out_size, *pairs, self.groups, self.offset_groups]
+        scalar = DTYPE_TO_CPP[self.dtype]
+        return f"const inductor_vision::DeformConv2d<{scalar}> op{{{', '.join(map(str, fields))}}};"
+
 
 @dataclasses.dataclass(frozen=True)
 class Blocking:
@@ -52,13 +75,22 @@ class Blocking:
     transposed_bytes: int
 
 
+@dataclasses.dataclass(frozen=True)
+class BackwardBlocking:
+    """DeformBackwardBlocking in cpp/deform_conv2d_backward.h."""
+
+    pixels: int
+    phase_bytes: int
+    image_bytes: int
+
+
 MAX_DEPTH = 256  # kMaxDepth in cpp/gemm.h
 PANEL_BYTES = 64  # kPanel in cpp/gemm.h
 
 
 def default_blocking(convolution: Convolution) -> Blocking:
     """A tile whose samples and sums take half of the second-level cache, and so do images that are transposed."""
-    half = (torch.cpu.get_capabilities().get("l2_cache_size", 0) or 512 << 10) // 2
+    half = cache_bytes() // 2
     itemsize = accumulate_dtype(convolution.dtype).itemsize
     sums = 2 * convolution.out_channels * itemsize  # and their transposition
     if convolution.depthwise:
@@ -66,6 +98,15 @@ def default_blocking(convolution: Convolution) -> Blocking:
     else:
         samples, most = MAX_DEPTH * itemsize, 96
     return Blocking(max(12, min(most, half // (samples + sums))), MAX_DEPTH, transposed_bytes=half)
+
+
+def default_backward_blocking(convolution: Convolution) -> BackwardBlocking:
+    """A tile whose samples and gradients take half of the second-level cache; the rest is for weights and images."""
+    itemsize = accumulate_dtype(convolution.dtype).itemsize
+    columns = convolution.taps * PANEL_BYTES  # of a slab, for one pixel
+    outputs = convolution.out_channels // convolution.groups * itemsize
+    pixels = cache_bytes() // 2 // (2 * columns + outputs)
+    return BackwardBlocking(max(12, min(MAX_DEPTH, pixels)), phase_bytes=4 << 20, image_bytes=8 << 20)
 
 
 def bf16_dot_products() -> bool:
@@ -98,6 +139,10 @@ def _refusal(*args: Any) -> str | None:
     if not all(isinstance(number, int) for number in (*call.stride, *call.padding, *call.dilation)):
         return "stride, padding and dilation must be constants"
     return None
+
+
+def _refusal_backward(grad: Tensor, *args: Any) -> str | None:
+    return _refusal(*args[:-1])
 
 
 def _prepack(*args: Any) -> Tensor:
@@ -158,6 +203,36 @@ def _lower(*args: Any) -> ir.TensorBox:
     ).output()
 
 
+def _lower_backward(grad: ir.TensorBox, *args: Any) -> list[ir.TensorBox]:
+    call, node = Arguments(*args[:-1]), V.graph.current_node
+    fake = Arguments(*torch.fx.map_arg(node.args[1:-1], lambda argument: argument.meta["val"]))
+    results = [_layout(result) for result in node.meta["val"]]
+    wanted = [want and tensor is not None for want, tensor in zip(args[-1], differentiable(call))]
+    realize = ir.ExternKernel.realize_input
+    gradients: dict[str, ir.TensorBox] = {}
+    if any(wanted):
+        gradients = DeformConv2dBackwardTemplate(
+            _convolution(fake, fake.weight.shape),
+            realize(grad),
+            realize_image(call.input),
+            realize(call.offset),
+            realize(call.weight),
+            None if call.mask is None else realize(call.mask),
+            [layout if want else None for layout, want in zip(results, wanted)],
+        ).outputs()
+    names = DeformConv2dBackwardTemplate.gradients
+    return [gradients[name] if name in gradients else _empty(layout) for name, layout in zip(names, results)]
+
+
+def _layout(fake: Tensor) -> ir.FixedLayout:
+    size, stride = (ir.convert_shape_to_inductor(numbers) for numbers in (fake.shape, fake.stride()))
+    return ir.FixedLayout(torch.device("cpu"), fake.dtype, size, stride)
+
+
+def _empty(layout: ir.FixedLayout) -> ir.TensorBox:
+    return lowerings[torch.ops.aten.full.default](layout.size, 0, dtype=layout.dtype, device=layout.device)
+
+
 def _layouts(input: ir.TensorBox, node: torch.fx.Node) -> tuple[ir.IRNode, bool]:
     """The input, realized, and whether to write channels_last.
 
@@ -178,22 +253,19 @@ class Instance:
     kind: str  # a DeformKernel
     channels_last: bool  # the memory format of the result
 
-    def statement(self, tensors: Sequence[str], weight: str, size: Sequence[Any], out_size: Sequence[Any]) -> str:
-        """C++ that runs it, where `blocking` and `store` are defined.
+    def statement(self, weight: str) -> str:
+        """C++ that runs it, where `op`, `blocking` and `store` are defined; ``weight`` is a pointer."""
+        channels_last = str(self.channels_last).lower()
+        kind = f"inductor_vision::DeformKernel::{self.kind}"
+        return f"inductor_vision::deform_conv2d<{channels_last}, {kind}>(op, {weight}, blocking, store);"
 
-        Args:
-            tensors: image, offset and mask as View4d, bias as a pointer.
-            weight: a pointer.
-            size: of the image, [B, C, H, W].
-            out_size: height and width.
-        """
-        c = self.convolution
-        pairs = [*c.kernel, *c.stride, *c.padding, *c.dilation]
-        fields = [*tensors, *size, c.out_channels, *out_size, *pairs, c.groups, c.offset_groups]
-        return f"""
-    const inductor_vision::DeformConv2d<{DTYPE_TO_CPP[c.dtype]}> op{{{", ".join(map(str, fields))}}};
-    inductor_vision::deform_conv2d<{str(self.channels_last).lower()}, inductor_vision::DeformKernel::{self.kind}>(
-        op, {weight}, blocking, store);"""
+
+def _pointer(kernel: CppTemplateKernel, node: ir.IRNode | None) -> str:
+    return "nullptr" if node is None else pointer(kernel, node)
+
+
+def _view(kernel: CppTemplateKernel, node: ir.IRNode | None) -> str:
+    return "{nullptr, 0, 0, 0, 0}" if node is None else view(kernel, node)
 
 
 class DeformConv2dTemplate(BlocksTemplate):
@@ -231,20 +303,96 @@ class DeformConv2dTemplate(BlocksTemplate):
         mask = optional.pop(0) if self.has_mask else None
         bias = optional.pop(0) if self.has_bias else None
 
-        def pointer(node: ir.IRNode | None) -> str:
-            return "nullptr" if node is None else f"&{kernel.index(node, [0] * len(node.get_size()))}"
+        return f"""
+    {_operation(kernel, self.instance.convolution, image, offset, mask, bias)}
+    const inductor_vision::DeformBlocking blocking{_fields(self.blocking)};
+    const auto store = {store};
+    {self.instance.statement(pointer(kernel, weight))}"""
 
-        def view(node: ir.IRNode | None) -> str:
-            strides = ["0"] * 4 if node is None else [kernel.stride(node, d) for d in range(4)]
-            return f"{{{', '.join([pointer(node), *strides])}}}"
 
-        def size(node: ir.IRNode) -> list[str]:
-            return [kernel.size(node, d) for d in range(4)]
+class DeformConv2dBackwardTemplate(KernelTemplate):
+    """See cpp/deform_conv2d_backward.h."""
 
-        tensors = [view(image), view(offset), view(mask), pointer(bias)]
-        run = self.instance.statement(tensors, pointer(weight), size(image), size(offset)[2:])
-        blocking = ", ".join(map(str, dataclasses.astuple(self.blocking)))
-        return f"const inductor_vision::DeformBlocking blocking{{{blocking}}};\nconst auto store = {store};\n{run}"
+    op = "deform_conv2d_backward"
+    header = "deform_conv2d_backward.h"
+    gradients = ("input", "offset", "weight", "bias", "mask")  # DeformGradient
+
+    def __init__(
+        self,
+        convolution: Convolution,
+        grad: ir.IRNode,
+        image: ir.IRNode,
+        offset: ir.IRNode,
+        weight: ir.IRNode,
+        mask: ir.IRNode | None,
+        layouts: Sequence[ir.FixedLayout | None],
+    ) -> None:
+        """
+        Args:
+            layouts: of the gradients; None for those that are not wanted.
+        """
+        super().__init__([grad, image, offset, weight, *([] if mask is None else [mask])])
+        self.convolution = convolution
+        self.has_mask = mask is not None
+        self.layouts = {name: layout for name, layout in zip(self.gradients, layouts) if layout is not None}
+        self.blocking = default_backward_blocking(convolution)
+        # Where a group has fewer channels than a panel of the matrix product, and there are several.
+        vectors = convolution.groups > 1 and convolution.channels // convolution.groups < self._panel
+        self.kind = "depthwise" if vectors else "gemm"
+
+    @property
+    def _panel(self) -> int:
+        return PANEL_BYTES // accumulate_dtype(self.convolution.dtype).itemsize
+
+    @property
+    def path(self) -> str:
+        kind = "GEMM" if self.kind == "gemm" else "vector"
+        return f"{kind} kernel, gradients of {', '.join(self.layouts)}, {self.blocking}"
+
+    def outputs(self) -> dict[str, ir.TensorBox]:
+        """Add the kernel to the graph; the gradients."""
+        return dict(zip(self.layouts, self.add_unfused(*self.layouts.values())))
+
+    def render(
+        self, kernel: CppTemplateKernel, buffer: ir.CppTemplateBuffer, epilogue: list[ir.ComputedBuffer], keep: bool
+    ) -> str:
+        results = dict(zip(self.layouts, buffer.outputs or [buffer]))
+        results = {name: result for name, result in results.items() if not self.is_unread(result)}
+
+        def body() -> list[str]:
+            grad, image, offset, weight, *masks = buffer.inputs
+            scalar, c = DTYPE_TO_CPP[self.convolution.dtype], self.convolution
+            fields = [
+                (_pointer if name == "bias" else _view)(kernel, results.get(name)) for name in self.gradients
+            ]
+            tensors = [view(kernel, grad), view(kernel, weight), *fields]
+            wanted = " | ".join(f"inductor_vision::kGrad{name.title()}" for name in results)
+            return [
+                _operation(kernel, c, image, offset, masks[0] if self.has_mask else None, None),
+                f"const inductor_vision::DeformGradients<{scalar}> gradients{{{', '.join(tensors)}}};",
+                f"const inductor_vision::DeformBackwardBlocking blocking{_fields(self.blocking)};",
+                f"inductor_vision::deform_conv2d_backward<inductor_vision::DeformKernel::{self.kind}, {wanted}>(",
+                "    op, gradients, blocking);",
+            ]
+
+        return self.source(kernel, buffer, {f"grad_{name}": result for name, result in results.items()}, body)
+
+
+def _operation(
+    kernel: CppTemplateKernel,
+    convolution: Convolution,
+    image: ir.IRNode,
+    offset: ir.IRNode,
+    mask: ir.IRNode | None,
+    bias: ir.IRNode | None,
+) -> str:
+    tensors = [*(_view(kernel, node) for node in (image, offset, mask)), _pointer(kernel, bias)]
+    size, out_size = ([kernel.size(node, d) for d in range(4)] for node in (image, offset))
+    return convolution.declare(tensors, size, out_size[2:])
+
+
+def _fields(blocking: Blocking | BackwardBlocking) -> str:
+    return f"{{{', '.join(map(str, dataclasses.astuple(blocking)))}}}"
 
 
 def tuned_blocking(instance: Instance, weight: ir.IRNode, image: ir.IRNode, out_size: Sequence[int]) -> Blocking:
@@ -295,7 +443,8 @@ extern "C" void run(const {scalar}* image, const {scalar}* offset, const {scalar
         {scalar}* to = out + ((block.image * {height} + block.row) * {width} + block.column) * {out_channels};
         inductor_vision::store_block(sums, distance, to, {inner}, {outer}, {inner});
     }};
-    {instance.statement(tensors, "weight", size, (height, width))}
+    {instance.convolution.declare(tensors, size, (height, width))}
+    {instance.statement("weight")}
 }}
 """
     library = CppCodeCache.load(source)
@@ -314,3 +463,4 @@ _prepacked = define_internal_op(
     lower=_lower,
 )
 template_for("deform_conv2d", Template(_refusal, prepack=_prepack))
+template_for("deform_conv2d_backward", Template(_refusal_backward, _lower_backward))

@@ -6,7 +6,7 @@ import torch
 
 from .inductor import DTYPE_TO_CPP, CppTemplateKernel, ir
 from .registry import Template, serve_all, template_for
-from .template import KernelTemplate, pointer
+from .template import KernelTemplate, pointer, view
 
 
 class HeatmapsToKeypointsTemplate(KernelTemplate):
@@ -18,7 +18,8 @@ class HeatmapsToKeypointsTemplate(KernelTemplate):
     def output(self) -> ir.TensorBox:
         """Add the kernel to the graph; its result, ``[K, N, 3]``."""
         size = [*self.inputs[0].get_size()[:2], 3]
-        return self.add_unfused(ir.FixedLayout(torch.device("cpu"), torch.float32, size))
+        (result,) = self.add_unfused(ir.FixedLayout(torch.device("cpu"), torch.float32, size))
+        return result
 
     def render(
         self, kernel: CppTemplateKernel, buffer: ir.CppTemplateBuffer, epilogue: list[ir.ComputedBuffer], keep: bool
@@ -27,9 +28,8 @@ class HeatmapsToKeypointsTemplate(KernelTemplate):
 
         def body() -> list[str]:
             dtype = DTYPE_TO_CPP[maps.get_dtype()]
-            view = ", ".join([pointer(kernel, maps), *(kernel.stride(maps, d) for d in range(4))])
             size = ", ".join(kernel.size(maps, d) for d in range(4))
-            images = f"inductor_vision::Images<{dtype}>{{{{{view}}}, {size}}}"
+            images = f"inductor_vision::Images<{dtype}>{{{view(kernel, maps)}, {size}}}"
             boxes = ", ".join([pointer(kernel, rois), kernel.stride(rois, 0), kernel.stride(rois, 1)])
             return [f"inductor_vision::heatmaps_to_keypoints({images}, {boxes}, {pointer(kernel, buffer)});"]
 

@@ -15,6 +15,7 @@ from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel, parse
 from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.cpu_vec_isa import VecISA, pick_vec_isa, valid_vec_isa_list
+from torch._inductor.lowering import lowerings
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._inductor.utils import Placeholder
 from torch._inductor.virtualized import V, ops
@@ -32,6 +33,7 @@ __all__ = [
     "get_cpp_compiler",
     "get_export_declaration",
     "ir",
+    "lowerings",
     "ops",
     "parse_expr_with_index_symbols",
     "pick_vec_isa",

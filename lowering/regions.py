@@ -8,12 +8,8 @@ import torch
 
 from .inductor import DTYPE_TO_CPP, CppTemplateKernel, V, ir
 from .layout import first_result, realize_image, writes_channels_last
-from .template import BlocksTemplate, double, pointer
-
-
-def cache_bytes() -> int:
-    """Of the second-level cache of one core."""
-    return torch.cpu.get_capabilities().get("l2_cache_size", 0) or 512 << 10
+from .template import BlocksTemplate, double, pointer, view
+from .tuning import cache_bytes
 
 
 class RegionsTemplate(BlocksTemplate):
@@ -85,8 +81,7 @@ class RegionsTemplate(BlocksTemplate):
     def view(self, kernel: CppTemplateKernel, image: int) -> str:
         """One of the images, as a View4d in C++."""
         node = self.inputs[image]
-        fields = [pointer(kernel, node), *(kernel.stride(node, d) for d in range(4))]
-        return f"inductor_vision::View4d<{DTYPE_TO_CPP[node.get_dtype()]}>{{{', '.join(fields)}}}"
+        return f"inductor_vision::View4d<{DTYPE_TO_CPP[node.get_dtype()]}>{view(kernel, node)}"
 
 
 def grid_sampling(sampling_ratio: int, aligned: bool, position_sensitive: bool) -> str:

@@ -61,6 +61,11 @@ def pointer(kernel: CppTemplateKernel, node: ir.IRNode) -> str:
     return address
 
 
+def view(kernel: CppTemplateKernel, node: ir.IRNode) -> str:
+    """A tensor of four dimensions as a View4d (cpp/base.h), or an Output4d."""
+    return f"{{{', '.join([pointer(kernel, node), *(kernel.stride(node, d) for d in range(4))])}}}"
+
+
 def double(value: float) -> str:
     """A number in C++."""
     if math.isfinite(value):
@@ -117,11 +122,16 @@ class KernelTemplate(abc.ABC):
             choice=None,
         )
 
-    def add_unfused(self, layout: ir.FixedLayout) -> ir.TensorBox:
-        """Add the kernel to the graph; its only result, with which nothing is fused."""
-        buffer = self.add(layout)
-        V.graph.no_fuse_buffer_names.add(buffer.get_name())
-        return ir.TensorBox.create(buffer)
+    def add_unfused(self, *layouts: ir.FixedLayout) -> list[ir.TensorBox]:
+        """Add the kernel to the graph; its results, one for each layout, with which nothing is fused."""
+        buffer = self.add(layouts[0])
+        results: Sequence[ir.Buffer] = [buffer]
+        if len(layouts) > 1:
+            results = [ir.MultiOutput(layout, buffer, [(list, i)]) for i, layout in enumerate(layouts)]
+            buffer.layout = ir.MultiOutputLayout(device=torch.device("cpu"))
+            buffer.outputs = results
+        V.graph.no_fuse_buffer_names.update(result.get_name() for result in results)
+        return [ir.TensorBox.create(result) for result in results]
 
     def _make_kernel_render(
         self,
@@ -224,13 +234,8 @@ class BlocksTemplate(KernelTemplate):
         Of each, the dtype and the C++ function that stores it, with the arguments of store_block. Nothing is fused.
         """
         self.store_functions = [function for _, function in further]
-        buffer = self.add(self._layout(self.dtype))
         layouts = [self._layout(dtype) for dtype in (self.dtype, *(dtype for dtype, _ in further))]
-        results = [ir.MultiOutput(layout, buffer, [(list, i)]) for i, layout in enumerate(layouts)]
-        buffer.layout = ir.MultiOutputLayout(device=torch.device("cpu"))
-        buffer.outputs = results
-        V.graph.no_fuse_buffer_names.update(result.get_name() for result in results)
-        return [self._logical(ir.TensorBox.create(result)) for result in results]
+        return [self._logical(result) for result in self.add_unfused(*layouts)]
 
     def _get_dtype(self, buffer: ir.CppTemplateBuffer) -> Any:
         get_dtype = V.graph.get_dtype

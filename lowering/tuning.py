@@ -25,6 +25,11 @@ T = TypeVar("T")
 SECONDS = 0.5  # for each problem, compilation not counted
 
 
+def cache_bytes() -> int:
+    """Of the second-level cache of one core."""
+    return torch.cpu.get_capabilities().get("l2_cache_size", 0) or 512 << 10
+
+
 def machine() -> str:
     """What a measurement is valid for: this CPU, vector width, number of threads, and version of the kernels."""
     capabilities = torch.cpu.get_capabilities()

@@ -324,7 +324,7 @@ _op = define_op(
 )
 
 
-def _differentiable(arguments: Arguments) -> tuple[Tensor | None, ...]:
+def differentiable(arguments: Arguments) -> tuple[Tensor | None, ...]:
     """What has a gradient, in the order in which the backward operator returns them."""
     return arguments.input, arguments.offset, arguments.weight, arguments.bias, arguments.mask
 
@@ -333,9 +333,16 @@ def _fake_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     arguments, wanted = Arguments(*args[:-1]), args[-1]
     _check(arguments)
     return tuple(
-        arguments.input.new_empty(tensor.shape if want and tensor is not None else (0,))
-        for tensor, want in zip(_differentiable(arguments), wanted)
+        torch.empty_like(tensor, memory_format=gradient_format(tensor))
+        if want and tensor is not None
+        else arguments.input.new_empty(0)
+        for tensor, want in zip(differentiable(arguments), wanted)
     )
+
+
+def gradient_format(tensor: Tensor) -> torch.memory_format:
+    """The memory format of a tensor's gradient: channels_last if it is so itself."""
+    return suggest_memory_format(tensor) if tensor.dim() == 4 else torch.contiguous_format
 
 
 def _decomposition_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -387,8 +394,10 @@ def _decomposition_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     if wanted[4] and mask is not None:
         results[4] = (grad_columns * values).sum(2)
     return tuple(
-        result.reshape(tensor.shape if want and tensor is not None else (0,)).to(dtype)
-        for result, tensor, want in zip(results, _differentiable(arguments), wanted)
+        result.reshape(tensor.shape).to(dtype).contiguous(memory_format=gradient_format(tensor))
+        if want and tensor is not None
+        else result.to(dtype)
+        for result, tensor, want in zip(results, differentiable(arguments), wanted)
     )
 
 

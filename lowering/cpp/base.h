@@ -211,6 +211,44 @@ inline void transpose(const T* src, int64_t ld_src, T* dst, int64_t ld_dst, int6
   }
 }
 
+// dst[m * ld_dst + n] = src[m * row + n * column] for m < rows, n < columns, converted; any strides.
+template <typename value_t, typename acc_t>
+inline void load_block(
+    const value_t* src, int64_t row, int64_t column, acc_t* dst, int64_t ld_dst, int64_t rows, int64_t columns) {
+  constexpr int64_t kLanes = Vectorized<acc_t>::size();
+  if (column == 1) {
+    for (int64_t m = 0; m < rows; ++m, src += row, dst += ld_dst) {
+      int64_t n = 0;
+      for (; n + kLanes <= columns; n += kLanes) {
+        load_vector(src + n).store(dst + n);
+      }
+      if (n < columns) {
+        load_vector(src + n, columns - n).store(dst + n, columns - n);
+      }
+    }
+  } else if (row == 1) {
+    if constexpr (std::is_same_v<value_t, acc_t>) {
+      transpose(src, column, dst, ld_dst, columns, rows);
+    } else {
+      constexpr int64_t kBlock = 16, kLength = 64;
+      alignas(kCacheLine) acc_t converted[kBlock * kLength];
+      for (int64_t n = 0; n < columns; n += kBlock) {
+        for (int64_t m = 0; m < rows; m += kLength) {
+          const int64_t n_count = std::min(kBlock, columns - n), m_count = std::min(kLength, rows - m);
+          load_block(src + n * column + m, column, 1, converted, kLength, n_count, m_count);
+          transpose(converted, kLength, dst + m * ld_dst + n, ld_dst, n_count, m_count);
+        }
+      }
+    }
+  } else {
+    for (int64_t m = 0; m < rows; ++m) {
+      for (int64_t n = 0; n < columns; ++n) {
+        dst[m * ld_dst + n] = static_cast<acc_t>(src[m * row + n * column]);
+      }
+    }
+  }
+}
+
 // A [B, channels, height, width] tensor with any strides, in elements.
 template <typename scalar_t>
 struct View4d {

@@ -1,7 +1,7 @@
 // A register-blocked matrix product on packed weights: C[rows, 16 * panels] += A[rows, K] * B[panels, K, 16].
 //
 //   A      row-major, kRowDistance elements between rows; K may be cut in `runs` of `run` consecutive elements that lie
-//          `run_stride` apart (a run: the channels of one group at one tap)
+//          `run_stride` apart (a run: the channels of one group at one tap); or its transpose, likewise
 //   B      packed: a panel holds kPanel output columns, one cache line for each k; panels lie `panel_stride` apart
 //   C      row-major, `ldc` elements between rows; read, added to and written back
 //
@@ -38,10 +38,17 @@ constexpr int64_t kRowDistance = kMaxDepth + 16;
 // A[row, k0 : k0 + K] of one matrix product, K cut in runs.
 template <typename value_t>
 struct Rows {
+  static constexpr int64_t kRow = kRowDistance, kDepth = 1;  // elements between neighbouring rows, neighbouring k
   const value_t* data;
   int64_t runs;
   int64_t run;
   int64_t run_stride;
+};
+
+// The same of an A that is stored as its transpose; runs are so many rows of that.
+template <typename value_t>
+struct TransposedRows : Rows<value_t> {
+  static constexpr int64_t kRow = 1, kDepth = kRowDistance;
 };
 
 // B: K x kPanel elements a panel.
@@ -54,8 +61,8 @@ struct Panels {
 // How many lines of a panel are read ahead: a block of panels does not fit the first-level cache.
 constexpr int64_t kAhead = 16;
 
-template <typename acc_t, int kRows, int kPanels>
-inline void micro_kernel(const Rows<acc_t>& a, const Panels<acc_t>& b, acc_t* c, int64_t ldc) {
+template <typename acc_t, int kRows, int kPanels, typename A>
+inline void micro_kernel(const A& a, const Panels<acc_t>& b, acc_t* c, int64_t ldc) {
   using Vec = Vectorized<acc_t>;
   constexpr int kVec = static_cast<int>(kPanel<acc_t> / Vec::size());  // vectors in a panel's row
   constexpr int kColumns = kPanels * kVec;
@@ -73,7 +80,7 @@ inline void micro_kernel(const Rows<acc_t>& a, const Panels<acc_t>& b, acc_t* c,
         return Vec::loadu(from);
       });
       ForcedUnroll<kRows>{}([&](auto i) {
-        const Vec value(row[i * kRowDistance + k]);
+        const Vec value(row[i * A::kRow + k * A::kDepth]);
         ForcedUnroll<kColumns>{}(
             [&](auto j) { sum[i * kColumns + j] = at::vec::fmadd(value, column[j], sum[i * kColumns + j]); });
       });
@@ -116,15 +123,15 @@ inline void micro_kernel(const Rows<at::BFloat16>& a, const Panels<at::BFloat16>
 #endif
 
 // One column of micro-tiles: all rows, kPanels panels.  `rows` is a multiple of kRowStep.
-template <typename acc_t, int kPanels, typename value_t>
-inline void gemm_panels(Rows<value_t> a, const Panels<value_t>& b, acc_t* c, int64_t ldc, int64_t rows) {
+template <typename acc_t, int kPanels, typename A, typename value_t>
+inline void gemm_panels(A a, const Panels<value_t>& b, acc_t* c, int64_t ldc, int64_t rows) {
   int64_t i = 0;
   const value_t* first = a.data;
   for (; i + kMicroRows <= rows; i += kMicroRows) {
-    a.data = first + i * kRowDistance;
+    a.data = first + i * A::kRow;
     micro_kernel<acc_t, kMicroRows, kPanels>(a, b, c + i * ldc, ldc);
   }
-  a.data = first + i * kRowDistance;
+  a.data = first + i * A::kRow;
   if (rows - i == 2 * kRowStep) {
     micro_kernel<acc_t, 2 * kRowStep, kPanels>(a, b, c + i * ldc, ldc);
   } else if (rows - i == kRowStep) {
@@ -132,9 +139,9 @@ inline void gemm_panels(Rows<value_t> a, const Panels<value_t>& b, acc_t* c, int
   }
 }
 
-// C[rows, panels * kPanel] += A * B.  `rows` is a multiple of kRowStep.
-template <typename acc_t, typename value_t>
-inline void gemm(const Rows<value_t>& a, Panels<value_t> b, int64_t panels, acc_t* c, int64_t ldc, int64_t rows) {
+// C[rows, panels * kPanel] += A * B.  `rows` is a multiple of kRowStep; A is Rows or TransposedRows.
+template <typename acc_t, typename A, typename value_t>
+inline void gemm(const A& a, Panels<value_t> b, int64_t panels, acc_t* c, int64_t ldc, int64_t rows) {
   int64_t p = 0;
   const value_t* first = b.data;
   for (; p + kMicroPanels <= panels; p += kMicroPanels) {
