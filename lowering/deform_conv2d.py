@@ -362,9 +362,7 @@ class DeformConv2dBackwardTemplate(KernelTemplate):
         def body() -> list[str]:
             grad, image, offset, weight, *masks = buffer.inputs
             scalar, c = DTYPE_TO_CPP[self.convolution.dtype], self.convolution
-            fields = [
-                (_pointer if name == "bias" else _view)(kernel, results.get(name)) for name in self.gradients
-            ]
+            fields = [(_pointer if name == "bias" else _view)(kernel, results.get(name)) for name in self.gradients]
             tensors = [view(kernel, grad), view(kernel, weight), *fields]
             wanted = " | ".join(f"inductor_vision::kGrad{name.title()}" for name in results)
             return [

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from .inductor import DTYPE_TO_CPP, CppTemplateKernel, V, ir
 from .layout import first_result, realize_image, writes_channels_last
 from .template import BlocksTemplate, double, pointer, view

@@ -329,9 +329,23 @@ def differentiable(arguments: Arguments) -> tuple[Tensor | None, ...]:
     return arguments.input, arguments.offset, arguments.weight, arguments.bias, arguments.mask
 
 
+def _check_backward(grad: Tensor, arguments: Arguments) -> tuple[int, int]:
+    """As :func:`_check`, and that the gradient is that of the output."""
+    size = _check(arguments)
+    input, require = arguments.input, functools.partial(check, "deform_conv2d_backward")
+    shape = (input.shape[0], int(arguments.weight.shape[0]), *size)
+    require(
+        grad.dim() == 4 and all(got == want for got, want in zip(grad.shape, shape)),
+        f"grad must have shape {shape}, got {tuple(grad.shape)}",
+    )
+    require(grad.dtype == input.dtype, f"grad must have input's dtype {input.dtype}, got {grad.dtype}")
+    require(grad.device == input.device, f"grad must be on input's device {input.device}, got {grad.device}")
+    return size
+
+
 def _fake_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     arguments, wanted = Arguments(*args[:-1]), args[-1]
-    _check(arguments)
+    _check_backward(grad, arguments)
     return tuple(
         torch.empty_like(tensor, memory_format=gradient_format(tensor))
         if want and tensor is not None
@@ -352,7 +366,7 @@ def _decomposition_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     torchvision; at exactly -1 too, where the sample itself is still zero.
     """
     arguments, wanted = Arguments(*args[:-1]), args[-1]
-    out_height, out_width = _check(arguments)
+    out_height, out_width = _check_backward(grad, arguments)
     input, offset, weight, bias, stride, padding, dilation, mask = arguments
     dtype = input.dtype
     grad, input, offset, weight = (t.to(accumulate_dtype(dtype)) for t in (grad, input, offset, weight))

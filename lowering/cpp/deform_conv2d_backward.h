@@ -216,8 +216,8 @@ class DeformBackward {
     constexpr int64_t kEnough = 32;  // slabs
     const int64_t bytes = 2 * slabs * PaddedSlab{op.height, op.width}.size() * kCacheLine;
     const int64_t images = std::min(divide_up(kEnough, slabs), blocking.image_bytes / bytes);
-    const int64_t most = std::clamp<int64_t>(images, 1, std::max<int64_t>(op.batch, 1));
-    return divide_up(op.batch, divide_up(op.batch, most)) + (op.batch == 0 ? 1 : 0);
+    const int64_t rounds = divide_up(op.batch, std::max<int64_t>(images, 1));
+    return op.batch == 0 ? 1 : divide_up(op.batch, rounds);
   }
   static int64_t tile_limit(const DeformConv2d<scalar_t>&, const DeformBackwardBlocking& blocking) {
     return std::clamp<int64_t>(round_down(blocking.pixels, kMicroRows), kMicroRows, round_down(kMaxDepth, kMicroRows));

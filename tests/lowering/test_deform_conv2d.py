@@ -15,7 +15,6 @@ from inductor_vision.paths import recorded_paths
 from inductor_vision.tests.support.compare import assert_close
 from inductor_vision.tests.support.compiled import (
     Compiled,
-    caches_disabled,
     compile_and_run,
     constants_of_package,
     run_python,
@@ -323,25 +322,6 @@ def test_wrong_shapes_are_the_same_error_as_in_eager_mode():
             compile_and_run(call_all, [(wrong.args, wrong.kwargs)])
         assert str(eager.value).startswith("deform_conv2d: ")
         assert str(eager.value) in str(compiled.value)
-
-
-@pytest.mark.parametrize(
-    "name", ["groups_across_offset_groups", pytest.param("depthwise_channels_last", marks=pytest.mark.slow)]
-)
-def test_gradients(name):
-    expected, s = sample(name, FP64).requiring_grad(), sample(name).requiring_grad()
-    output = deform_conv2d(*expected.args, **expected.kwargs)
-    cotangent = torch.randn_like(output)
-    output.backward(cotangent)
-    with caches_disabled(), recorded_paths() as paths:
-        output = torch.compile(deform_conv2d, fullgraph=True)(*s.args, **s.kwargs)
-        output.backward(cotangent.float())
-    assert {(path.op, path.kind) for path in paths} == {
-        ("deform_conv2d", "template"),
-        ("deform_conv2d_backward", "decomposition"),
-    }
-    for name, tensor in s.tensors.items():
-        assert_close(tensor.grad, expected.tensors[name].grad, FP32, name)
 
 
 def test_autocast_computes_in_float32():

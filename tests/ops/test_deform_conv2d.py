@@ -12,7 +12,18 @@ from inductor_vision import DeformConv2d, deform_conv2d
 from inductor_vision.ops.registry import TORCHVISION
 from inductor_vision.paths import recorded_paths
 from inductor_vision.tests.support.compare import assert_close
-from inductor_vision.tests.support.deform_conv2d import CASES, HOSTILE, Case, Sample, cases, oracle, sample
+from inductor_vision.tests.support.deform_conv2d import (
+    CASES,
+    HOSTILE,
+    TENSORS,
+    Case,
+    Sample,
+    as_torchvision,
+    cases,
+    gradient_like,
+    oracle,
+    sample,
+)
 from inductor_vision.tests.support.layouts import LAYOUTS
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -27,11 +38,6 @@ LOW_DTYPES = (torch.bfloat16, torch.float16)
 
 def call(function, s: Sample) -> Tensor:
     return function(*s.args, **s.kwargs)
-
-
-def gradient_like(out: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
 
 
 def gradients(function, s: Sample) -> dict[str, Tensor]:
@@ -339,7 +345,7 @@ def test_opcheck_with_autograd_and_dynamic_shapes(name):
 def test_opcheck_of_the_backward(name, which):
     pytest.importorskip("expecttest", reason="torch.library.opcheck imports expecttest")
     s = sample(name)
-    present = [key in s.tensors for key in ("input", "offset", "weight", "bias", "mask")]
+    present = [key in s.tensors for key in TENSORS]
     wanted = {"all": present, "input": [True] + [False] * 4, "none": [False] * 5}[which]
     arguments = (gradient_like(call(deform_conv2d, s)), *s.positional, wanted)
     torch.library.opcheck(OP_BACKWARD, arguments)
@@ -355,7 +361,7 @@ def described(result: Tensor | tuple[Tensor, ...]) -> list[tuple]:
 def test_fake_results_are_laid_out_like_real_ones(name, dtype):
     s = sample(name, dtype)
     out = call(deform_conv2d, s)
-    wanted = [key in s.tensors for key in ("input", "offset", "weight", "bias", "mask")]
+    wanted = [key in s.tensors for key in TENSORS]
     results = [out, OP_BACKWARD(gradient_like(out), *s.positional, wanted)]
     with FakeTensorMode() as mode:
         fake = s.replace(**{key: mode.from_tensor(tensor) for key, tensor in s.tensors.items()})
@@ -613,7 +619,7 @@ class _Call(nn.Module):
 def _call(changes: dict) -> tuple[_Call, list[Tensor]]:
     arguments = {**_right(), **changes}
     model = _Call(**{name: arguments.pop(name) for name in ("stride", "padding", "dilation")})
-    return model, [arguments[name] for name in ("input", "offset", "weight", "bias", "mask")]
+    return model, [arguments[name] for name in TENSORS]
 
 
 MODES = {
@@ -721,31 +727,11 @@ def test_module_channels_must_be_divisible_by_groups(channels):
 # torchvision's operators in terms of this package's
 
 
-def _as_torchvision(s: Sample) -> list:
-    """The arguments of torch.ops.torchvision.deform_conv2d that its Python wrapper makes of a call."""
-    input, offset, weight, bias = s.args
-    mask = s.kwargs["mask"]
-    geometry = [number for pair in s.positional[4:7] for number in pair]
-    groups = input.shape[1] // weight.shape[1]
-    offset_groups = offset.shape[1] // (2 * weight.shape[2] * weight.shape[3])
-    return [
-        input,
-        weight,
-        offset,
-        input.new_zeros(input.shape[0], 1) if mask is None else mask,
-        input.new_zeros(weight.shape[0]) if bias is None else bias,
-        *geometry,
-        groups,
-        offset_groups,
-        mask is not None,
-    ]
-
-
 @pytest.mark.parametrize(
     "name", ["mask_bias", "neither", "stride_padding_dilation", "groups_across_offset_groups", "shared"]
 )
 def test_torchvisions_operators(torchvision, name):
-    arguments = _as_torchvision(sample(name, torch.float64))
+    arguments = as_torchvision(sample(name, torch.float64))
     out = TORCHVISION["deform_conv2d"](*arguments)
     assert_close(out, torch.ops.torchvision.deform_conv2d(*arguments), torch.float64)
 

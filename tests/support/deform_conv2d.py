@@ -105,6 +105,8 @@ class Sample:
         )
 
 
+TENSORS = ("input", "offset", "weight", "bias", "mask")  # in the order of their gradients
+
 OFFSETS = ("random", "integers", "borders", "far", "smooth", "hostile")
 
 
@@ -186,6 +188,32 @@ def sample(case: str | Case, dtype: torch.dtype = torch.float32) -> Sample:
         "mask": arrange(mask.to(dtype), case.offset_layout) if case.mask else None,
     }
     return Sample(name, case, args, kwargs)
+
+
+def gradient_like(out: Tensor) -> Tensor:
+    """A random gradient of a result, always the same."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
+
+
+def as_torchvision(s: Sample) -> list[Any]:
+    """The arguments of torch.ops.torchvision.deform_conv2d that its Python wrapper makes of a call."""
+    input, offset, weight, bias = s.args
+    mask = s.kwargs["mask"]
+    geometry = [number for pair in s.positional[4:7] for number in pair]
+    groups = input.shape[1] // weight.shape[1]
+    offset_groups = offset.shape[1] // (2 * weight.shape[2] * weight.shape[3])
+    return [
+        input,
+        weight,
+        offset,
+        input.new_zeros(input.shape[0], 1) if mask is None else mask,
+        input.new_zeros(weight.shape[0]) if bias is None else bias,
+        *geometry,
+        groups,
+        offset_groups,
+        mask is not None,
+    ]
 
 
 def samples(dtype: torch.dtype = torch.float32) -> Iterator[Sample]:
