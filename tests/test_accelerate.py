@@ -10,13 +10,13 @@ from types import ModuleType
 import pytest
 import torch
 import torch._inductor.lowering  # from here on this package is among its tables
-from inductor_vision import accelerate_torchvision
+from inductor_vision import accelerate_torchvision, deform_conv2d
 from inductor_vision.lowering import registry
 from inductor_vision.ops.registry import TORCHVISION
 from inductor_vision.paths import recorded_paths
 from inductor_vision.tests.support.compare import assert_close
 from inductor_vision.tests.support.compiled import caches_disabled, compile_and_run, run_python
-from inductor_vision.tests.support.deform_conv2d import oracle, sample
+from inductor_vision.tests.support.deform_conv2d import as_torchvision, gradient_like, oracle, sample
 from inductor_vision.tests.support.regions import (
     OPERATORS,
     Pyramid,
@@ -134,10 +134,23 @@ def test_stock_modules_train(stock):
         compiled = train(torch.compile(layer, fullgraph=True), layer, *arguments)
     assert {(path.op, path.kind) for path in paths} == {
         ("deform_conv2d", "template"),
-        ("deform_conv2d_backward", "decomposition"),
+        ("deform_conv2d_backward", "template"),
     }
     for ours, stocks in zip(compiled, train(layer, layer, *arguments)):
         assert_close(ours, stocks, torch.float32)
+
+
+def test_stock_gradients_of_deform_conv2d_take_the_template(stock):
+    """The gradient of a mask that is not there too: torchvision makes one of the shape of its stand-in."""
+    accelerate_torchvision()
+    op = torch.ops.torchvision._deform_conv2d_backward
+    samples = [sample(name) for name in ("mask_bias", "neither", "groups_across_offset_groups")]
+    calls = [(gradient_like(deform_conv2d(*s.args, **s.kwargs)), *as_torchvision(s)) for s in samples]
+    compiled = compile_and_run(lambda calls: [op(*call) for call in calls], calls)
+    assert compiled.kinds == ["template"] * len(samples)
+    for call, results in zip(calls, compiled.result):
+        for ours, stocks in zip(results, op(*call)):
+            assert_close(ours, stocks, torch.float32)
 
 
 def tensors(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -283,7 +296,7 @@ WORKS_WITHOUT_LIBRARY = """
 import torchvision
 from inductor_vision.paths import recorded_paths
 from inductor_vision.tests.support.compiled import compile_and_run
-from inductor_vision.tests.support.deform_conv2d import oracle, sample
+from inductor_vision.tests.support.deform_conv2d import as_torchvision, gradient_like, oracle, sample
 from inductor_vision.tests.support.compare import assert_close
 
 torchvision.models.resnet18()

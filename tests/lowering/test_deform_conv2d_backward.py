@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from inductor_vision import DeformConv2d, accelerate_torchvision, deform_conv2d
+from inductor_vision import DeformConv2d, deform_conv2d
 from inductor_vision.ops.registry import OPS
 from inductor_vision.tests.support.compare import assert_close
 from inductor_vision.tests.support.compiled import Compiled, compile_and_run, package_and_run_alone
@@ -243,25 +243,6 @@ def test_autograd_of_compiled_code(layout):
     for actual, expected in zip(compiled.result, train(layer, *tensors)):
         assert_close(actual, expected, FP32)
         assert actual.stride() == expected.stride()
-
-
-def test_torchvisions_operator(torchvision, monkeypatch):
-    from torch._inductor import lowering  # noqa: F401  (its import makes the table of decompositions)
-    from torch._inductor.decomposition import decompositions
-
-    op = torch.ops.torchvision._deform_conv2d_backward
-    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "")
-    for name in ("deform_conv2d", "_deform_conv2d_backward"):
-        overload = getattr(torch.ops.torchvision, name).default
-        monkeypatch.setitem(decompositions, overload, decompositions.get(overload))
-    accelerate_torchvision()
-    samples = [sample("mask_bias"), sample("neither"), sample("groups_across_offset_groups")]
-    calls = [(arguments_of((s, None))[0], *as_torchvision(s)) for s in samples]
-    compiled = compile_and_run(lambda calls: [op(*call) for call in calls], calls)
-    assert compiled.kinds == ["template"] * len(samples)
-    for call, results in zip(calls, compiled.result):
-        for actual, expected in zip(results, op(*call)):
-            assert_close(actual, expected, FP32)
 
 
 def test_nan_of_the_gradient_stays_where_it_is():
