@@ -49,12 +49,13 @@ class Shape:
         return ", ".join(parts + ([str(self.dtype).removeprefix("torch.")] if self.dtype != torch.float32 else []))
 
 
-def _map(arguments: Arguments, change: Callable[[Tensor], Tensor]) -> Arguments:
+def map_tensors(arguments: Arguments, change: Callable[[Tensor], Tensor]) -> Arguments:
     """With all tensors changed."""
     return Arguments(*(change(value) if isinstance(value, Tensor) else value for value in arguments))
 
 
-def _build(shape: Shape) -> Arguments:
+def build(shape: Shape) -> Arguments:
+    """The arguments of a call; the same values at every call."""
     generator = torch.Generator().manual_seed(0)
     normal = functools.partial(torch.randn, generator=generator)
     height, width = (shape.size, shape.size) if isinstance(shape.size, int) else shape.size
@@ -71,12 +72,12 @@ def _build(shape: Shape) -> Arguments:
         dilation=(shape.dilation, shape.dilation),
         mask=normal(shape.batch, shape.offset_groups * taps, *out).sigmoid(),
     )
-    return _map(arguments, lambda tensor: tensor.to(shape.dtype))
+    return map_tensors(arguments, lambda tensor: tensor.to(shape.dtype))
 
 
 def _reference(arguments: Arguments) -> Tensor:
     """The decomposition in float64, image by image because it takes many times the memory of its input."""
-    a = _map(arguments, torch.Tensor.double)
+    a = map_tensors(arguments, torch.Tensor.double)
     images = zip(a.input.split(1), a.offset.split(1), a.mask.split(1))
     decomposition = OPS["deform_conv2d"].decomposition
     return torch.cat(
@@ -116,7 +117,7 @@ def _channels_last(arguments: Arguments) -> Arguments:
 
 
 def _float32(arguments: Arguments) -> Arguments:
-    return _map(arguments, torch.Tensor.float)
+    return map_tensors(arguments, torch.Tensor.float)
 
 
 def _packaged(job: Job) -> Prepared:
@@ -214,7 +215,7 @@ _BF16_CONTENDERS = ("ours-compiled", "ours-fp32", "ours-aoti", "decomposition-co
 
 def _case(name: str, shape: Shape, *contenders: str, note: str = "") -> Case:
     tolerance = 1e-5 if shape.dtype == torch.float32 else 2e-2
-    return Case(name, f"{shape}{note}", functools.partial(_build, shape), tolerance, contenders)
+    return Case(name, f"{shape}{note}", functools.partial(build, shape), tolerance, contenders)
 
 
 _vary = dataclasses.replace

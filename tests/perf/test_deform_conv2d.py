@@ -19,7 +19,7 @@ EAGER = [contender for contender in SUITE.contenders if not contender.compiled a
 @pytest.mark.parametrize("contender", EAGER, ids=lambda contender: contender.name)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_peers_agree_with_the_reference(contender, shape):
-    inputs = suite._build(shape)
+    inputs = suite.build(shape)
     try:
         contender.check()
         prepared = contender.prepare(Job(Case("test", "", lambda: inputs, 1e-5), inputs, 1))
@@ -29,7 +29,7 @@ def test_peers_agree_with_the_reference(contender, shape):
 
 
 def test_the_limit_has_the_shape_of_the_output():
-    inputs = suite._build(SHAPES["groups"])
+    inputs = suite.build(SHAPES["groups"])
     limit = next(contender for contender in SUITE.contenders if contender.role == "limit")
     output = limit.prepare(Job(SUITE.cases[0], inputs, 1)).output
     assert output.shape == suite._reference(inputs).shape
@@ -37,7 +37,7 @@ def test_the_limit_has_the_shape_of_the_output():
 
 def test_inputs_are_the_same_at_every_call():
     shape = Shape(4, 5, dtype=torch.bfloat16)
-    first, second = suite._build(shape), suite._build(shape)
+    first, second = suite.build(shape), suite.build(shape)
     assert first.input.dtype == torch.bfloat16
     assert all(torch.equal(a, b) for a, b in zip(first, second) if isinstance(a, torch.Tensor))
 
