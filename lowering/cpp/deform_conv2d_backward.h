@@ -107,8 +107,11 @@ class DeformBackward {
   static constexpr int64_t kSlab = kPanel<acc_t>;
   static constexpr int kVec = static_cast<int>(kSlab / kLanes);
   static constexpr bool kGemm = kKernel == DeformKernel::gemm;
+  static constexpr bool wanted(int gradient) {
+    return (kWanted & gradient) != 0;
+  }
   // Sums over channels: of the gradient of the mask, then of the offset's y and x.
-  static constexpr int64_t kSums = ((kWanted & kGradMask) != 0 ? 1 : 0) + ((kWanted & kGradOffset) != 0 ? 2 : 0);
+  static constexpr int64_t kSums = (kWanted & kGradMask ? 1 : 0) + (kWanted & kGradOffset ? 2 : 0);
   static constexpr bool kGradColumn = (kWanted & kGradInput) != 0 || kSums > 0;
   static constexpr bool kReadsImage = (kWanted & kGradWeight) != 0 || kSums > 0;
   static constexpr bool kSamples = kGradColumn || kReadsImage;
@@ -126,14 +129,14 @@ class DeformBackward {
         columns_(op.taps() * kSlab),
         images_(images_at_a_time(op, blocking, static_cast<int64_t>(slabs_.size()))),
         chunk_(divide_up(op.batch, images_)),
-        tile_(std::min(tile_limit(op, blocking), round_up(op.out_height * op.out_width, kMicroRows))),
+        tile_(std::min(tile_limit(blocking), round_up(op.out_height * op.out_width, kMicroRows))),
         tiles_(divide_up(op.out_height * op.out_width, tile_)),
         phase_(tiles_in_phase(blocking)),
         weights_(slab_count() * weight_size()),
-        grad_weights_((kWanted & kGradWeight) != 0 ? images_ * slab_count() * grad_weight_size() : 0),
-        grad_bias_((kWanted & kGradBias) != 0 ? images_ * op.out_channels : 0),
+        grad_weights_(wanted(kGradWeight) ? images_ * slab_count() * grad_weight_size() : 0),
+        grad_bias_(wanted(kGradBias) ? images_ * op.out_channels : 0),
         input_slabs_(kReadsImage ? images_ * slab_count() * slab_size() : 0),
-        grad_slabs_((kWanted & kGradInput) != 0 ? images_ * slab_count() * slab_size() : 0),
+        grad_slabs_(wanted(kGradInput) ? images_ * slab_count() * slab_size() : 0),
         grads_(images_ * phase_ * grad_tile_size()),
         points_(kSamples ? images_ * op.offset_groups * phase_pixels() * op.taps() : 0),
         sums_(images_ * slab_count() * phase_pixels() * op.taps() * kSums),
@@ -191,10 +194,6 @@ class DeformBackward {
   }
 
  private:
-  static constexpr bool wanted(int gradients) {
-    return (kWanted & gradients) != 0;
-  }
-
   // ---- how the work is cut
 
   static std::vector<DeformSlab> list_slabs(const DeformConv2d<scalar_t>& op) {
@@ -219,7 +218,8 @@ class DeformBackward {
     const int64_t rounds = divide_up(op.batch, std::max<int64_t>(images, 1));
     return op.batch == 0 ? 1 : divide_up(op.batch, rounds);
   }
-  static int64_t tile_limit(const DeformConv2d<scalar_t>&, const DeformBackwardBlocking& blocking) {
+  // Whole micro-tiles: a row of grad is a row of A in one of the matrix products, of columns in the other.
+  static int64_t tile_limit(const DeformBackwardBlocking& blocking) {
     return std::clamp<int64_t>(round_down(blocking.pixels, kMicroRows), kMicroRows, round_down(kMaxDepth, kMicroRows));
   }
   int64_t tiles_in_phase(const DeformBackwardBlocking& blocking) const {
@@ -413,8 +413,8 @@ class DeformBackward {
     });
   }
 
-  void load_plane(const View4d<scalar_t>& view, int64_t b, int64_t channel, int64_t begin, int64_t end, acc_t* to)
-      const {
+  void load_plane(
+      const View4d<scalar_t>& view, int64_t b, int64_t channel, int64_t begin, int64_t end, acc_t* to) const {
     for_each_run(view, begin, end, [&](int64_t p, int64_t count, int64_t row, int64_t column) {
       load_block(view.at(b, row, column) + channel * view.channel, 0, view.column, to + p, 0, 1, count);
     });
