@@ -18,7 +18,7 @@ READY := $(VENV)/.ready-$(shell printf '%s' '$(TORCH)' | cksum | cut -d ' ' -f 1
 PERF_READY := $(READY)-perf
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint doctor perf clean
+.PHONY: help env demo train test lint doctor perf clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ env: $(READY) ## make the environment, or bring it up to date
 
 demo: $(READY) ## a small network over a photograph: eager, compiled, and as a package on disk
 	$(PY) examples/demo.py $(ARGS)
+
+train: $(READY) ## train a deformable and a plain network on warped digits
+	$(PY) examples/train.py $(ARGS)
 
 test: $(READY) ## run the tests; ARGS="-m 'not slow'" for the quick ones
 	$(PY) -m pytest $(ARGS)
