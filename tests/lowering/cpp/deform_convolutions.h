@@ -122,7 +122,8 @@ inline DeformConv2d<scalar_t> operation(const Call& call, const Tensors<scalar_t
   };
 }
 
-[[noreturn]] inline void fail(const Call& call, const char* kind, const std::string& what) {
+template <typename AnyCall>
+[[noreturn]] inline void fail(const AnyCall& call, const char* kind, const std::string& what) {
   std::printf("%s: %s\n  in %s\n", kind, what.c_str(), call.describe().c_str());
   std::exit(1);
 }
