@@ -1,7 +1,7 @@
 """The benchmark of training steps: do its contenders compute what they are said to compute?"""
 
 import pytest
-from inductor_vision.perf.spec import Case, Job, Unavailable, UserError
+from inductor_vision.perf.spec import Case, Job, Unavailable
 from inductor_vision.perf.suites import deform_conv2d, training
 from inductor_vision.perf.suites.deform_conv2d import Shape
 from inductor_vision.perf.suites.training import SUITE
@@ -42,10 +42,3 @@ def test_networks_agree_with_the_reference():
     prepared = prepare(CONTENDERS["torchvision"], inputs)
     assert relative_error(prepared.output, training._reference(inputs)) < 1e-4
     assert relative_error(prepared.call(), prepared.output) > 1e-4
-
-
-def test_without_a_checkout(monkeypatch, tmp_path):
-    monkeypatch.setattr(training, "_EXAMPLE", tmp_path / "train.py")
-    training._example.cache_clear()
-    with pytest.raises(UserError, match="only a checkout has"):
-        training._digits()
