@@ -31,8 +31,10 @@ demo: $(READY) ## a small network over a photograph: eager, compiled, and as a p
 train: $(READY) ## train a deformable and a plain network on warped digits
 	$(PY) examples/train.py $(ARGS)
 
-test: $(READY) ## run the tests; ARGS="-m 'not slow'" for the quick ones
-	$(PY) -m pytest $(ARGS)
+# As many processes as cores, but at most 4: each takes up to 2 GB, part of it for compilers that it runs. A file's tests
+# run in one of them, since they share what is compiled for the file; the order of files is that of tests/conftest.py.
+test: $(READY) ## run the tests; ARGS="-m 'not slow'" for the quick ones, "-n 0 -k nms" for some in one process
+	$(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(READY) ## style, format and types
 	$(PY) -m ruff check .

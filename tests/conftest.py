@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import pathlib
 import random
 import sys
 from collections.abc import Iterator
 from types import ModuleType
+
+# Threads that wait leave the cores to the other processes of a test run. Before torch is imported, which loads OpenMP.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import pytest
@@ -43,6 +47,14 @@ class _RootIsThePackage:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(_RootIsThePackage())  # hooks of this file itself see only what is below it
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Files with slow tests come first where several processes take one file after the other, so that they are done at
+    about the same time."""
+    if hasattr(config, "workerinput"):
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
 
 
 def pytest_report_header() -> str:
@@ -94,7 +106,11 @@ def detector_package(torchvision: ModuleType, tmp_path_factory: pytest.TempPathF
     """The small Mask R-CNN as a package, for images of any size; it takes a while to make."""
     from inductor_vision import export_detector
     from inductor_vision.tests.support.detectors import small_detector
+    from inductor_vision.tests.support.shared import made_once
 
-    path = tmp_path_factory.mktemp("detector") / "detector.pt2"
-    labels = ["background", "cat", "dog", "cup"]
-    return export_detector(small_detector("MaskRCNN"), torch.rand(3, 90, 120), path, labels=labels)
+    def make(folder: pathlib.Path) -> None:
+        labels = ["background", "cat", "dog", "cup"]
+        detector, image = small_detector("MaskRCNN"), torch.rand(3, 90, 120)
+        export_detector(detector, image, folder / "detector.pt2", labels=labels)
+
+    return made_once(tmp_path_factory, "detector", make) / "detector.pt2"

@@ -2,10 +2,12 @@
 
 import importlib.util
 import pathlib
+import pickle
 
 import pytest
 import torch
 from inductor_vision.paths import recorded_paths
+from inductor_vision.tests.support.shared import made_once
 
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 
@@ -24,7 +26,11 @@ def exported(export_example, tmp_path_factory):
     """A model, the path of its package, and the paths that its operator calls took."""
     torch.manual_seed(0)
     model = export_example.Model(channels=3, out_channels=5).eval()
-    path = tmp_path_factory.mktemp("package") / "model.pt2"
-    with recorded_paths() as paths:
-        export_example.export(model, path)
-    return model, path, list(paths)
+
+    def make(folder):
+        with recorded_paths() as paths:
+            export_example.export(model, folder / "model.pt2")
+        (folder / "paths.pickle").write_bytes(pickle.dumps(list(paths)))
+
+    folder = made_once(tmp_path_factory, "exported", make)
+    return model, folder / "model.pt2", pickle.loads((folder / "paths.pickle").read_bytes())

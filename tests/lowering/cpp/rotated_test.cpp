@@ -180,12 +180,14 @@ void check(const char* types, const Call& call, uint64_t seed, RotatedFigures& f
   figures.kept += static_cast<int64_t>(kept.size());
   figures.suppressed += count - static_cast<int64_t>(kept.size());
   kept.resize(count, -1);
+  // Many columns are computed in parts, a few rows of which are enough.
+  const RotatedBoxes<box_t> few{given.boxes, given.row, given.column, std::min<int64_t>(count, 200)};
   for (const int threads : kThreads) {
-    const std::vector<box_t> ious = overlaps(given, given, threads);
+    const std::vector<box_t> ious = overlaps(few, given, threads);
     const std::unique_ptr<int64_t[]> out(new int64_t[count]);
     inductor_vision::nms_rotated(view, call.threshold, out.get());
     ++figures.runs;
-    for (int64_t i = 0; i < count * count; ++i) {
+    for (int64_t i = 0; i < few.count * count; ++i) {
       if (ious[i] != static_cast<box_t>(expected[i])) {
         fail(types, "on " + std::to_string(threads) + " threads, an overlap differs", call.describe());
       }
@@ -201,7 +203,7 @@ void check_types(const char* types, int repeats, RotatedFigures& figures) {
   Random random(sizeof(box_t) + 16 * sizeof(score_t) + 256 * std::is_same_v<box_t, at::Half>);
   for (int i = 0; i < repeats; ++i) {
     for (const Kind kind : kKinds) {
-      for (const int64_t count : {0, 1, 2, 7, 8, 9, 17, 64, 130, 200}) {
+      for (const int64_t count : {0, 1, 2, 7, 8, 9, 17, 64, 130}) {
         const Call call{
             count,
             kind,
