@@ -333,15 +333,15 @@ class DeformBackward {
   void add_bias(int64_t m, int64_t first, int64_t last) {
     if constexpr (wanted(kGradBias)) {
       for (int64_t o = 0; o < op_.out_channels; ++o) {
-        Vec total(0);
-        for (int64_t t = 0; t < last - first; ++t) {
+        for (int64_t t = 0; t < last - first; ++t) {  // a sum for each, so that it does not depend on the phases
+          Vec total(0);
           const acc_t* row = grad_tile(m, t) + (o / outputs_ * rows_ + o % outputs_) * kRowDistance;
           const int64_t count = pixel(first + t + 1) - pixel(first + t);
           for (int64_t p = 0; p < count; p += kLanes) {
             total = total + load_vector(row + p, std::min(kLanes, count - p));
           }
+          grad_bias_[m * op_.out_channels + o] += sum_of_lanes(total);
         }
-        grad_bias_[m * op_.out_channels + o] += sum_of_lanes(total);
       }
     }
   }
