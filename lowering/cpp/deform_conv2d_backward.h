@@ -125,7 +125,7 @@ class DeformBackward {
         slabs_(list_slabs(op)),
         padded_{op.height, op.width},
         outputs_(op.out_channels / op.groups),
-        rows_(round_up(outputs_, kRowStep)),
+        rows_(kGemm ? round_up(outputs_, kRowStep) : outputs_),
         columns_(op.taps() * kSlab),
         images_(images_at_a_time(op, blocking, static_cast<int64_t>(slabs_.size()))),
         chunk_(divide_up(op.batch, images_)),
@@ -254,7 +254,7 @@ class DeformBackward {
     return outputs_ * columns_;
   }
   int64_t grad_weight_size() const {
-    return (kGemm ? rows_ : outputs_) * columns_;
+    return rows_ * columns_;
   }
   int64_t slab_size() const {
     return padded_.size() * kSlab;
@@ -405,10 +405,11 @@ class DeformBackward {
   void load_grad(int64_t m, int64_t b, int64_t tile, int64_t t) const {
     const View4d<scalar_t>& grad = gradients_.output;
     for_each_run(grad, pixel(tile), pixel(tile + 1), [&](int64_t p, int64_t count, int64_t row, int64_t column) {
-      for (int64_t g = 0; g < op_.groups; ++g) {
-        const scalar_t* from = grad.at(b, row, column) + g * outputs_ * grad.channel;
-        acc_t* to = grad_tile(m, t) + g * rows_ * kRowDistance + p;
-        load_block(from, grad.channel, grad.column, to, kRowDistance, outputs_, count);
+      const int64_t parts = rows_ > outputs_ ? op_.groups : 1, outputs = op_.out_channels / parts;
+      for (int64_t i = 0; i < parts; ++i) {
+        const scalar_t* from = grad.at(b, row, column) + i * outputs * grad.channel;
+        acc_t* to = grad_tile(m, t) + i * rows_ * kRowDistance + p;
+        load_block(from, grad.channel, grad.column, to, kRowDistance, outputs, count);
       }
     });
   }
