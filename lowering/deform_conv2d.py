@@ -100,12 +100,14 @@ def default_blocking(convolution: Convolution) -> Blocking:
     return Blocking(max(12, min(most, half // (samples + sums))), MAX_DEPTH, transposed_bytes=half)
 
 
-def default_backward_blocking(convolution: Convolution) -> BackwardBlocking:
+def default_backward_blocking(convolution: Convolution, kind: str) -> BackwardBlocking:
     """A tile whose samples and gradients take half of the second-level cache; the rest is for weights and images."""
-    itemsize = accumulate_dtype(convolution.dtype).itemsize
-    columns = convolution.taps * PANEL_BYTES  # of a slab, for one pixel
-    outputs = convolution.out_channels // convolution.groups * itemsize
-    pixels = cache_bytes() // 2 // (2 * columns + outputs)
+    outputs = convolution.out_channels // convolution.groups
+    if kind == "gemm":  # bytes of a pixel: its samples, their gradients, that of the output
+        pixel = 2 * convolution.taps * PANEL_BYTES + outputs * accumulate_dtype(convolution.dtype).itemsize
+    else:  # the gradient of the output, for each lane
+        pixel = outputs * PANEL_BYTES
+    pixels = cache_bytes() // 2 // pixel
     return BackwardBlocking(max(12, min(MAX_DEPTH, pixels)), phase_bytes=4 << 20, image_bytes=8 << 20)
 
 
@@ -335,10 +337,10 @@ class DeformConv2dBackwardTemplate(KernelTemplate):
         self.convolution = convolution
         self.has_mask = mask is not None
         self.layouts = {name: layout for name, layout in zip(self.gradients, layouts) if layout is not None}
-        self.blocking = default_backward_blocking(convolution)
         # Where a group has fewer channels than a panel of the matrix product, and there are several.
         vectors = convolution.groups > 1 and convolution.channels // convolution.groups < self._panel
         self.kind = "depthwise" if vectors else "gemm"
+        self.blocking = default_backward_blocking(convolution, self.kind)
 
     @property
     def _panel(self) -> int:

@@ -347,7 +347,7 @@ def _fake_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     arguments, wanted = Arguments(*args[:-1]), args[-1]
     _check_backward(grad, arguments)
     return tuple(
-        torch.empty_like(tensor, memory_format=gradient_format(tensor))
+        tensor.new_empty(tensor.shape).contiguous(memory_format=gradient_format(tensor))
         if want and tensor is not None
         else arguments.input.new_empty(0)
         for tensor, want in zip(differentiable(arguments), wanted)
@@ -472,9 +472,9 @@ def _torchvision(*args: Any) -> Tensor:
 def _torchvision_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     arguments = _from_torchvision(*args)
     use_mask = arguments.mask is not None
-    grad_input, grad_offset, grad_weight, grad_bias, grad_mask = _op_backward(
-        grad, *arguments, [True, True, True, True, use_mask]
-    )
+    gradients = _op_backward(grad, *arguments, [True, True, True, True, use_mask])
+    # torchvision's are contiguous, whatever the input is, and its fake kernel says so.
+    grad_input, grad_offset, grad_weight, grad_bias, grad_mask = (gradient.contiguous() for gradient in gradients)
     if not use_mask:  # torchvision passes a stand-in of shape [B, 1] and wants its gradient
         _, _, _, stand_in, *_ = args
         grad_mask = torch.zeros_like(stand_in)

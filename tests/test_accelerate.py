@@ -144,13 +144,14 @@ def test_stock_gradients_of_deform_conv2d_take_the_template(stock):
     """The gradient of a mask that is not there too: torchvision makes one of the shape of its stand-in."""
     accelerate_torchvision()
     op = torch.ops.torchvision._deform_conv2d_backward
-    samples = [sample(name) for name in ("mask_bias", "neither", "groups_across_offset_groups")]
+    samples = [sample(name) for name in ("mask_bias", "neither", "groups_across_offset_groups", "all_channels_last")]
     calls = [(gradient_like(deform_conv2d(*s.args, **s.kwargs)), *as_torchvision(s)) for s in samples]
     compiled = compile_and_run(lambda calls: [op(*call) for call in calls], calls)
     assert compiled.kinds == ["template"] * len(samples)
     for call, results in zip(calls, compiled.result):
         for ours, stocks in zip(results, op(*call)):
             assert_close(ours, stocks, torch.float32)
+            assert ours.stride() == stocks.stride()  # of channels_last too: contiguous, as the fake kernel promises
 
 
 def tensors(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

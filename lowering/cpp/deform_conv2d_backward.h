@@ -47,7 +47,8 @@ enum DeformGradient : int {
   kGradMask = 16,
 };
 
-// The tensors beside those of the forward pass; those that are not computed are not looked at.
+// The tensors beside those of the forward pass; those that are not computed are not looked at.  The gradient of the
+// input has neighbouring channels or neighbouring columns.
 template <typename scalar_t>
 struct DeformGradients {
   View4d<scalar_t> output;
@@ -572,7 +573,7 @@ class DeformBackward {
     if constexpr (kGradColumn) {
       const int64_t rows = round_up(count, kRowStep);
       std::fill_n(grad_columns, rows * columns_, acc_t(0));
-      for (int64_t o = 0; o < outputs_; o += kMaxDepth) {
+      for (int64_t o = 0; o < outputs_; o += kMaxDepth) {  // so that a block of the weight stays in cache
         const TransposedRows<acc_t> a{{grad + o * kRowDistance, 1, std::min(kMaxDepth, outputs_ - o), 0}};
         const Panels<acc_t> b{weights_.get() + s * weight_size() + o * kSlab, outputs_ * kSlab};
         gemm(a, b, op_.taps(), grad_columns, columns_, rows);

@@ -60,18 +60,20 @@ def _call(op: Callable[..., Any], arguments: Arguments, *tensors: Tensor) -> Any
 def _compiled(
     job: Job,
     op: Callable[..., Any] = _OP,
-    change: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    change: Callable[[Problem], Problem] = lambda problem: problem,
     dynamic: bool = False,
 ) -> Prepared:
-    grad, a = _map(job.inputs, change)
+    grad, a = change(job.inputs)
     function = backends.Function(functools.partial(_call, op, a))
     tensors = grad, a.input, a.offset, a.weight, a.bias, a.mask
     return backends.compiled(function, tensors, dynamic=dynamic, freezing=False)
 
 
-def _channels_last(tensor: Tensor) -> Tensor:
-    """Images and gradients of images; the others have as many rows as they have for all contenders."""
-    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+def _channels_last(problem: Problem) -> Problem:
+    """As in a channels_last model: images, their gradients and the weight; not offsets and masks."""
+    grad, a = problem
+    grad, input, weight = (t.contiguous(memory_format=torch.channels_last) for t in (grad, a.input, a.weight))
+    return Problem(grad, a._replace(input=input, weight=weight))
 
 
 def _torchvision(job: Job) -> Prepared:
@@ -87,9 +89,9 @@ def _torchvision(job: Job) -> Prepared:
     return backends.eager(gradients, tensors)
 
 
-def _conv2d(job: Job, change: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Prepared:
+def _conv2d(job: Job, change: Callable[[Problem], Problem] = lambda problem: problem) -> Prepared:
     """oneDNN's gradients of input, weight and bias of a convolution of the same shape."""
-    grad, a = _map(job.inputs, change)
+    grad, a = change(job.inputs)
     geometry = a.stride, a.padding, a.dilation, False, [0, 0], a.groups, [True, True, True]
     tensors = grad, a.input, a.weight, [a.weight.shape[0]]
     return backends.eager(torch.ops.aten.convolution_backward, (*tensors, *geometry))

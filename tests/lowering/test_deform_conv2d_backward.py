@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from inductor_vision import DeformConv2d, deform_conv2d
+from inductor_vision.lowering import deform_conv2d as lowering
 from inductor_vision.ops.registry import OPS
 from inductor_vision.tests.support.compare import assert_close
 from inductor_vision.tests.support.compiled import Compiled, compile_and_run, package_and_run_alone
@@ -174,7 +176,14 @@ def test_narrow_or_no_vectors(simdlen, bits):
         assert_right(call, results)
 
 
-def test_every_number_of_threads_gives_the_same_bits():
+def test_every_number_of_threads_gives_the_same_bits(monkeypatch):
+    """Of images that are done in several phases."""
+
+    def few_pixels(convolution, kind):
+        return dataclasses.replace(blocking(convolution, kind), pixels=60, phase_bytes=1 << 18)
+
+    blocking = lowering.default_backward_blocking
+    monkeypatch.setattr(lowering, "default_backward_blocking", few_pixels)
     cases = [
         Case(batch=5, channels=48, out_channels=48, size=(13, 17)),  # several images at a time
         Case(batch=1, channels=80, out_channels=20, size=(37, 41), offset_groups=2),
