@@ -145,7 +145,7 @@ class Data:
 
 
 def load_data() -> Data:
-    """The last digits are for testing: others than those for training have written them."""
+    """The last digits are for testing, the others for training."""
     loaded = load_digits()
     digits = torch.from_numpy(loaded.images).float()[:, None] / 16
     labels = torch.from_numpy(loaded.target).long()
