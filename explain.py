@@ -55,9 +55,11 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
 
 
 def _fresh_inductor(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-    """Inductor under another name: Dynamo shares no compiled code between backends."""
+    """Inductor under another name, as Dynamo shares no compiled code between backends; gradients are compiled at once,
+    not when they are first asked for."""
+    from torch._functorch import config as functorch_config
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
-    with config.patch(force_disable_caches=True):
+    with config.patch(force_disable_caches=True), functorch_config.patch(force_non_lazy_backward_lowering=True):
         return compile_fx(graph, example_inputs)
