@@ -335,16 +335,12 @@ class DeformConv2dBackwardTemplate(KernelTemplate):
         """
         super().__init__([grad, image, offset, weight, *([] if mask is None else [mask])])
         self.convolution = convolution
-        self.has_mask = mask is not None
         self.layouts = {name: layout for name, layout in zip(self.gradients, layouts) if layout is not None}
         # Where a group has fewer channels than a panel of the matrix product, and there are several.
-        vectors = convolution.groups > 1 and convolution.channels // convolution.groups < self._panel
+        panel = PANEL_BYTES // accumulate_dtype(convolution.dtype).itemsize
+        vectors = convolution.groups > 1 and convolution.channels // convolution.groups < panel
         self.kind = "depthwise" if vectors else "gemm"
         self.blocking = default_backward_blocking(convolution, self.kind)
-
-    @property
-    def _panel(self) -> int:
-        return PANEL_BYTES // accumulate_dtype(self.convolution.dtype).itemsize
 
     @property
     def path(self) -> str:
@@ -368,7 +364,7 @@ class DeformConv2dBackwardTemplate(KernelTemplate):
             tensors = [view(kernel, grad), view(kernel, weight), *fields]
             wanted = " | ".join(f"inductor_vision::kGrad{name.title()}" for name in results)
             return [
-                _operation(kernel, c, image, offset, masks[0] if self.has_mask else None, None),
+                _operation(kernel, c, image, offset, masks[0] if masks else None, None),
                 f"const inductor_vision::DeformGradients<{scalar}> gradients{{{', '.join(tensors)}}};",
                 f"const inductor_vision::DeformBackwardBlocking blocking{_fields(self.blocking)};",
                 f"inductor_vision::deform_conv2d_backward<inductor_vision::DeformKernel::{self.kind}, {wanted}>(",

@@ -292,6 +292,16 @@ class DeformBackward {
     return sums_.get() + ((m * slab_count() + s) * phase_pixels() + t * tile_) * op_.taps() * kSums;
   }
 
+  static void add(acc_t* total, const acc_t* part, int64_t count) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      (Vec::loadu(total + i) + Vec::loadu(part + i)).store(total + i);
+    }
+    for (; i < count; ++i) {
+      total[i] += part[i];
+    }
+  }
+
   // ---- weight and bias
 
   // weights_[slab][tap][output][lane]; lanes without a channel are zero.
@@ -355,10 +365,7 @@ class DeformBackward {
       for (int64_t s = 0; s < slab_count(); ++s) {
         acc_t* total = grad_weight(0, s);
         for (int64_t m = 1; m < images_; ++m) {
-          const acc_t* part = grad_weight(m, s);
-          for (int64_t i = 0; i < grad_weight_size(); i += kLanes) {  // whole panels
-            (Vec::loadu(total + i) + Vec::loadu(part + i)).store(total + i);
-          }
+          add(total, grad_weight(m, s), grad_weight_size());
         }
         for (int64_t j = 0; j < outputs_; ++j) {
           for (int64_t lane = 0; lane < slabs_[s].count; ++lane) {
@@ -476,14 +483,7 @@ class DeformBackward {
     }
     acc_t* total = sums(m, s, t);
     for (++s; s < slab_count() && slabs_[s].offset_group == g; ++s) {
-      const acc_t* part = sums(m, s, t);
-      int64_t i = 0;
-      for (; i + kLanes <= count; i += kLanes) {
-        (Vec::loadu(total + i) + Vec::loadu(part + i)).store(total + i);
-      }
-      for (; i < count; ++i) {
-        total[i] += part[i];
-      }
+      add(total, sums(m, s, t), count);
     }
     for (int64_t tap = 0; tap < op_.taps(); ++tap) {
       const int64_t channel = g * op_.taps() + tap;
@@ -695,19 +695,19 @@ class DeformBackward {
         }
         if constexpr (wanted(kGradInput)) {
           acc_t* corner = grad_image + point->corner + u * kLanes;
-          const auto add = [](acc_t* to, const Vec& part, const Vec& share) {
+          const auto add_share = [](acc_t* to, const Vec& part, const Vec& share) {
             ::at::vec::fmadd(part, share, Vec::loadu(to)).store(to);
           };
           const Vec scaled = gradient * mask, upper = scaled * up;
-          add(corner, upper, left);
+          add_share(corner, upper, left);
           if (point->x != 0) {  // a corner that has no share gets nothing, not even 0 * NaN
-            add(corner + kSlab, upper, right);
+            add_share(corner + kSlab, upper, right);
           }
           if (point->y != 0) {
             const Vec lower = scaled * down;
-            add(corner + row, lower, left);
+            add_share(corner + row, lower, left);
             if (point->x != 0) {
-              add(corner + row + kSlab, lower, right);
+              add_share(corner + row + kSlab, lower, right);
             }
           }
         }

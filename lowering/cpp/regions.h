@@ -843,25 +843,11 @@ template <typename scalar_t, typename acc_t>
 inline void load_bins(
     const View4d<scalar_t>& grad, int64_t k, Bins bins, int64_t channel, int64_t channels, acc_t* values,
     int64_t distance) {
-  const scalar_t* from = grad.at(k, 0, 0) + channel * grad.channel;
-  if constexpr (std::is_same_v<scalar_t, acc_t>) {
-    if (grad.column == 1 && grad.row == bins.width) {
-      transpose(from, grad.channel, values, distance, channels, bins.count());
-      return;
-    }
-  }
-  constexpr int64_t kLanes = Vectorized<acc_t>::size();
-  for (int64_t p = 0; p < bins.height; ++p) {
-    for (int64_t q = 0; q < bins.width; ++q, values += distance) {
-      const scalar_t* bin = from + (p * grad.row + q * grad.column);
-      for (int64_t c = 0; c < channels && grad.channel == 1; c += kLanes) {
-        const int64_t count = std::min(kLanes, channels - c);
-        load_vector(bin + c, count).store(values + c, count);
-      }
-      for (int64_t c = 0; c < channels && grad.channel != 1; ++c) {
-        values[c] = static_cast<acc_t>(bin[c * grad.channel]);
-      }
-    }
+  const bool flat = grad.row == bins.width * grad.column;  // rows follow each other
+  const int64_t rows = flat ? 1 : bins.height, columns = flat ? bins.count() : bins.width;
+  for (int64_t p = 0; p < rows; ++p, values += columns * distance) {
+    const scalar_t* from = grad.at(k, p, 0) + channel * grad.channel;
+    load_block(from, grad.column, grad.channel, values, distance, columns, channels);
   }
 }
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...ops.deform_conv2d import Arguments, deform_conv2d
+from ...ops.deform_conv2d import Arguments, DeformConv2d, deform_conv2d
 from ...ops.registry import OPS
 from .. import backends
 from ..spec import Case, Contender, Job, Prepared, Suite
@@ -109,8 +109,6 @@ def _step(job: Job, kind: str) -> Callable[[], Any]:
         from torchvision.ops import DeformConv2d as theirs
 
         return _network(job.inputs, theirs, compiled=kind == "torchvision-compiled")
-    from ...ops.deform_conv2d import DeformConv2d
-
     return _network(job.inputs, DeformConv2d, compiled=True)
 
 
@@ -124,8 +122,6 @@ def _reference(inputs: Any) -> Sequence[Tensor]:
     """The same step in float64, by the decomposition."""
     if isinstance(inputs, Arguments):
         return _layer(deform_conv2d, forward.map_tensors(inputs, torch.Tensor.double))()
-    from ...ops.deform_conv2d import DeformConv2d
-
     return _network(inputs, DeformConv2d, compiled=False, dtype=torch.float64)()
 
 
