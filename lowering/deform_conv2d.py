@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.deform_conv2d import Arguments, differentiable, empty_output
+from ..ops.convolution import empty_output
+from ..ops.deform_conv2d import Arguments, differentiable
 from ..ops.registry import accumulate_dtype
 from .constants import fold_constant
 from .inductor import (

@@ -12,6 +12,15 @@ from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 from torch.nn.modules.utils import _pair
 
+from .convolution import (
+    check_dtypes,
+    check_geometry,
+    check_gradient,
+    check_output_size,
+    empty_output,
+    gradient_format,
+    output_size,
+)
 from .registry import accumulate_dtype, check, define_op, forbid_double_backward, serves_torchvision
 
 
@@ -108,14 +117,6 @@ class DeformConv2d(nn.Module):
         return text if self.bias is not None else text + ", bias=False"
 
 
-_FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    """Height or width of a convolution's output."""
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-
-
 class Arguments(NamedTuple):
     """What the operator takes, in its order."""
 
@@ -150,19 +151,8 @@ def _check(arguments: Arguments) -> tuple[int, int]:
     for name, tensor in (("input", input), ("offset", offset), ("weight", weight), ("mask", mask)):
         if tensor is not None:
             require(tensor.dim() == 4, f"{name} must have 4 dimensions, got shape {tuple(tensor.shape)}")
-    require(
-        input.dtype in _FLOAT_DTYPES,
-        f"input must be one of {', '.join(map(str, _FLOAT_DTYPES))}, got {input.dtype}",
-    )
-    for name, tensor in (("offset", offset), ("weight", weight), ("bias", bias), ("mask", mask)):
-        if tensor is not None:
-            require(tensor.dtype == input.dtype, f"{name} must have input's dtype {input.dtype}, got {tensor.dtype}")
-            require(
-                tensor.device == input.device, f"{name} must be on input's device {input.device}, got {tensor.device}"
-            )
-    for name, pair, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
-        require(len(pair) == 2, f"{name} must be a number or a pair, got {tuple(pair)}")
-        require(min(pair) >= least, f"{name} must be at least {least}, got {tuple(pair)}")
+    check_dtypes("deform_conv2d", input, {"offset": offset, "weight": weight, "bias": bias, "mask": mask})
+    check_geometry("deform_conv2d", stride, padding, dilation)
 
     # Batch and image size may be dynamic. The rest is what the operator is: int() makes a symbolic size a constant.
     batch, channels, height, width = input.shape[0], int(input.shape[1]), *input.shape[2:]
@@ -189,10 +179,7 @@ def _check(arguments: Arguments) -> tuple[int, int]:
 
     out_height = output_size(height, kernel_height, stride[0], padding[0], dilation[0])
     out_width = output_size(width, kernel_width, stride[1], padding[1], dilation[1])
-    require(
-        out_height > 0 and out_width > 0,
-        f"the kernel does not fit into the padded input: the output would be {out_height} x {out_width}",
-    )
+    check_output_size("deform_conv2d", (out_height, out_width))
     offset_channels = int(offset.shape[1])
     require(
         offset_channels > 0 and offset_channels % (2 * taps) == 0,
@@ -217,12 +204,6 @@ def _check(arguments: Arguments) -> tuple[int, int]:
 def _fake(*args: Any) -> Tensor:
     arguments = Arguments(*args)
     return empty_output(arguments.input, arguments.weight.shape[0], _check(arguments))
-
-
-def empty_output(input: Tensor, out_channels: int, size: Sequence[int]) -> Tensor:
-    """Shape and memory format of the result."""
-    out = input.new_empty((input.shape[0], out_channels, *size))
-    return out.contiguous(memory_format=suggest_memory_format(input))
 
 
 class _Sampling:
@@ -331,15 +312,8 @@ def differentiable(arguments: Arguments) -> tuple[Tensor | None, ...]:
 
 def _check_backward(grad: Tensor, arguments: Arguments) -> tuple[int, int]:
     """As :func:`_check`, and that the gradient is that of the output."""
-    size = _check(arguments)
-    input, require = arguments.input, functools.partial(check, "deform_conv2d_backward")
-    shape = (input.shape[0], int(arguments.weight.shape[0]), *size)
-    require(
-        grad.dim() == 4 and all(got == want for got, want in zip(grad.shape, shape)),
-        f"grad must have shape {shape}, got {tuple(grad.shape)}",
-    )
-    require(grad.dtype == input.dtype, f"grad must have input's dtype {input.dtype}, got {grad.dtype}")
-    require(grad.device == input.device, f"grad must be on input's device {input.device}, got {grad.device}")
+    size, input = _check(arguments), arguments.input
+    check_gradient("deform_conv2d_backward", grad, input, (input.shape[0], int(arguments.weight.shape[0]), *size))
     return size
 
 
@@ -352,11 +326,6 @@ def _fake_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
         else arguments.input.new_empty(0)
         for tensor, want in zip(differentiable(arguments), wanted)
     )
-
-
-def gradient_format(tensor: Tensor) -> torch.memory_format:
-    """The memory format of a tensor's gradient: channels_last if it is so itself."""
-    return suggest_memory_format(tensor) if tensor.dim() == 4 else torch.contiguous_format
 
 
 def _decomposition_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:

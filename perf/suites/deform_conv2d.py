@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...ops.deform_conv2d import Arguments, deform_conv2d, output_size
+from ...ops.convolution import output_size
+from ...ops.deform_conv2d import Arguments, deform_conv2d
 from ...ops.registry import OPS
 from .. import backends
 from ..spec import Case, Contender, Job, Prepared, Suite

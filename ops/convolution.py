@@ -1,0 +1,73 @@
+"""What the convolutions of this package have in common: sizes, memory formats, and checks of arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+from .registry import check
+
+FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """Height or width of a convolution's output."""
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def empty_output(input: Tensor, out_channels: int, size: Sequence[int]) -> Tensor:
+    """Shape and memory format of the result."""
+    out = input.new_empty((input.shape[0], out_channels, *size))
+    return out.contiguous(memory_format=suggest_memory_format(input))
+
+
+def gradient_format(tensor: Tensor) -> torch.memory_format:
+    """The memory format of a tensor's gradient: channels_last if it is so itself."""
+    return suggest_memory_format(tensor) if tensor.dim() == 4 else torch.contiguous_format
+
+
+def check_dtypes(op: str, input: Tensor, others: Mapping[str, Tensor | None]) -> None:
+    """Raise RuntimeError unless all tensors are of one floating dtype and on one device."""
+    check(
+        op,
+        input.dtype in FLOAT_DTYPES,
+        f"input must be one of {', '.join(map(str, FLOAT_DTYPES))}, got {input.dtype}",
+    )
+    for name, tensor in others.items():
+        if tensor is not None:
+            check(op, tensor.dtype == input.dtype, f"{name} must have input's dtype {input.dtype}, got {tensor.dtype}")
+            check(
+                op,
+                tensor.device == input.device,
+                f"{name} must be on input's device {input.device}, got {tensor.device}",
+            )
+
+
+def check_geometry(op: str, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> None:
+    """Raise RuntimeError unless each is a pair of numbers in its range."""
+    for name, pair, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        check(op, len(pair) == 2, f"{name} must be a number or a pair, got {tuple(pair)}")
+        check(op, min(pair) >= least, f"{name} must be at least {least}, got {tuple(pair)}")
+
+
+def check_output_size(op: str, size: Sequence[int]) -> None:
+    """Raise RuntimeError unless there is output."""
+    check(
+        op,
+        size[0] > 0 and size[1] > 0,
+        f"the kernel does not fit into the padded input: the output would be {' x '.join(map(str, size))}",
+    )
+
+
+def check_gradient(op: str, grad: Tensor, input: Tensor, shape: Sequence[Any]) -> None:
+    """Raise RuntimeError unless the gradient is that of an output of this shape."""
+    check(
+        op,
+        grad.dim() == len(shape) and all(got == want for got, want in zip(grad.shape, shape)),
+        f"grad must have shape {tuple(shape)}, got {tuple(grad.shape)}",
+    )
+    check_dtypes(op, input, {"grad": grad})
