@@ -6,6 +6,10 @@ from .export import export_detector as export_detector
 from .lowering.hook import install_when_inductor_is_imported
 from .ops.box_iou_rotated import box_iou_rotated as box_iou_rotated
 from .ops.deform_conv2d import DeformConv2d as DeformConv2d, deform_conv2d as deform_conv2d
+from .ops.depthwise_separable_conv2d import (
+    DepthwiseSeparableConv2d as DepthwiseSeparableConv2d,
+    depthwise_separable_conv2d as depthwise_separable_conv2d,
+)
 from .ops.multiscale_roi_align import (
     MultiScaleRoIAlign as MultiScaleRoIAlign,
     multiscale_roi_align as multiscale_roi_align,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ def define_op(
     family: str,
     decomposition: Callable[..., Any],
     fake: Callable[..., Any],
-    autocast: bool = True,
+    autocast: bool | Literal["lower"] = True,
     untraceable: Callable[..., str | None] = lambda *args: None,
 ) -> VisionOp:
     """Define ``inductor_vision::<schema>``.
@@ -67,7 +67,8 @@ def define_op(
         family: stem of the files about it.
         decomposition: aten program; runs eagerly and below autograd.
         fake: shapes, strides and dtypes of the result; raises what the decomposition would raise.
-        autocast: whether autocast computes it in float32 and returns the first argument's dtype, as torchvision does.
+        autocast: whether autocast computes it in float32 and returns the first argument's dtype, as torchvision does;
+            "lower": autocast computes it in the lower precision, as it does convolutions.
         untraceable: from the operator's arguments, why the decomposition cannot become part of a graph; None if it can.
             Such a call, where no template takes it, runs in a compiled graph as it does eagerly.
 
@@ -88,14 +89,19 @@ def define_op(
     _library.impl(name, eager, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_library)
     if autocast:
+        rule = _in_lower_precision if autocast == "lower" else _in_float32
         for device in ("CPU", "CUDA"):
-            _library.impl(name, _in_float32(op, device), f"Autocast{device}")
+            _library.impl(name, rule(op, device), f"Autocast{device}")
     OPS[name] = op
     return op
 
 
+def _autocast_key(device: str) -> torch._C.DispatchKeySet:
+    return torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))
+
+
 def _in_float32(op: VisionOp, device: str) -> Callable[..., Any]:
-    key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))
+    key = _autocast_key(device)
 
     def cast(value: Any) -> Any:
         low = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
@@ -104,6 +110,20 @@ def _in_float32(op: VisionOp, device: str) -> Callable[..., Any]:
     def autocast(*args: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(key):
             return op(*map(cast, args)).to(args[0].dtype)
+
+    return autocast
+
+
+def _in_lower_precision(op: VisionOp, device: str) -> Callable[..., Any]:
+    key = _autocast_key(device)
+
+    def cast(value: Any) -> Any:  # float64 stays what it is, as everywhere under autocast
+        takes_part = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+        return value.to(torch.get_autocast_dtype(device.lower())) if takes_part else value
+
+    def autocast(*args: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(key):
+            return op(*map(cast, args))
 
     return autocast
 

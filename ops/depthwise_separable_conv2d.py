@@ -1,0 +1,527 @@
+"""Depthwise-separable convolution, the block that MobileNets are built of: https://arxiv.org/abs/1704.04861."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
+from torch.nn.modules.utils import _pair
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from .convolution import (
+    check_dtypes,
+    check_geometry,
+    check_gradient,
+    check_output_size,
+    empty_output,
+    gradient_format,
+    output_size,
+)
+from .registry import accumulate_dtype, check, define_op, forbid_double_backward
+
+
+def depthwise_separable_conv2d(
+    input: Tensor,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    depthwise_bias: Tensor | None = None,
+    pointwise_bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    depthwise_activation: str | None = None,
+    pointwise_activation: str | None = None,
+) -> Tensor:
+    r"""A depthwise convolution, an activation, a pointwise (1 x 1) convolution and an activation, in one pass.
+
+    With :math:`f` and :math:`g` the activations, :math:`k = cM + m` and :math:`M` the channel multiplier:
+
+    .. math::
+        h[b, k, p, q] = f\Bigl(\text{depthwise\_bias}[k] + \sum_{i, j} \text{depthwise\_weight}[k, 0, i, j] \cdot
+            \text{input}[b, c](p \cdot \text{stride} - \text{padding} + i \cdot \text{dilation}, \dots)\Bigr)
+
+        \text{out}[b, o, p, q] = g\Bigl(\text{pointwise\_bias}[o] + \sum_k \text{pointwise\_weight}[o, k, 0, 0] \cdot
+            h[b, k, p, q]\Bigr)
+
+    Pixels outside the image count as zero. It is what two calls of :func:`torch.nn.functional.conv2d` compute, the
+    first with as many groups as channels; compiled, :math:`h` is never stored as a whole.
+
+    Args:
+        input: ``[B, C, H, W]`` or ``[C, H, W]``, float32, float64, bfloat16 or float16; the low precisions are computed
+            in float32 and rounded once, at the end.
+        depthwise_weight: ``[C * M, 1, kH, kW]``.
+        pointwise_weight: ``[O, C * M, 1, 1]``.
+        depthwise_bias: ``[C * M]``.
+        pointwise_bias: ``[O]``.
+        stride, padding, dilation: of the depthwise convolution; one number, or one for each of height and width.
+        depthwise_activation, pointwise_activation: what follows each convolution, none or one of ``"relu"``,
+            ``"relu6"``, ``"leaky_relu"`` (slope 0.01), ``"hardsigmoid"``, ``"hardswish"``, ``"silu"`` and ``"gelu"``
+            (exact): the functions of these names in :mod:`torch.nn.functional`.
+
+    Returns:
+        ``[B, O, Ho, Wo]`` (or ``[O, Ho, Wo]``) with :math:`H_o = \lfloor (H + 2\,\text{padding} -
+        \text{dilation}\,(kH - 1) - 1) / \text{stride} \rfloor + 1`, in the memory format of ``input``.
+
+    Raises:
+        ValueError: there is no activation of that name.
+        RuntimeError: shapes, dtypes or devices do not go together. The message says what was expected.
+    """
+    for argument, name in (
+        ("depthwise_activation", depthwise_activation),
+        ("pointwise_activation", pointwise_activation),
+    ):
+        _check_activation(argument, name)
+    unbatched = input.dim() == 3
+    out = _op(
+        input.unsqueeze(0) if unbatched else input,
+        depthwise_weight,
+        pointwise_weight,
+        depthwise_bias,
+        pointwise_bias,
+        _pair(stride),
+        _pair(padding),
+        _pair(dilation),
+        depthwise_activation or IDENTITY,
+    )
+    out = out.squeeze(0) if unbatched else out
+    # Not part of the operator: Inductor fuses what follows into the kernel's store, whatever it is.
+    return ACTIVATIONS[pointwise_activation or IDENTITY].function(out)
+
+
+class Activation(NamedTuple):
+    """A function of each element.
+
+    Attributes:
+        function: of a tensor.
+        gradient: of its input, from the gradient of its result and the input.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    gradient: Callable[[Tensor, Tensor], Tensor]
+
+
+_aten = torch.ops.aten
+
+IDENTITY = "identity"  # what the operator calls no activation
+
+ACTIVATIONS = {
+    IDENTITY: Activation(lambda x: x, lambda grad, x: grad),
+    "relu": Activation(F.relu, lambda grad, x: _aten.threshold_backward(grad, x, 0)),
+    "relu6": Activation(F.relu6, lambda grad, x: _aten.hardtanh_backward(grad, x, 0, 6)),
+    "leaky_relu": Activation(F.leaky_relu, lambda grad, x: _aten.leaky_relu_backward(grad, x, 0.01, False)),
+    "hardsigmoid": Activation(F.hardsigmoid, _aten.hardsigmoid_backward),
+    "hardswish": Activation(F.hardswish, _aten.hardswish_backward),
+    "silu": Activation(F.silu, _aten.silu_backward),
+    "gelu": Activation(F.gelu, _aten.gelu_backward),
+}
+
+
+def _check_activation(argument: str, name: str | None) -> None:
+    known = [known for known in ACTIVATIONS if known != IDENTITY]
+    if name is not None and name not in known:
+        raise ValueError(f"{argument} must be None or one of {', '.join(known)}, got {name!r}")
+
+
+class DepthwiseSeparableConv2d(nn.Module):
+    """Depthwise-separable convolution with weights of its own.
+
+    See :func:`depthwise_separable_conv2d`. Parameters are initialized as two :class:`torch.nn.Conv2d` do.
+
+    Args:
+        in_channels, out_channels: C and O.
+        kernel_size, stride, padding, dilation: of the depthwise convolution.
+        channel_multiplier: M, how many filters each input channel has.
+        bias: whether both convolutions have one.
+        depthwise_activation, pointwise_activation: names of what follows each convolution.
+
+    Raises:
+        ValueError: there is no activation of that name.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        channel_multiplier: int = 1,
+        bias: bool = True,
+        depthwise_activation: str | None = None,
+        pointwise_activation: str | None = None,
+    ) -> None:
+        super().__init__()
+        _check_activation("depthwise_activation", depthwise_activation)
+        _check_activation("pointwise_activation", pointwise_activation)
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = _pair(kernel_size)
+        self.stride = _pair(stride)
+        self.padding = _pair(padding)
+        self.dilation = _pair(dilation)
+        self.channel_multiplier = channel_multiplier
+        self.depthwise_activation = depthwise_activation
+        self.pointwise_activation = pointwise_activation
+        hidden = in_channels * channel_multiplier
+        self.depthwise_weight = nn.Parameter(torch.empty(hidden, 1, *self.kernel_size))
+        self.depthwise_bias = nn.Parameter(torch.empty(hidden)) if bias else None
+        self.pointwise_weight = nn.Parameter(torch.empty(out_channels, hidden, 1, 1))
+        self.pointwise_bias = nn.Parameter(torch.empty(out_channels)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for weight, bias in (
+            (self.depthwise_weight, self.depthwise_bias),
+            (self.pointwise_weight, self.pointwise_bias),
+        ):
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+            if bias is not None:
+                bound = 1 / math.sqrt(weight[0].numel())
+                nn.init.uniform_(bias, -bound, bound)
+
+    @classmethod
+    def from_convolutions(
+        cls,
+        depthwise: nn.Conv2d,
+        pointwise: nn.Conv2d,
+        depthwise_norm: nn.BatchNorm2d | None = None,
+        depthwise_activation: str | None = None,
+        pointwise_norm: nn.BatchNorm2d | None = None,
+        pointwise_activation: str | None = None,
+    ) -> DepthwiseSeparableConv2d:
+        """The module that computes ``depthwise``, its norm and activation, ``pointwise``, its norm and activation.
+
+        Batch norms become part of weights and biases, with their running statistics: the module is what the layers are
+        in eval mode. Weights are copies, so the layers are left as they are.
+
+        Raises:
+            ValueError: the layers are not a depthwise and a pointwise convolution that follow each other, pad with
+                something else than zeros or differently on two sides, or a norm has no running statistics.
+        """
+        stride, padding, dilation = _check_depthwise(depthwise)
+        _check_pointwise(pointwise, depthwise.out_channels)
+        weights = [
+            _fold(name, convolution, norm)
+            for name, convolution, norm in (
+                ("depthwise_norm", depthwise, depthwise_norm),
+                ("pointwise_norm", pointwise, pointwise_norm),
+            )
+        ]
+        (depthwise_weight, depthwise_bias), (pointwise_weight, pointwise_bias) = weights
+        module = cls(
+            depthwise.in_channels,
+            pointwise.out_channels,
+            depthwise.kernel_size,
+            stride,
+            padding,
+            dilation,
+            depthwise.out_channels // depthwise.in_channels,
+            bias=False,
+            depthwise_activation=depthwise_activation,
+            pointwise_activation=pointwise_activation,
+        )
+        module.depthwise_weight, module.depthwise_bias = depthwise_weight, depthwise_bias
+        module.pointwise_weight, module.pointwise_bias = pointwise_weight, pointwise_bias
+        return module.train(depthwise.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """See :func:`depthwise_separable_conv2d`."""
+        return depthwise_separable_conv2d(
+            input,
+            self.depthwise_weight,
+            self.pointwise_weight,
+            self.depthwise_bias,
+            self.pointwise_bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.depthwise_activation,
+            self.pointwise_activation,
+        )
+
+    def extra_repr(self) -> str:
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        defaults = {
+            "padding": (0, 0),
+            "dilation": (1, 1),
+            "channel_multiplier": 1,
+            "depthwise_activation": None,
+            "pointwise_activation": None,
+        }
+        for name, default in defaults.items():
+            if getattr(self, name) != default:
+                text += f", {name}={getattr(self, name)}"
+        for name in ("depthwise_bias", "pointwise_bias"):
+            if getattr(self, name) is None:
+                text += f", {name}=False"
+        return text
+
+
+def _check_depthwise(convolution: nn.Conv2d) -> tuple[Any, Any, Any]:
+    """Raise ValueError unless it is a depthwise convolution; its stride, padding and dilation."""
+    kernel, dilation, padding = convolution.kernel_size, convolution.dilation, convolution.padding
+    if convolution.groups != convolution.in_channels:
+        raise ValueError(
+            f"depthwise must have as many groups as input channels, got {convolution.groups} groups and "
+            f"{convolution.in_channels} channels"
+        )
+    if padding == "same":
+        reach = [d * (k - 1) for d, k in zip(dilation, kernel)]
+        if any(r % 2 for r in reach):
+            raise ValueError(f"depthwise must pad both sides alike, got padding='same' with kernel_size={kernel}")
+        padding = tuple(r // 2 for r in reach)
+    elif padding == "valid":
+        padding = (0, 0)
+    if convolution.padding_mode != "zeros" and any(padding):
+        raise ValueError(f"depthwise must pad with zeros, got padding_mode={convolution.padding_mode!r}")
+    return convolution.stride, padding, dilation
+
+
+def _check_pointwise(convolution: nn.Conv2d, channels: int) -> None:
+    kernel, stride, padding = convolution.kernel_size, convolution.stride, convolution.padding
+    padded = not isinstance(padding, str) and any(padding)  # "same" and "valid" are no padding of a 1 x 1 kernel
+    if any(n != 1 for n in (*kernel, *stride, convolution.groups)) or padded:
+        raise ValueError(
+            "pointwise must be a 1 x 1 convolution without stride, padding and groups, got "
+            f"kernel_size={kernel}, stride={stride}, padding={padding}, groups={convolution.groups}"
+        )
+    if convolution.in_channels != channels:
+        raise ValueError(f"pointwise must take depthwise's {channels} channels, got {convolution.in_channels}")
+
+
+def _fold(name: str, convolution: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """Copies of weight and bias, with the batch norm in them."""
+    weight, bias = convolution.weight, convolution.bias
+    if norm is not None:
+        if norm.running_mean is None or norm.running_var is None:
+            raise ValueError(f"{name} must have running statistics")
+        if norm.num_features != convolution.out_channels:
+            raise ValueError(f"{name} must have {convolution.out_channels} features, got {norm.num_features}")
+        weight, bias = fuse_conv_bn_weights(
+            weight, bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        )
+
+    def copied(parameter: Tensor) -> nn.Parameter:
+        return nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+
+    return copied(weight), None if bias is None else copied(bias)
+
+
+class Arguments(NamedTuple):
+    """What the operator takes, in its order."""
+
+    input: Tensor
+    depthwise_weight: Tensor
+    pointwise_weight: Tensor
+    depthwise_bias: Tensor | None
+    pointwise_bias: Tensor | None
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    activation: str
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What has a gradient, in the order in which the backward operator returns them."""
+        return self[:5]
+
+    @property
+    def channels(self) -> int:
+        return int(self.input.shape[1])
+
+    @property
+    def hidden_channels(self) -> int:
+        """C * M, the channels between the two convolutions."""
+        return int(self.depthwise_weight.shape[0])
+
+    @property
+    def multiplier(self) -> int:
+        return self.hidden_channels // self.channels
+
+    @property
+    def out_channels(self) -> int:
+        return int(self.pointwise_weight.shape[0])
+
+    @property
+    def kernel(self) -> tuple[int, int]:
+        return int(self.depthwise_weight.shape[2]), int(self.depthwise_weight.shape[3])
+
+
+def check_arguments(arguments: Arguments) -> tuple[int, int]:
+    """Raise RuntimeError unless the arguments go together; the output's height and width."""
+    input, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, *geometry, activation = arguments
+    op = "depthwise_separable_conv2d"
+    require = functools.partial(check, op)
+
+    require(
+        input.dim() == 4,
+        f"input must have 4 dimensions, or 3 without a batch, got shape {tuple(input.shape)}",
+    )
+    weights = {"depthwise_weight": depthwise_weight, "pointwise_weight": pointwise_weight}
+    biases = {"depthwise_bias": depthwise_bias, "pointwise_bias": pointwise_bias}
+    for name, weight in weights.items():
+        require(weight.dim() == 4, f"{name} must have 4 dimensions, got shape {tuple(weight.shape)}")
+        require(weight.numel() > 0, f"{name} must not be empty, got shape {tuple(weight.shape)}")
+    check_dtypes(op, input, {**weights, **biases})
+    stride, padding, dilation = geometry
+    check_geometry(op, stride, padding, dilation)
+    require(activation in ACTIVATIONS, f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+
+    # Batch and image size may be dynamic. The rest is what the operator is: int() makes a symbolic size a constant.
+    height, width = input.shape[2:]
+    require(height > 0 and width > 0, f"input must have a positive height and width, got shape {tuple(input.shape)}")
+    channels, hidden, kernel = int(input.shape[1]), arguments.hidden_channels, arguments.kernel
+    require(
+        int(depthwise_weight.shape[1]) == 1,
+        f"depthwise_weight must have shape [C * M, 1, kH, kW], got {tuple(depthwise_weight.shape)}",
+    )
+    require(
+        channels > 0 and hidden % channels == 0,
+        f"depthwise_weight.shape[0] must be a multiple of input's {channels} channels, got {hidden}",
+    )
+    require(
+        tuple(pointwise_weight.shape[1:]) == (hidden, 1, 1),
+        f"pointwise_weight must have shape [O, {hidden}, 1, 1], got {tuple(pointwise_weight.shape)}",
+    )
+    for (name, bias), length in zip(biases.items(), (hidden, arguments.out_channels)):
+        require(
+            bias is None or tuple(bias.shape) == (length,),
+            f"{name} must have shape ({length},), got {None if bias is None else tuple(bias.shape)}",
+        )
+    out_height = output_size(height, kernel[0], stride[0], padding[0], dilation[0])
+    out_width = output_size(width, kernel[1], stride[1], padding[1], dilation[1])
+    check_output_size(op, (out_height, out_width))
+    return out_height, out_width
+
+
+def _fake(*args: Any) -> Tensor:
+    arguments = Arguments(*args)
+    return empty_output(arguments.input, arguments.out_channels, check_arguments(arguments))
+
+
+def _accumulated(arguments: Arguments) -> Arguments:
+    """The same, in the dtype that is computed in."""
+    dtype = accumulate_dtype(arguments.input.dtype)
+    values: list[Any] = [value.to(dtype) if isinstance(value, Tensor) else value for value in arguments]
+    return Arguments(*values)
+
+
+def _depthwise(a: Arguments) -> Tensor:
+    """The depthwise convolution alone. [B, C * M, Ho, Wo]"""
+    return F.conv2d(a.input, a.depthwise_weight, a.depthwise_bias, a.stride, a.padding, a.dilation, groups=a.channels)
+
+
+def _decomposition(*args: Any) -> Tensor:
+    arguments = Arguments(*args)
+    check_arguments(arguments)
+    input, a = arguments.input, _accumulated(arguments)
+    hidden = ACTIVATIONS[a.activation].function(_depthwise(a))  # [B, C * M, Ho, Wo]
+    out = F.conv2d(hidden, a.pointwise_weight, a.pointwise_bias)  # [B, O, Ho, Wo]
+    return out.to(input.dtype).contiguous(memory_format=suggest_memory_format(input))
+
+
+_op = define_op(
+    "depthwise_separable_conv2d(Tensor input, Tensor depthwise_weight, Tensor pointwise_weight, "
+    "Tensor? depthwise_bias, Tensor? pointwise_bias, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, "
+    "str activation) -> Tensor",
+    family="depthwise_separable_conv2d",
+    decomposition=_decomposition,
+    fake=_fake,
+    autocast="lower",  # it takes the place of two convolutions, which autocast runs in the lower precision
+)
+
+
+def _check_backward(grad: Tensor, arguments: Arguments) -> None:
+    """As :func:`check_arguments`, and that the gradient is that of the output."""
+    shape = (arguments.input.shape[0], arguments.out_channels, *check_arguments(arguments))
+    check_gradient("depthwise_separable_conv2d_backward", grad, arguments.input, shape)
+
+
+def _fake_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    arguments, wanted = Arguments(*args[:-1]), args[-1]
+    _check_backward(grad, arguments)
+    return tuple(
+        tensor.new_empty(tensor.shape).contiguous(memory_format=gradient_format(tensor))
+        if want and tensor is not None
+        else arguments.input.new_empty(0)
+        for tensor, want in zip(arguments.tensors, wanted)
+    )
+
+
+def _convolution_backward(
+    grad: Tensor, input: Tensor, weight: Tensor, geometry: Sequence[Sequence[int]], groups: int, wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of input, weight and bias of a convolution; None for each that is not wanted."""
+    if not any(wanted):
+        return None, None, None
+    bias_size = [weight.shape[0]]
+    return _aten.convolution_backward(grad, input, weight, bias_size, *geometry, False, [0, 0], groups, list(wanted))
+
+
+def _decomposition_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """Gradients of input, the two weights and the two biases; an empty tensor for each that is not wanted."""
+    arguments, wanted = Arguments(*args[:-1]), args[-1]
+    _check_backward(grad, arguments)
+    dtype, a = arguments.input.dtype, _accumulated(arguments)
+    grad = grad.to(a.input.dtype)
+    activation = ACTIVATIONS[a.activation]
+    depthwise = _depthwise(a)  # [B, C * M, Ho, Wo]
+    wanted_below = [wanted[0], wanted[1], wanted[3]]
+    grad_hidden, grad_pointwise_weight, grad_pointwise_bias = _convolution_backward(
+        grad,
+        activation.function(depthwise),
+        a.pointwise_weight,
+        ([1, 1], [0, 0], [1, 1]),
+        1,
+        [any(wanted_below), wanted[2], wanted[4]],
+    )
+    grad_input = grad_depthwise_weight = grad_depthwise_bias = None
+    if grad_hidden is not None:
+        grad_input, grad_depthwise_weight, grad_depthwise_bias = _convolution_backward(
+            activation.gradient(grad_hidden, depthwise),
+            a.input,
+            a.depthwise_weight,
+            (a.stride, a.padding, a.dilation),
+            a.channels,
+            wanted_below,
+        )
+    results = grad_input, grad_depthwise_weight, grad_pointwise_weight, grad_depthwise_bias, grad_pointwise_bias
+    return tuple(
+        result.to(dtype).contiguous(memory_format=gradient_format(tensor))
+        if want and tensor is not None and result is not None
+        else arguments.input.new_empty(0)
+        for result, tensor, want in zip(results, arguments.tensors, wanted)
+    )
+
+
+_op_backward = define_op(
+    "depthwise_separable_conv2d_backward(Tensor grad, Tensor input, Tensor depthwise_weight, Tensor pointwise_weight, "
+    "Tensor? depthwise_bias, Tensor? pointwise_bias, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, "
+    "str activation, bool[5] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    family="depthwise_separable_conv2d",
+    decomposition=_decomposition_backward,
+    fake=_fake_backward,
+    autocast=False,
+)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.stride, ctx.padding, ctx.dilation, ctx.activation = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _autograd(ctx, grad):
+    wanted = list(ctx.needs_input_grad[:5])
+    grads = _op_backward(grad, *ctx.saved_tensors, ctx.stride, ctx.padding, ctx.dilation, ctx.activation, wanted)
+    return (*(g if want else None for g, want in zip(grads, wanted)), None, None, None, None)
+
+
+torch.library.register_autograd(_op.overload, _autograd, setup_context=_setup_context)
+forbid_double_backward(_op_backward, "depthwise_separable_conv2d")
