@@ -1,7 +1,7 @@
 """Contenders in processes of their own, for those that change what others in the same process would do.
 
-A process prepares its contender and then waits to be told what to do: one computes at a time, in the runner's order. A
-call costs some 50 microseconds more than it would in the runner's process.
+A process prepares its contender and then waits to be told what to do: one computes at a time, in the runner's order. It
+times its calls itself, without the 50 microseconds that messages take.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from .interleaving import time_call
 from .memory import extra_memory
 from .spec import Case, Job, Prepared, Unavailable
 
@@ -37,6 +38,7 @@ def prepare_in_own_process(prepare: Callable[[Job], Prepared], job: Job) -> Prep
         functools.partial(process.ask, "call"),
         output,
         memory=functools.partial(process.ask, "memory"),
+        seconds=functools.partial(process.ask, "seconds"),
         shares=functools.partial(process.ask, "shares"),
     )
 
@@ -93,6 +95,7 @@ def _answers(prepared: Prepared) -> dict[str, Callable[[], Any]]:
     return {
         "output": output,
         "call": call,
+        "seconds": functools.partial(time_call, prepared.call),
         "memory": prepared.memory or functools.partial(extra_memory, prepared.call, prepared.lean),
         "shares": prepared.shares or dict,
     }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from .results import CaseResult, Report, Row
 
@@ -13,23 +14,27 @@ _FOREIGN_CORES = 0.1  # this much is always going on
 
 def heading(report: Report) -> str:
     """On what the numbers were taken, in one line."""
-    machine = report.machine
+    return machine_line(report.machine, report.settings["threads"])
+
+
+def machine_line(machine: Mapping[str, Any], threads: int) -> str:
+    """What :func:`~inductor_vision.perf.machine.describe_machine` found, in one line."""
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     return (
-        f"{machine['cpu']}, {machine['vector_instructions']}, {report.settings['threads']} threads on "
+        f"{machine['cpu']}, {machine['vector_instructions']}, {threads} threads on "
         f"{machine['cores']} cores; {versions}; {machine['compiler']}; {machine['date'][:10]}"
     )
 
 
-def busy_warning(case: CaseResult) -> str:
-    """A word of warning when a case did not have the machine to itself; empty otherwise.
+def busy_warning(foreign_cores: float | None) -> str:
+    """A word of warning when a measurement did not have the machine to itself; empty otherwise.
 
     Threads that wait for each other at the end of a parallel loop wait for a time slice then, and every contender with
     short calls takes equally long: the ratios come out closer to 1 than they are.
     """
-    if not case.foreign_cores or case.foreign_cores < _FOREIGN_CORES:
+    if not foreign_cores or foreign_cores < _FOREIGN_CORES:
         return ""
-    return f"not to be trusted: other programs kept {case.foreign_cores:.1f} cores busy meanwhile"
+    return f"not to be trusted: other programs kept {foreign_cores:.1f} cores busy meanwhile"
 
 
 def describe_fault(row: Row) -> str:
@@ -53,25 +58,27 @@ def _text_case(case: CaseResult) -> str:
         if row.seconds is None:
             lines.append([row.contender, describe_fault(row)])
             continue
-        cells = [row.contender, _ms(row.seconds.median), f"{_ms(row.seconds.p10)} .. {_ms(row.seconds.p90)}"]
+        cells = [row.contender, ms(row.seconds.median), f"{ms(row.seconds.p10)} .. {ms(row.seconds.p90)}"]
         cells += [_ratio(row, base) for base in bases]
         cells += [_OTHER_ARITHMETIC if row.error is None else f"{row.error:.0e}", _megabytes(row.memory)]
         cells += [_seconds(row.compile_cold), _seconds(row.compile_warm)] if compiles else []
         lines.append(cells)
-    remarks = {f"extra memory: {row.memory_reason}" for row in case.rows if row.memory_reason} | {busy_warning(case)}
+    remarks = {f"extra memory: {row.memory_reason}" for row in case.rows if row.memory_reason} | {
+        busy_warning(case.foreign_cores)
+    }
     remarks |= {f"{row.contender}: {_parts(row)} of the time in operators" for row in case.rows if row.shares}
     rounds = [row.rounds for row in case.rows if row.rounds]
     counted = f" ({min(rounds)} to {max(rounds)} rounds)" if rounds else ""
     return "\n".join(
         [
             f"{case.suite}/{case.case}: {case.description}{counted}",
-            *_aligned(lines),
+            *aligned(lines),
             *(f"  {remark}" for remark in sorted(remarks) if remark),
         ]
     )
 
 
-def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
     """Columns flush right but for the first. A line of two cells is a name and a remark, which may be any length."""
     full = [line for line in lines if len(line) > 2]
     widths = [max(len(line[0]) for line in lines), *(max(map(len, column)) for column in list(zip(*full))[1:])]
@@ -93,7 +100,9 @@ def markdown(report: Report) -> str:
         for row in case.rows
         if row.seconds is None
     }
-    remarks |= {f"{case.suite}/{case.case}: {warning}" for case in report.cases if (warning := busy_warning(case))}
+    remarks |= {
+        f"{case.suite}/{case.case}: {warning}" for case in report.cases if (warning := busy_warning(case.foreign_cores))
+    }
     parts = [table for cases in tables.values() for table in (_markdown_table(cases), _markdown_shares(cases)) if table]
     parts.append(f"Medians of interleaved rounds; ratios are medians over rounds. {heading(report)}.")
     return "\n\n".join([*parts, "\n".join(f"- {remark}" for remark in sorted(remarks))])
@@ -155,21 +164,22 @@ def _time_and_ratio(row: Row, base: str | None) -> str:
     if not row.seconds:
         return {"unavailable": _NOTHING}.get(row.status, row.status.upper())
     ratio = row.ratios.get(base)
-    return _ms(row.seconds.median) + (f" ({_significant(ratio.median)})" if ratio else "")
+    return ms(row.seconds.median) + (f" ({significant(ratio.median)})" if ratio else "")
 
 
 def _ratio(row: Row, base: Row) -> str:
     if row.contender == base.contender:
         return "1"
     ratio = row.ratios.get(base.contender)
-    return _significant(ratio.median) if ratio else _NOTHING
+    return significant(ratio.median) if ratio else _NOTHING
 
 
-def _ms(seconds: float) -> str:
-    return _significant(seconds * 1e3)
+def ms(seconds: float) -> str:
+    """Seconds as milliseconds."""
+    return significant(seconds * 1e3)
 
 
-def _significant(value: float) -> str:
+def significant(value: float) -> str:
     """Three digits, never in scientific notation."""
     return f"{value:.{2 if value >= 1 else 3}f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
 

@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import gc
 import math
-import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from .compile_time import compile_seconds
+from .interleaving import Side, interleave_watched, threads_restored
 from .isolated import prepare_in_own_process
-from .machine import foreign_seconds
 from .memory import extra_memory
 from .progress import Progress
 from .results import CaseResult, Row, Spread
 from .spec import Case, Contender, Job, Prepared, Suite, Unavailable
 from .verify import relative_error
-
-# The thread pools of ONNX Runtime, OpenVINO and OpenMP go on spinning after a run, up to about 4 ms where it was
-# measured, and take the cores from whoever is timed next.
-PAUSE_SECONDS = 0.006
-# Short calls are repeated within a turn, so that a turn is long enough to time.
-_TURN_SECONDS = 0.004
-_MOST_CALLS = 20
-_CALIBRATION_SECONDS = 0.03
-# Threads that slept through the pause wake up in a call that is not timed; a long call does not notice.
-_WARM_UP_BELOW_SECONDS = 0.05
-# Also for contenders that use up their share of the time at once.
-_FEWEST_ROUNDS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,43 +27,6 @@ class Settings:
     threads: int
     seconds: float = 10.0
     compile_time: bool = False
-
-
-@dataclasses.dataclass
-class _Side:
-    """A contender that can be timed, and its times by round."""
-
-    name: str
-    threads: int
-    call: Callable[[], Any]
-    estimate: float = 0.0
-    spent: float = 0.0
-    times: dict[int, float] = dataclasses.field(default_factory=dict)
-
-    def calibrate(self) -> None:
-        """Estimate the time of a call: the best of a few, or the first that takes long."""
-        torch.set_num_threads(self.threads)
-        time.sleep(PAUSE_SECONDS)
-        self.estimate = math.inf
-        deadline = time.perf_counter() + _CALIBRATION_SECONDS
-        while time.perf_counter() < deadline:
-            self.estimate = min(self.estimate, _time(self.call))
-
-    def take_turn(self, number: int) -> None:
-        begin = time.perf_counter()
-        torch.set_num_threads(self.threads)
-        time.sleep(PAUSE_SECONDS)
-        if self.estimate < _WARM_UP_BELOW_SECONDS:
-            self.call()
-        calls = max(1, min(_MOST_CALLS, int(_TURN_SECONDS / max(self.estimate, 1e-9))))
-        self.times[number] = statistics.median(_time(self.call) for _ in range(calls))
-        self.spent += time.perf_counter() - begin
-
-
-def _time(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def run_case(
@@ -93,8 +40,8 @@ def run_case(
     inputs = case.build()
     reference = suite.reference(inputs)
     rows: dict[str, Row] = {}
-    sides: dict[str, _Side] = {}
-    with _threads_restored():
+    sides: dict[str, Side] = {}
+    with threads_restored():
         for contender in contenders:
             threads = contender.threads or settings.threads
             torch.set_num_threads(threads)
@@ -106,9 +53,9 @@ def run_case(
                 progress.say(f"{label}: memory of {contender.name}", passing=True)
                 row = _with_memory(row, prepared)
                 row = dataclasses.replace(row, shares=prepared.shares() if prepared.shares else {})
-                sides[contender.name] = _Side(contender.name, threads, prepared.call)
+                sides[contender.name] = Side(contender.name, threads, prepared.call, prepared.seconds)
             rows[contender.name] = row
-        foreign = _interleave_watched(
+        foreign = interleave_watched(
             list(sides.values()), settings.seconds, lambda text: progress.say(f"{label}: {text}", passing=True)
         )
     for name, side in sides.items():
@@ -154,33 +101,7 @@ def _with_memory(row: Row, prepared: Prepared) -> Row:
         return dataclasses.replace(row, memory_reason=str(reason))
 
 
-def interleave(sides: list[_Side], seconds: float, say: Callable[[str], None]) -> None:
-    """Give each side a turn in every round, in rotated order, until each has had its share of the time.
-
-    A slow side runs out of its share early and then sits out; the others go on. Rounds with both are compared.
-    """
-    for side in sides:
-        side.calibrate()
-    share = seconds / max(1, len(sides))
-    number = 0
-    with _collection_off():
-        while active := [s for s in sides if s.spent < share or len(s.times) < _FEWEST_ROUNDS]:
-            first = number % len(active)
-            for side in active[first:] + active[:first]:
-                say(f"round {number + 1}: {side.name}")
-                side.take_turn(number)
-            number += 1
-
-
-def _interleave_watched(sides: list[_Side], seconds: float, say: Callable[[str], None]) -> float | None:
-    """Interleave, and see how many cores other programs kept busy meanwhile; None where the system does not say."""
-    begin, before = time.perf_counter(), foreign_seconds()
-    interleave(sides, seconds, say)
-    after = foreign_seconds()
-    return None if before is None or after is None else max(0.0, (after - before) / (time.perf_counter() - begin))
-
-
-def _with_times(row: Row, side: _Side, sides: list[_Side]) -> Row:
+def _with_times(row: Row, side: Side, sides: list[Side]) -> Row:
     ratios = {}
     for other in sides:
         both = [number for number in side.times if number in other.times]
@@ -197,22 +118,3 @@ def _with_compile_time(row: Row, suite: Suite, case: Case, threads: int, progres
         progress.say(f"no compile time of {row.contender}: {error}")
         return row
     return dataclasses.replace(row, compile_cold=cold, compile_warm=warm)
-
-
-@contextlib.contextmanager
-def _threads_restored() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@contextlib.contextmanager
-def _collection_off() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()

@@ -56,6 +56,7 @@ class Prepared:
         lean: gives back the memory that it keeps between calls, and hands out a callable that does the same work; for
             contenders with such a pool, whose peak memory would otherwise be missed.
         memory: measures the peak memory of a call, for contenders whose calls are made in another process.
+        seconds: makes a call and says how long it took, for the same contenders: a clock here would count the messages.
         shares: profiles a call and says which part of its time each of some operators takes; for programs of which
             these are only a part.
     """
@@ -64,6 +65,7 @@ class Prepared:
     output: Any
     lean: Callable[[], Callable[[], Any]] | None = None
     memory: Callable[[], int] | None = None
+    seconds: Callable[[], float] | None = None
     shares: Callable[[], dict[str, float]] | None = None
 
 

@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from inductor_vision.perf import __main__ as cli, machine, runner
+from inductor_vision.perf import __main__ as cli, interleaving, machine
 from inductor_vision.perf.results import CaseResult, Report, Row, Spread
 from inductor_vision.perf.spec import Case, Contender, Prepared, Suite, Unavailable
 from inductor_vision.perf.suites import load_suites
@@ -41,8 +41,8 @@ def fake_suite(factor):
 @pytest.fixture
 def command(monkeypatch, capsys):
     monkeypatch.setattr(gc, "collect", lambda: 0)  # takes a third of a second beside a loaded torch
-    monkeypatch.setattr(runner, "PAUSE_SECONDS", 0.0)
-    monkeypatch.setattr(runner, "_CALIBRATION_SECONDS", 0.002)
+    monkeypatch.setattr(interleaving, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(interleaving, "_CALIBRATION_SECONDS", 0.002)
     monkeypatch.setattr(machine, "describe_machine", lambda: MACHINE)
 
     def call(*arguments, factor=2):

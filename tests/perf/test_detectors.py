@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from inductor_vision.perf import backends, machine, runner
+from inductor_vision.perf import backends, interleaving, machine
 from inductor_vision.perf.progress import Progress
 from inductor_vision.perf.report import markdown, text_table
 from inductor_vision.perf.results import CaseResult, Report, Row, Spread
@@ -147,7 +147,7 @@ def refuses(job):
 def test_isolated_contenders(monkeypatch):
     import os
 
-    monkeypatch.setattr(runner, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(interleaving, "PAUSE_SECONDS", 0.0)
     before = machine.foreign_seconds()
     contenders = tuple(
         Contender(prepare.__name__, "ours", prepare, isolated=True) for prepare in (in_another_process, ends, refuses)

@@ -8,11 +8,12 @@ import time
 
 import pytest
 import torch
-from inductor_vision.perf import runner
+from inductor_vision.perf import interleaving, runner
+from inductor_vision.perf.interleaving import Side, interleave
 from inductor_vision.perf.memory import extra_memory
 from inductor_vision.perf.progress import Progress
 from inductor_vision.perf.results import Report
-from inductor_vision.perf.runner import Settings, _Side, interleave, run_case
+from inductor_vision.perf.runner import Settings, run_case
 from inductor_vision.perf.spec import Case, Contender, Prepared, Suite, Unavailable, UserError, matching, select
 from inductor_vision.perf.verify import relative_error
 
@@ -53,13 +54,13 @@ def run(*contenders, settings=SETTINGS):
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
     monkeypatch.setattr(gc, "collect", lambda: 0)  # takes a third of a second beside a loaded torch
-    monkeypatch.setattr(runner, "PAUSE_SECONDS", 0.0)
-    monkeypatch.setattr(runner, "_CALIBRATION_SECONDS", 0.002)
+    monkeypatch.setattr(interleaving, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(interleaving, "_CALIBRATION_SECONDS", 0.002)
 
 
 def test_every_round_has_every_side_once_in_rotated_order():
     order = []
-    sides = [_Side(name, 1, lambda: time.sleep(0.002)) for name in "abc"]
+    sides = [Side(name, 1, lambda: time.sleep(0.002)) for name in "abc"]
     interleave(sides, 0.1, order.append)
     rounds = [[text[-1] for text in order if text.startswith(f"round {n}:")] for n in (1, 2, 3, 4)]
     assert rounds == [list("abc"), list("bca"), list("cab"), list("abc")]
@@ -67,8 +68,8 @@ def test_every_round_has_every_side_once_in_rotated_order():
 
 
 def test_a_slow_side_sits_out_once_its_share_is_used(monkeypatch):
-    monkeypatch.setattr(runner, "_FEWEST_ROUNDS", 2)
-    slow, quick = _Side("slow", 1, lambda: time.sleep(0.02)), _Side("quick", 1, lambda: time.sleep(0.001))
+    monkeypatch.setattr(interleaving, "_FEWEST_ROUNDS", 2)
+    slow, quick = Side("slow", 1, lambda: time.sleep(0.02)), Side("quick", 1, lambda: time.sleep(0.001))
     interleave([slow, quick], 0.2, lambda text: None)
     assert 2 <= len(slow.times) < len(quick.times)
     assert slow.times.keys() <= quick.times.keys()
