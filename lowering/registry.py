@@ -145,6 +145,7 @@ def install() -> None:
         register_lowering(op.overload, type_promotion_kind=None)(_lower(op))
     convolution.install()
     _serve_torchvision()
+    _add_fusion_pass()
     fast_random_decomps.cache_clear()  # it holds a copy of the table
     tag_caches()
 
@@ -169,6 +170,30 @@ def _serve_torchvision() -> None:
         decompositions[getattr(torch.ops.torchvision, name).default] = function
     fast_random_decomps.cache_clear()
     tag_caches("torchvision")  # the same graph compiles to something else from now on
+
+
+_fuse_depthwise_separable = False
+
+
+def fuse_depthwise_separable() -> None:
+    """See :func:`inductor_vision.fuse_depthwise_separable`; takes effect now, or once Inductor is imported."""
+    global _fuse_depthwise_separable
+    _fuse_depthwise_separable = True
+    if INDUCTOR_LOWERING in sys.modules:
+        _add_fusion_pass()
+
+
+def _add_fusion_pass() -> None:
+    if not _fuse_depthwise_separable:
+        return
+    from torch._inductor import config
+    from torch._inductor.custom_graph_pass import get_custom_graph_passes
+
+    from .depthwise_separable_pass import FuseDepthwiseSeparable
+
+    passes = get_custom_graph_passes(config.pre_grad_custom_pass)
+    if not any(isinstance(other, FuseDepthwiseSeparable) for other in passes):
+        config.pre_grad_custom_pass = [*passes, FuseDepthwiseSeparable(TAG)]
 
 
 def source_digest() -> str:

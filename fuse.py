@@ -1,0 +1,24 @@
+"""This package's operators in models that were written without them."""
+
+from __future__ import annotations
+
+from .lowering import registry as lowering_registry
+
+
+def fuse_depthwise_separable() -> None:
+    """Have depthwise-separable convolutions of any model compiled to one kernel, in eval mode.
+
+    After this call ``torch.compile`` and AOTInductor look for a depthwise :class:`torch.nn.Conv2d` that is followed,
+    with a batch norm and an activation between them or without, by a pointwise one (1 x 1, no stride), as in
+    MobileNets, and compute both as :func:`inductor_vision.depthwise_separable_conv2d`. Batch norms become part of the
+    weights, at compile time if these are constants (under freezing, and in packages). Results differ by rounding.
+    Models are not changed, and neither are eager mode, training mode, other devices than the CPU, and pairs whose
+    intermediate result is used elsewhere too.
+
+    What was found, what was left alone, and why, is in :func:`inductor_vision.explain` and in the ``inductor_vision``
+    logger. Call it before compiling; calling it again does nothing.
+
+    It is a pass in ``torch._inductor.config.pre_grad_custom_pass``, behind those that are there already; one that is
+    *assigned* later takes its place.
+    """
+    lowering_registry.fuse_depthwise_separable()
