@@ -289,9 +289,11 @@ class BlocksTemplate(KernelTemplate):
             nodes.insert(0, self._own_store(buffer, source))
             reindexers.insert(0, None)
 
-        # Of image, channel, row and column: the part of the output, and the strides of the block's values.
+        # Of image, channel, row and column: the part of the output, and the strides of the block's values. It is one
+        # image, but Inductor must not know: it counts loops without those of a single step when it looks for the one to
+        # vectorize, and then takes another.
         ranges = [
-            ("out_image", "out_image + 1"),
+            ("out_image", "out_image + n_images"),
             ("out_channel", "out_channel + n_channels"),
             ("out_row", "out_row + n_rows"),
             ("out_column", "out_column + n_columns"),
@@ -318,7 +320,8 @@ class BlocksTemplate(KernelTemplate):
         """The head of a store, and what its body has of the block."""
         accumulate = DTYPE_TO_CPP[accumulate_dtype(self.dtype)]
         return f"""[&](const inductor_vision::OutputBlock& block, const {accumulate}* {values}, int64_t distance) {{
-            const int64_t out_image = block.image, out_channel = block.channel, n_channels = block.channels;
+            const int64_t out_image = block.image, n_images = 1;
+            const int64_t out_channel = block.channel, n_channels = block.channels;
             const int64_t out_row = block.row, n_rows = block.rows;
             const int64_t out_column = block.column, n_columns = block.columns;"""
 
