@@ -17,6 +17,7 @@ from .ops.multiscale_roi_align import (
 )
 from .ops.nms import batched_nms as batched_nms, nms as nms
 from .ops.nms_rotated import batched_nms_rotated as batched_nms_rotated, nms_rotated as nms_rotated
+from .ops.patch_conv2d import PatchConv2d as PatchConv2d, patch_conv2d as patch_conv2d
 from .ops.ps_roi_align import PSRoIAlign as PSRoIAlign, ps_roi_align as ps_roi_align
 from .ops.ps_roi_pool import PSRoIPool as PSRoIPool, ps_roi_pool as ps_roi_pool
 from .ops.roi_align import RoIAlign as RoIAlign, roi_align as roi_align

@@ -22,10 +22,9 @@ from .inductor import (
     config,
     ir,
     lowerings,
-    pick_vec_isa,
-    valid_vec_isa_list,
 )
 from .layout import channels_last_strides, layout_is_free, realize_image, writes_channels_last
+from .panels import MAX_DEPTH, PANEL_BYTES, bf16_dot_products, pack_panels
 from .registry import Template, define_internal_op, template_for
 from .template import BlocksTemplate, KernelTemplate, pointer, splice_header, view
 from .tuning import cache_bytes, fastest
@@ -85,10 +84,6 @@ class BackwardBlocking:
     image_bytes: int
 
 
-MAX_DEPTH = 256  # kMaxDepth in cpp/gemm.h
-PANEL_BYTES = 64  # kPanel in cpp/gemm.h
-
-
 def default_blocking(convolution: Convolution) -> Blocking:
     """A tile whose samples and sums take half of the second-level cache, and so do images that are transposed."""
     half = cache_bytes() // 2
@@ -110,15 +105,6 @@ def default_backward_blocking(convolution: Convolution, kind: str) -> BackwardBl
         pixel = outputs * PANEL_BYTES
     pixels = cache_bytes() // 2 // pixel
     return BackwardBlocking(max(12, min(MAX_DEPTH, pixels)), phase_bytes=4 << 20, image_bytes=8 << 20)
-
-
-def bf16_dot_products() -> bool:
-    """Whether the kernel is compiled with INDUCTOR_VISION_BF16_DOT (cpp/gemm.h)."""
-    isa = pick_vec_isa()
-    # The flags of the set that is picked may leave them out beside others, but g++ compiles for all that the CPU has
-    # (-march=native); a valid set that has them says that CPU and compiler do.
-    known = any("avx512bf16" in valid.build_arch_flags() for valid in valid_vec_isa_list())
-    return bool(isa) and isa.bit_width() == 512 and known
 
 
 def _convolution(call: Arguments, weight_shape: Sequence[int]) -> Convolution:
@@ -165,15 +151,9 @@ def pack(convolution: Convolution, weight: Tensor) -> tuple[str, Tensor]:
     if convolution.depthwise:
         return "depthwise", weight.to(dtype).reshape(groups, taps).t().contiguous()  # [K, C]
 
-    lanes = PANEL_BYTES // dtype.itemsize
-    panels = -(-outputs // lanes)
     weight = weight.reshape(groups, outputs, inputs, taps)
-    weight = torch.constant_pad_nd(weight, [0, 0, 0, 0, 0, panels * lanes - outputs])
-    if convolution.dtype == torch.bfloat16 and inputs % 2 == 0 and bf16_dot_products():
-        weight = weight.reshape(groups, panels, lanes, inputs // 2, 2, taps)
-        return "gemm", weight.permute(0, 1, 5, 3, 2, 4).contiguous()  # [G, panels, K, Cg / 2, lanes, 2]
-    weight = weight.to(dtype).reshape(groups, panels, lanes, inputs, taps)
-    return "gemm", weight.permute(0, 1, 4, 3, 2).contiguous()  # [G, panels, K, Cg, lanes]
+    pairs = convolution.dtype == torch.bfloat16 and inputs % 2 == 0 and bf16_dot_products()
+    return "gemm", pack_panels(weight, pairs)
 
 
 def _fake_prepacked(*args: Any) -> Tensor:

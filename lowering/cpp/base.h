@@ -141,6 +141,19 @@ inline void store_vector(const Vectorized<acc_t>& value, value_t* p, int64_t cou
   }
 }
 
+// total[i] += part[i] for i < count.
+template <typename acc_t>
+inline void add_to(acc_t* total, const acc_t* part, int64_t count) {
+  constexpr int64_t kLanes = Vectorized<acc_t>::size();
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    (Vectorized<acc_t>::loadu(total + i) + Vectorized<acc_t>::loadu(part + i)).store(total + i);
+  }
+  for (; i < count; ++i) {
+    total[i] += part[i];
+  }
+}
+
 // dst[m * ld_dst + n] = src[m * ld_src + n] for m < rows, n < columns, converted.
 template <typename acc_t, typename value_t>
 inline void store_block(const acc_t* src, int64_t ld_src, value_t* dst, int64_t ld_dst, int64_t rows, int64_t columns) {

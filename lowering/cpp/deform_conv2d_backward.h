@@ -292,16 +292,6 @@ class DeformBackward {
     return sums_.get() + ((m * slab_count() + s) * phase_pixels() + t * tile_) * op_.taps() * kSums;
   }
 
-  static void add(acc_t* total, const acc_t* part, int64_t count) {
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-      (Vec::loadu(total + i) + Vec::loadu(part + i)).store(total + i);
-    }
-    for (; i < count; ++i) {
-      total[i] += part[i];
-    }
-  }
-
   // ---- weight and bias
 
   // weights_[slab][tap][output][lane]; lanes without a channel are zero.
@@ -365,7 +355,7 @@ class DeformBackward {
       for (int64_t s = 0; s < slab_count(); ++s) {
         acc_t* total = grad_weight(0, s);
         for (int64_t m = 1; m < images_; ++m) {
-          add(total, grad_weight(m, s), grad_weight_size());
+          add_to(total, grad_weight(m, s), grad_weight_size());
         }
         for (int64_t j = 0; j < outputs_; ++j) {
           for (int64_t lane = 0; lane < slabs_[s].count; ++lane) {
@@ -483,7 +473,7 @@ class DeformBackward {
     }
     acc_t* total = sums(m, s, t);
     for (++s; s < slab_count() && slabs_[s].offset_group == g; ++s) {
-      add(total, sums(m, s, t), count);
+      add_to(total, sums(m, s, t), count);
     }
     for (int64_t tap = 0; tap < op_.taps(); ++tap) {
       const int64_t channel = g * op_.taps() + tap;

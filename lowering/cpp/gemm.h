@@ -1,7 +1,9 @@
 // A register-blocked matrix product on packed weights: C[rows, 16 * panels] += A[rows, K] * B[panels, K, 16].
 //
-//   A      row-major, kRowDistance elements between rows; K may be cut in `runs` of `run` consecutive elements that lie
-//          `run_stride` apart (a run: the channels of one group at one tap); or its transpose, likewise
+//   A      K may be cut in `runs` of `run` elements each (a run: the channels of one group at one tap).  Rows:
+//   row-major,
+//          kRowDistance elements between rows, runs `run_stride` apart; TransposedRows: its transpose, likewise;
+//          ListedRows: runs wherever a list says
 //   B      packed: a panel holds kPanel output columns, one cache line for each k; panels lie `panel_stride` apart
 //   C      row-major, `ldc` elements between rows; read, added to and written back
 //
@@ -43,12 +45,46 @@ struct Rows {
   int64_t runs;
   int64_t run;
   int64_t run_stride;
+
+  // Where a run begins in the first row, and which k of B that is.
+  const value_t* begin(int64_t r) const {
+    return data + r * run_stride;
+  }
+  int64_t depth(int64_t r) const {
+    return r * run;
+  }
 };
 
 // The same of an A that is stored as its transpose; runs are so many rows of that.
 template <typename value_t>
 struct TransposedRows : Rows<value_t> {
   static constexpr int64_t kRow = 1, kDepth = kRowDistance;
+};
+
+// A place in A, and what of B it is multiplied with, in units of ListedRows.
+struct Run {
+  int64_t source;
+  int64_t depth;
+};
+
+// Runs from a list, which does not know how many k they have.
+template <typename value_t, int64_t kRow_, int64_t kDepth_>
+struct ListedRows {
+  static constexpr int64_t kRow = kRow_, kDepth = kDepth_;
+  const value_t* data;
+  const Run* list;
+  int64_t runs;
+  int64_t run;
+  int64_t origin;    // the source that is at `data`
+  int64_t distance;  // between two sources
+  int64_t unit;      // k of B between two depths
+
+  const value_t* begin(int64_t r) const {
+    return data + (list[r].source - origin) * distance;
+  }
+  int64_t depth(int64_t r) const {
+    return list[r].depth * unit;
+  }
 };
 
 // B: K x kPanel elements a panel.
@@ -68,9 +104,9 @@ inline void micro_kernel(const A& a, const Panels<acc_t>& b, acc_t* c, int64_t l
   constexpr int kColumns = kPanels * kVec;
   const auto element = [&](int n) { return c + n / kColumns * ldc + n % kColumns * Vec::size(); };
   auto sum = generate<kRows * kColumns>([&](int n) { return Vec::loadu(element(n)); });
-  const acc_t* panel = b.data;
   for (int64_t r = 0; r < a.runs; ++r) {
-    const acc_t* row = a.data + r * a.run_stride;
+    const acc_t* row = a.begin(r);
+    const acc_t* panel = b.data + a.depth(r) * kPanel<acc_t>;
     for (int64_t k = 0; k < a.run; ++k) {
       const auto column = generate<kColumns>([&](int j) {
         const acc_t* from = panel + (j / kVec) * b.panel_stride + (j % kVec) * Vec::size();
@@ -97,9 +133,9 @@ template <typename acc_t, int kRows, int kPanels>
 inline void micro_kernel(const Rows<at::BFloat16>& a, const Panels<at::BFloat16>& b, float* c, int64_t ldc) {
   const auto element = [&](int n) { return c + n / kPanels * ldc + n % kPanels * kPanel<float>; };
   auto sum = generate<kRows * kPanels>([&](int n) { return _mm512_loadu_ps(element(n)); });
-  const at::BFloat16* panel = b.data;
   for (int64_t r = 0; r < a.runs; ++r) {
-    const at::BFloat16* row = a.data + r * a.run_stride;
+    const at::BFloat16* row = a.begin(r);
+    const at::BFloat16* panel = b.data + a.depth(r) * kPanel<float>;
     for (int64_t k = 0; k < a.run; k += 2) {
       const auto column = generate<kPanels>([&](int j) {
         const at::BFloat16* from = panel + j * b.panel_stride;

@@ -1,0 +1,265 @@
+"""patch_conv2d as one C++ kernel, and its gradients as two: see cpp/patch_conv2d.h, patch_conv2d_backward.h."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.patch_conv2d import (
+    CHANNELS_FIRST,
+    CHANNELS_LAST,
+    PATCHES_FIRST,
+    Arguments,
+    check_arguments,
+    empty_patches,
+    memory_order,
+)
+from .constants import fold_constant
+from .inductor import DTYPE_TO_CPP, CppTemplateKernel, V, ir, lowerings
+from .panels import pack_panels
+from .registry import Template, define_internal_op, template_for
+from .template import BlocksTemplate, KernelTemplate, pointer
+from .tuning import cache_bytes
+
+_ORDERS: dict[tuple[int, ...], str] = {
+    PATCHES_FIRST: "patches_first",
+    CHANNELS_FIRST: "channels_first",
+    CHANNELS_LAST: "channels_last",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Convolution:
+    """What is known of a convolution when it is compiled: all but the number and size of patches."""
+
+    out_channels: int
+    kernel: Sequence[int]
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    groups: int
+
+    SCHEMA = "int out_channels, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, int groups"
+
+    @property
+    def arguments(self) -> list[Any]:
+        """As internal operators take it."""
+        return [getattr(self, field.name) for field in dataclasses.fields(self)]
+
+    def declare(
+        self, kernel: CppTemplateKernel, input: ir.IRNode, bias: ir.IRNode | None, out_size: Sequence[str]
+    ) -> str:
+        """C++ that defines `op` and `blocking`; ``out_size`` is height and width."""
+        size = [kernel.size(input, d) for d in range(5)]
+        pairs = [*self.kernel, *self.stride, *self.padding, *self.dilation]
+        tensors = [_view(kernel, input), "nullptr" if bias is None else pointer(kernel, bias)]
+        fields = [*tensors, *size, self.out_channels, *out_size, *pairs, self.groups]
+        return f"""
+    const inductor_vision::PatchConv2d<{DTYPE_TO_CPP[input.get_dtype()]}> op{{{", ".join(map(str, fields))}}};
+    const inductor_vision::PatchBlocking blocking{{{cache_bytes() // 2}}};"""
+
+
+def _view(kernel: CppTemplateKernel, node: ir.IRNode) -> str:
+    """A tensor of five dimensions as a PatchView."""
+    return f"{{{', '.join([pointer(kernel, node), *(kernel.stride(node, d) for d in range(5))])}}}"
+
+
+def _convolution(call: Arguments) -> Convolution:
+    out_channels, _, *kernel = map(int, call.weight.shape)
+    return Convolution(out_channels, kernel, call.stride, call.padding, call.dilation, call.groups)
+
+
+def _refusal(*args: Any) -> str | None:
+    call = Arguments(*args)
+    if not all(isinstance(number, int) for number in (*call.stride, *call.padding, *call.dilation)):
+        return "stride, padding and dilation must be constants"
+    return None
+
+
+def _refusal_backward(grad: Tensor, *args: Any) -> str | None:
+    return _refusal(*args[:-1])
+
+
+def _by_groups(call: Arguments) -> Tensor:
+    """The weight as ``[G, Og, Cg, K]``."""
+    return call.weight.reshape(call.groups, -1, call.weight.shape[1], call.weight.shape[2] * call.weight.shape[3])
+
+
+def _prepack(*args: Any) -> Tensor:
+    call = Arguments(*args)
+    convolution, out_size, order = _convolution(call), check_arguments(call), memory_order(call.input)
+    packed = pack_panels(_by_groups(call))
+    return _prepacked(call.input, packed, call.bias, *convolution.arguments, out_size, order, False)
+
+
+def _prepack_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    call, wanted = Arguments(*args[:-1]), args[-1]
+    convolution, empty = _convolution(call), call.input.new_empty(0)
+    grad_input, grad_weight, grad_bias = empty, empty.clone(), empty.clone()
+    if wanted[0]:
+        packed = pack_panels(_by_groups(call).transpose(1, 2))
+        of_input = dataclasses.replace(convolution, out_channels=int(call.input.shape[2]))
+        size, order = call.input.shape[3:], memory_order(call.input)
+        grad_input = _prepacked(grad, packed, None, *of_input.arguments, size, order, True)
+    wanted_bias = wanted[2] and call.bias is not None
+    if wanted[1] or wanted_bias:
+        grad_weight, grad_bias = _sums(grad, call.input, *convolution.arguments, wanted[1], wanted_bias)
+    return grad_input, grad_weight, grad_bias
+
+
+def _fake_prepacked(input: Tensor, packed: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+    out_channels, out_size, order = args[0], args[-3], args[-2]
+    return empty_patches(input, out_channels, out_size, order)
+
+
+def _lower(input: ir.TensorBox, packed: ir.TensorBox, bias: ir.TensorBox | None, *args: Any) -> ir.TensorBox:
+    *geometry, _, order, transposed = args
+    node, realize = V.graph.current_node, ir.ExternKernel.realize_input
+    size = ir.convert_shape_to_inductor(node.meta["val"].shape)
+    return PatchConv2dTemplate(
+        Convolution(*geometry),
+        tuple(order),
+        transposed,
+        realize(input),
+        realize(ir.ExternKernel.require_contiguous(fold_constant(node.args[1], packed))),
+        None if bias is None else ir.ExternKernel.require_contiguous(realize(bias)),
+        size,
+    ).patches()
+
+
+class PatchConv2dTemplate(BlocksTemplate):
+    """See cpp/patch_conv2d.h."""
+
+    op = "patch_conv2d"
+    header = "patch_conv2d.h"
+
+    def __init__(
+        self,
+        convolution: Convolution,
+        order: tuple[int, ...],
+        transposed: bool,
+        input: ir.IRNode,
+        weight: ir.IRNode,
+        bias: ir.IRNode | None,
+        size: Sequence[Any],
+    ) -> None:
+        """
+        Args:
+            order: of the result's dimensions in memory.
+            transposed: whether it is the gradient of the input of a convolution that is computed.
+            size: of the result, [B, N, O, Ho, Wo].
+        """
+        batch, patches, channels, height, width = size
+        # All pixels of a patch, or of the patches of an image, are one row: rows of 4 are short for vectors.
+        if order == CHANNELS_FIRST:
+            rows = [batch, channels, 1, patches * height * width]
+        else:
+            rows = [batch * patches, channels, 1, height * width]
+        inputs = [input, weight, *([] if bias is None else [bias])]
+        super().__init__(inputs, input.get_dtype(), rows, channels_last=order == CHANNELS_LAST)
+        self.convolution = convolution
+        self.order = order
+        self.transposed = transposed
+        self.patch_size = list(size)
+
+    @property
+    def path(self) -> str:
+        kind = "gradient of the input, " if self.transposed else ""
+        return f"{kind}{_ORDERS[self.order]}, fused"
+
+    def patches(self) -> ir.TensorBox:
+        """Add the kernel to the graph; its result, ``[B, N, O, Ho, Wo]``."""
+        view, permute = (lowerings[op] for op in (torch.ops.aten.view.default, torch.ops.aten.permute.default))
+        rows = self.output()
+        if self.channels_last:
+            rows = permute(rows, [0, 2, 3, 1])
+        return permute(view(rows, [self.patch_size[d] for d in self.order]), [self.order.index(d) for d in range(5)])
+
+    def call(self, kernel: CppTemplateKernel, inputs: Sequence[ir.IRNode], store: str) -> str:
+        input, weight, *bias = inputs
+        out = ir.Buffer(name=None, layout=ir.FixedLayout(torch.device("cpu"), self.dtype, self.patch_size))
+        out_size = [kernel.size(out, d) for d in (3, 4)]
+        arguments = f"inductor_vision::PatchOrder::{_ORDERS[self.order]}, {str(self.transposed).lower()}"
+        return f"""
+    {self.convolution.declare(kernel, input, bias[0] if bias else None, out_size)}
+    const auto store = {store};
+    inductor_vision::patch_conv2d<{arguments}>(op, {pointer(kernel, weight)}, blocking, store);"""
+
+
+def _fake_sums(grad: Tensor, input: Tensor, out_channels: int, kernel: Sequence[int], *args: Any) -> tuple[Tensor, ...]:
+    groups, weight, bias = args[-3:]
+    size = [out_channels, int(input.shape[2]) // groups, *kernel]
+    return input.new_empty(size if weight else [0]), input.new_empty([out_channels] if bias else [0])
+
+
+def _lower_sums(grad: ir.TensorBox, input: ir.TensorBox, *args: Any) -> list[ir.TensorBox]:
+    *geometry, weight, bias = args
+    realize = ir.ExternKernel.realize_input
+    template = PatchSumsTemplate(Convolution(*geometry), weight, bias, realize(grad), realize(input))
+    layouts = [
+        ir.FixedLayout(torch.device("cpu"), fake.dtype, ir.convert_shape_to_inductor(fake.shape))
+        for fake in V.graph.current_node.meta["val"]
+    ]
+    return template.add_unfused(*layouts)
+
+
+class PatchSumsTemplate(KernelTemplate):
+    """The gradients of weight and bias, see cpp/patch_conv2d_backward.h."""
+
+    op = "patch_conv2d_backward"
+    header = "patch_conv2d_backward.h"
+
+    def __init__(self, convolution: Convolution, weight: bool, bias: bool, grad: ir.IRNode, input: ir.IRNode) -> None:
+        """
+        Args:
+            weight, bias: which gradients are wanted.
+        """
+        super().__init__([grad, input])
+        self.convolution = convolution
+        self.wanted = (weight, bias)
+
+    @property
+    def path(self) -> str:
+        names = [name for name, want in zip(("weight", "bias"), self.wanted) if want]
+        return f"gradients of {', '.join(names)}"
+
+    def render(
+        self, kernel: CppTemplateKernel, buffer: ir.CppTemplateBuffer, epilogue: list[ir.ComputedBuffer], keep: bool
+    ) -> str:
+        results = [
+            result if want and not self.is_unread(result) else None for result, want in zip(buffer.outputs, self.wanted)
+        ]
+
+        def body() -> list[str]:
+            grad, input = buffer.inputs
+            pointers = ["nullptr" if result is None else pointer(kernel, result) for result in results]
+            scalar = DTYPE_TO_CPP[input.get_dtype()]
+            return [
+                self.convolution.declare(kernel, input, None, [kernel.size(grad, d) for d in (3, 4)]),
+                f"const inductor_vision::PatchGradients<{scalar}> gradients"
+                f"{{{', '.join([_view(kernel, grad), *pointers])}}};",
+                "inductor_vision::patch_conv2d_backward(op, gradients, blocking);",
+            ]
+
+        names = ("grad_weight", "grad_bias")
+        outputs = {name: result for name, result in zip(names, buffer.outputs) if not self.is_unread(result)}
+        return self.source(kernel, buffer, outputs, body)
+
+
+_prepacked = define_internal_op(
+    f"patch_conv2d_prepacked(Tensor input, Tensor packed, Tensor? bias, {Convolution.SCHEMA}, SymInt[2] out_size, "
+    "int[5] order, bool transposed) -> Tensor",
+    fake=_fake_prepacked,
+    lower=_lower,
+)
+_sums = define_internal_op(
+    f"patch_conv2d_sums(Tensor grad, Tensor input, {Convolution.SCHEMA}, bool weight, bool bias) -> (Tensor, Tensor)",
+    fake=_fake_sums,
+    lower=_lower_sums,
+)
+template_for("patch_conv2d", Template(_refusal, prepack=_prepack))
+template_for("patch_conv2d_backward", Template(_refusal_backward, prepack=_prepack_backward))

@@ -1,0 +1,296 @@
+"""Convolution of many small patches, each padded with zeros at its own border."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
+
+from .convolution import check_dtypes, check_geometry, check_gradient, check_output_size, output_size
+from .registry import accumulate_dtype, check, define_op, forbid_double_backward
+
+
+def patch_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    r"""One filter bank over many small patches, such as windows of an image or regions of interest.
+
+    .. math::
+        \text{out}[b, n, o, p, q] = \text{bias}[o] + \sum_{c, i, j} \text{weight}[o, c, i, j] \cdot
+            \text{input}[b, n, c](p \cdot \text{stride} - \text{padding} + i \cdot \text{dilation}, \dots)
+
+    Pixels outside a patch count as zero, whatever its neighbour is. It is what :func:`torch.nn.functional.conv2d`
+    computes of ``input.flatten(0, 1)``; compiled, what would be multiplied with the padding is left out, which for
+    patches of 4 x 4 and a 3 x 3 kernel is 31 % of it.
+
+    Args:
+        input: ``[B, N, C, H, W]``, N patches of each of B images, or ``[N, C, H, W]``; float32, float64, bfloat16 or
+            float16, the low precisions are computed in float32. It may lie in memory as ``[B, N, C, H, W]``, as
+            ``[B, C, N, H, W]`` or as ``[B, N, H, W, C]``: none is copied.
+        weight: ``[O, C // groups, kH, kW]``.
+        bias: ``[O]``.
+        stride, padding, dilation: one number, or one for each of height and width.
+        groups: into how many equal groups input and output channels are split, as in :class:`torch.nn.Conv2d`.
+
+    Returns:
+        ``[B, N, O, Ho, Wo]`` (or ``[N, O, Ho, Wo]``) with :math:`H_o = \lfloor (H + 2\,\text{padding} -
+        \text{dilation}\,(kH - 1) - 1) / \text{stride} \rfloor + 1`, its dimensions in memory in the order in which
+        those of ``input`` are.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not go together. The message says what was expected.
+    """
+    if weight.dim() == 4 and input.dim() >= 4:  # the operator's groups follow from the shapes
+        channels, group_channels = int(input.shape[-3]), int(weight.shape[1])
+        if groups <= 0 or group_channels * groups != channels:
+            raise RuntimeError(
+                "patch_conv2d: weight.shape[1] must be input's channels / groups = "
+                f"{channels} / {groups}, got {group_channels}"
+            )
+    unbatched = input.dim() == 4
+    out = _op(input.unsqueeze(0) if unbatched else input, weight, bias, _pair(stride), _pair(padding), _pair(dilation))
+    return out.squeeze(0) if unbatched else out
+
+
+class PatchConv2d(nn.Conv2d):
+    """A :class:`torch.nn.Conv2d` over ``[B, N, C, H, W]`` or ``[N, C, H, W]``; see :func:`patch_conv2d`.
+
+    It has the parameters of a :class:`torch.nn.Conv2d`, and loads the state of one.
+
+    Raises:
+        ValueError: ``padding_mode`` is not ``"zeros"``, or ``padding`` is neither a number nor a pair.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if padding_mode != "zeros":
+            raise ValueError(f"padding_mode must be 'zeros', got {padding_mode!r}")
+        if isinstance(padding, str):
+            raise ValueError(f"padding must be a number, or one for each of height and width, got {padding!r}")
+        super().__init__(
+            in_channels,
+            out_channels,
+            _pair(kernel_size),
+            _pair(stride),
+            _pair(padding),
+            _pair(dilation),
+            groups,
+            bias,
+            device=device,
+            dtype=dtype,
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        """See :func:`patch_conv2d`."""
+        geometry = self.stride, self.padding, self.dilation
+        return patch_conv2d(input, self.weight, self.bias, *geometry, self.groups)  # type: ignore[arg-type]
+
+
+class Arguments(NamedTuple):
+    """What the operator takes, in its order."""
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What has a gradient, in the order in which the backward operator returns them."""
+        return self[:3]
+
+    @property
+    def groups(self) -> int:
+        return int(self.input.shape[2]) // int(self.weight.shape[1])
+
+
+# The dimensions of patches in the order in which they are in memory, slowest first.
+PATCHES_FIRST, CHANNELS_FIRST, CHANNELS_LAST = (0, 1, 2, 3, 4), (0, 2, 1, 3, 4), (0, 1, 3, 4, 2)
+
+
+def memory_order(patches: Tensor) -> tuple[int, ...]:
+    """The order that is nearest to that of ``[B, N, C, H, W]`` patches in memory; it says how results are to lie."""
+    from torch.fx.experimental.symbolic_shapes import (
+        guard_or_false,
+    )  # not above: it imports sympy, which takes its time
+
+    _, by_patch, by_channel, _, by_column = patches.stride()
+    if guard_or_false(by_channel == 1) and guard_or_false(by_column > 1):
+        return CHANNELS_LAST
+    return CHANNELS_FIRST if guard_or_false(by_channel > by_patch) else PATCHES_FIRST
+
+
+def arranged(patches: Tensor, order: Sequence[int]) -> Tensor:
+    """The same patches, dense and in this order in memory."""
+    return patches.permute(*order).contiguous().permute(*_inverse(order))
+
+
+def _inverse(order: Sequence[int]) -> list[int]:
+    return [order.index(d) for d in range(5)]
+
+
+def empty_patches(input: Tensor, channels: int, size: Sequence[int], order: Sequence[int] | None = None) -> Tensor:
+    """Patches of so many channels and this size, as many as ``input`` has and in memory in its order or another."""
+    order = order or memory_order(input)
+    shape = [*input.shape[:2], channels, *size]
+    return input.new_empty([shape[d] for d in order]).permute(*_inverse(order))
+
+
+def check_arguments(arguments: Arguments) -> tuple[int, int]:
+    """Raise RuntimeError unless the arguments go together; the output's height and width."""
+    input, weight, bias, stride, padding, dilation = arguments
+    require = functools.partial(check, "patch_conv2d")
+
+    require(input.dim() == 5, f"input must have 5 dimensions, or 4 without a batch, got shape {tuple(input.shape)}")
+    require(weight.dim() == 4, f"weight must have 4 dimensions, got shape {tuple(weight.shape)}")
+    check_dtypes("patch_conv2d", input, {"weight": weight, "bias": bias})
+    check_geometry("patch_conv2d", stride, padding, dilation)
+
+    # Numbers of patches and their size may be dynamic. The rest is what the operator is: int() makes it a constant.
+    channels, height, width = int(input.shape[2]), *input.shape[3:]
+    out_channels, group_channels, kernel_height, kernel_width = map(int, weight.shape)
+    require(
+        out_channels > 0 and group_channels > 0 and kernel_height * kernel_width > 0,
+        f"weight must not be empty, got shape {tuple(weight.shape)}",
+    )
+    require(height > 0 and width > 0, f"input must have a positive height and width, got shape {tuple(input.shape)}")
+    require(
+        channels > 0 and channels % group_channels == 0,
+        f"input's channels must be a positive multiple of weight.shape[1] = {group_channels}, got {channels}",
+    )
+    groups = channels // group_channels
+    require(
+        out_channels % groups == 0,
+        f"weight.shape[0] must be divisible by groups = {channels} // {group_channels} = {groups}, got {out_channels}",
+    )
+    require(
+        bias is None or tuple(bias.shape) == (out_channels,),
+        f"bias must have shape ({out_channels},), got {None if bias is None else tuple(bias.shape)}",
+    )
+    out_height = output_size(height, kernel_height, stride[0], padding[0], dilation[0])
+    out_width = output_size(width, kernel_width, stride[1], padding[1], dilation[1])
+    check_output_size("patch_conv2d", (out_height, out_width))
+    return out_height, out_width
+
+
+def _fake(*args: Any) -> Tensor:
+    arguments = Arguments(*args)
+    return empty_patches(arguments.input, int(arguments.weight.shape[0]), check_arguments(arguments))
+
+
+def _decomposition(*args: Any) -> Tensor:
+    input, weight, bias, stride, padding, dilation = arguments = Arguments(*args)
+    out_size, dtype = check_arguments(arguments), accumulate_dtype(input.dtype)
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    # [B * N, O, Ho, Wo]
+    out = F.conv2d(input.to(dtype).flatten(0, 1), weight, bias, stride, padding, dilation, arguments.groups)
+    out = out.reshape(*input.shape[:2], weight.shape[0], *out_size)  # [B, N, O, Ho, Wo]
+    return arranged(out.to(input.dtype), memory_order(input))
+
+
+_op = define_op(
+    "patch_conv2d(Tensor input, Tensor weight, Tensor? bias, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation) "
+    "-> Tensor",
+    family="patch_conv2d",
+    decomposition=_decomposition,
+    fake=_fake,
+    autocast="lower",  # as autocast runs a convolution
+)
+
+
+def _check_backward(grad: Tensor, arguments: Arguments) -> None:
+    """As :func:`check_arguments`, and that the gradient is that of the output."""
+    input, weight = arguments.input, arguments.weight
+    shape = (*input.shape[:2], int(weight.shape[0]), *check_arguments(arguments))
+    check_gradient("patch_conv2d_backward", grad, input, shape)
+
+
+def _fake_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    arguments, wanted = Arguments(*args[:-1]), args[-1]
+    _check_backward(grad, arguments)
+    input, weight, bias = arguments.tensors
+    assert input is not None and weight is not None
+    return (
+        empty_patches(input, int(input.shape[2]), input.shape[3:]) if wanted[0] else input.new_empty(0),
+        weight.new_empty(weight.shape) if wanted[1] else input.new_empty(0),
+        bias.new_empty(bias.shape) if wanted[2] and bias is not None else input.new_empty(0),
+    )
+
+
+def _decomposition_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """Gradients of input, weight and bias; an empty tensor for each that is not wanted."""
+    input, weight, _bias, stride, padding, dilation = arguments = Arguments(*args[:-1])
+    _check_backward(grad, arguments)
+    wanted = [want and tensor is not None for want, tensor in zip(args[-1], arguments.tensors)]
+    dtype, empty = accumulate_dtype(input.dtype), input.new_empty(0)
+    if not any(wanted):
+        return empty, empty.clone(), empty.clone()
+    gradients = torch.ops.aten.convolution_backward(
+        grad.to(dtype).flatten(0, 1),
+        input.to(dtype).flatten(0, 1),
+        weight.to(dtype),
+        [weight.shape[0]],
+        stride,
+        padding,
+        dilation,
+        False,
+        [0, 0],
+        arguments.groups,
+        wanted,
+    )
+    grad_input, grad_weight, grad_bias = (
+        gradient.to(input.dtype) if want else input.new_empty(0) for gradient, want in zip(gradients, wanted)
+    )
+    if wanted[0]:
+        grad_input = arranged(grad_input.reshape(input.shape), memory_order(input))
+    return grad_input, grad_weight.contiguous(), grad_bias
+
+
+_op_backward = define_op(
+    "patch_conv2d_backward(Tensor grad, Tensor input, Tensor weight, Tensor? bias, SymInt[2] stride, "
+    "SymInt[2] padding, SymInt[2] dilation, bool[3] wanted) -> (Tensor, Tensor, Tensor)",
+    family="patch_conv2d",
+    decomposition=_decomposition_backward,
+    fake=_fake_backward,
+    autocast=False,
+)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    input, weight, bias, ctx.stride, ctx.padding, ctx.dilation = inputs
+    ctx.save_for_backward(input, weight, bias)
+
+
+def _autograd(ctx, grad):
+    wanted = list(ctx.needs_input_grad[:3])
+    grads = _op_backward(grad, *ctx.saved_tensors, ctx.stride, ctx.padding, ctx.dilation, wanted)
+    return (*(g if want else None for g, want in zip(grads, wanted)), None, None, None)
+
+
+torch.library.register_autograd(_op.overload, _autograd, setup_context=_setup_context)
+forbid_double_backward(_op_backward, "patch_conv2d")
