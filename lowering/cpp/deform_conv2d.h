@@ -372,7 +372,8 @@ class DeformTile {
               weight_ + g * (group_columns() / kPanel<acc_t>)*panel +
                   (t * group_inputs + from - g * group_inputs) * kPanel<acc_t>,
               panel};
-          gemm(a, b, group_columns() / kPanel<acc_t>, sums_.get() + g * group_columns(), columns(), rows);
+          const Sums<acc_t> c(sums_.get() + g * group_columns(), columns());
+          gemm(a, b, group_columns() / kPanel<acc_t>, c, rows);
         }
       }
     }

@@ -566,7 +566,7 @@ class DeformBackward {
       for (int64_t o = 0; o < outputs_; o += kMaxDepth) {  // so that a block of the weight stays in cache
         const TransposedRows<acc_t> a{{grad + o * kRowDistance, 1, std::min(kMaxDepth, outputs_ - o), 0}};
         const Panels<acc_t> b{weights_.get() + s * weight_size() + o * kSlab, outputs_ * kSlab};
-        gemm(a, b, op_.taps(), grad_columns, columns_, rows);
+        gemm(a, b, op_.taps(), Sums<acc_t>(grad_columns, columns_), rows);
       }
       for (int64_t i = 0; slab.count < kSlab && i < count * op_.taps(); ++i) {  // NaN, if it is 0 * infinity
         std::fill(grad_columns + i * kSlab + slab.count, grad_columns + (i + 1) * kSlab, acc_t(0));
@@ -583,7 +583,7 @@ class DeformBackward {
     if constexpr (wanted(kGradWeight)) {
       const Rows<acc_t> a{grad, 1, count, 0};
       const Panels<acc_t> b{columns, tile_ * kSlab};
-      gemm(a, b, op_.taps(), grad_weight(m, s), columns_, rows_);
+      gemm(a, b, op_.taps(), Sums<acc_t>(grad_weight(m, s), columns_), rows_);
     }
   }
 

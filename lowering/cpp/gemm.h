@@ -5,7 +5,7 @@
 //          kRowDistance elements between rows, runs `run_stride` apart; TransposedRows: its transpose, likewise;
 //          ListedRows: runs wherever a list says
 //   B      packed: a panel holds kPanel output columns, one cache line for each k; panels lie `panel_stride` apart
-//   C      row-major, `ldc` elements between rows; read, added to and written back
+//   C      row-major sums; read, added to and written back, or begun with other numbers than what is there
 //
 // Each element of C is one chain of fused multiply-adds over k, in order of k, whatever the block it falls in: the
 // result does not depend on how rows are cut into tiles.
@@ -94,16 +94,37 @@ struct Panels {
   int64_t panel_stride;
 };
 
+// C, and what its sums begin with: with what is in it, or with `begin`.
+template <typename acc_t>
+struct Sums {
+  acc_t* data;
+  int64_t row;  // elements between neighbouring rows; 0: all rows begin alike
+  const acc_t* begin;
+  int64_t begin_row;
+
+  Sums(acc_t* data, int64_t row) : Sums(data, row, data, row) {
+  }
+  Sums(acc_t* data, int64_t row, const acc_t* begin, int64_t begin_row)
+      : data(data),
+        row(row),
+        begin(begin),
+        begin_row(begin_row) {
+  }
+  Sums at(int64_t i, int64_t column) const {
+    return {data + i * row + column, row, begin + i * begin_row + column, begin_row};
+  }
+};
+
 // How many lines of a panel are read ahead: a block of panels does not fit the first-level cache.
 constexpr int64_t kAhead = 16;
 
 template <typename acc_t, int kRows, int kPanels, typename A>
-inline void micro_kernel(const A& a, const Panels<acc_t>& b, acc_t* c, int64_t ldc) {
+inline void micro_kernel(const A& a, const Panels<acc_t>& b, const Sums<acc_t>& c) {
   using Vec = Vectorized<acc_t>;
   constexpr int kVec = static_cast<int>(kPanel<acc_t> / Vec::size());  // vectors in a panel's row
   constexpr int kColumns = kPanels * kVec;
-  const auto element = [&](int n) { return c + n / kColumns * ldc + n % kColumns * Vec::size(); };
-  auto sum = generate<kRows * kColumns>([&](int n) { return Vec::loadu(element(n)); });
+  auto sum = generate<kRows * kColumns>(
+      [&](int n) { return Vec::loadu(c.begin + n / kColumns * c.begin_row + n % kColumns * Vec::size()); });
   for (int64_t r = 0; r < a.runs; ++r) {
     const acc_t* row = a.begin(r);
     const acc_t* panel = b.data + a.depth(r) * kPanel<acc_t>;
@@ -123,16 +144,17 @@ inline void micro_kernel(const A& a, const Panels<acc_t>& b, acc_t* c, int64_t l
       panel += kPanel<acc_t>;
     }
   }
-  ForcedUnroll<kRows * kColumns>{}([&](auto n) { sum[n].store(element(n)); });
+  ForcedUnroll<kRows * kColumns>{}(
+      [&](auto n) { sum[n].store(c.data + n / kColumns * c.row + n % kColumns * Vec::size()); });
 }
 
 #if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
 #define INDUCTOR_VISION_BF16_DOT 1
 // bf16 A and B, fp32 C: k runs over pairs, B holds [K / 2][kPanel][2].
 template <typename acc_t, int kRows, int kPanels>
-inline void micro_kernel(const Rows<at::BFloat16>& a, const Panels<at::BFloat16>& b, float* c, int64_t ldc) {
-  const auto element = [&](int n) { return c + n / kPanels * ldc + n % kPanels * kPanel<float>; };
-  auto sum = generate<kRows * kPanels>([&](int n) { return _mm512_loadu_ps(element(n)); });
+inline void micro_kernel(const Rows<at::BFloat16>& a, const Panels<at::BFloat16>& b, const Sums<float>& c) {
+  auto sum = generate<kRows * kPanels>(
+      [&](int n) { return _mm512_loadu_ps(c.begin + n / kPanels * c.begin_row + n % kPanels * kPanel<float>); });
   for (int64_t r = 0; r < a.runs; ++r) {
     const at::BFloat16* row = a.begin(r);
     const at::BFloat16* panel = b.data + a.depth(r) * kPanel<float>;
@@ -152,7 +174,8 @@ inline void micro_kernel(const Rows<at::BFloat16>& a, const Panels<at::BFloat16>
       panel += 2 * kPanel<float>;
     }
   }
-  ForcedUnroll<kRows * kPanels>{}([&](auto n) { _mm512_storeu_ps(element(n), sum[n]); });
+  ForcedUnroll<kRows * kPanels>{}(
+      [&](auto n) { _mm512_storeu_ps(c.data + n / kPanels * c.row + n % kPanels * kPanel<float>, sum[n]); });
 }
 #else
 #define INDUCTOR_VISION_BF16_DOT 0
@@ -160,34 +183,34 @@ inline void micro_kernel(const Rows<at::BFloat16>& a, const Panels<at::BFloat16>
 
 // One column of micro-tiles: all rows, kPanels panels.  `rows` is a multiple of kRowStep.
 template <typename acc_t, int kPanels, typename A, typename value_t>
-inline void gemm_panels(A a, const Panels<value_t>& b, acc_t* c, int64_t ldc, int64_t rows) {
+inline void gemm_panels(A a, const Panels<value_t>& b, const Sums<acc_t>& c, int64_t rows) {
   int64_t i = 0;
   const value_t* first = a.data;
   for (; i + kMicroRows <= rows; i += kMicroRows) {
     a.data = first + i * A::kRow;
-    micro_kernel<acc_t, kMicroRows, kPanels>(a, b, c + i * ldc, ldc);
+    micro_kernel<acc_t, kMicroRows, kPanels>(a, b, c.at(i, 0));
   }
   a.data = first + i * A::kRow;
   if (rows - i == 2 * kRowStep) {
-    micro_kernel<acc_t, 2 * kRowStep, kPanels>(a, b, c + i * ldc, ldc);
+    micro_kernel<acc_t, 2 * kRowStep, kPanels>(a, b, c.at(i, 0));
   } else if (rows - i == kRowStep) {
-    micro_kernel<acc_t, kRowStep, kPanels>(a, b, c + i * ldc, ldc);
+    micro_kernel<acc_t, kRowStep, kPanels>(a, b, c.at(i, 0));
   }
 }
 
-// C[rows, panels * kPanel] += A * B.  `rows` is a multiple of kRowStep; A is Rows or TransposedRows.
+// C[rows, panels * kPanel] += A * B.  `rows` is a multiple of kRowStep.
 template <typename acc_t, typename A, typename value_t>
-inline void gemm(const A& a, Panels<value_t> b, int64_t panels, acc_t* c, int64_t ldc, int64_t rows) {
+inline void gemm(const A& a, Panels<value_t> b, int64_t panels, const Sums<acc_t>& c, int64_t rows) {
   int64_t p = 0;
   const value_t* first = b.data;
   for (; p + kMicroPanels <= panels; p += kMicroPanels) {
     b.data = first + p * b.panel_stride;
-    gemm_panels<acc_t, kMicroPanels>(a, b, c + p * kPanel<acc_t>, ldc, rows);
+    gemm_panels<acc_t, kMicroPanels>(a, b, c.at(0, p * kPanel<acc_t>), rows);
   }
   if constexpr (kMicroPanels > 1) {
     for (; p < panels; ++p) {
       b.data = first + p * b.panel_stride;
-      gemm_panels<acc_t, 1>(a, b, c + p * kPanel<acc_t>, ldc, rows);
+      gemm_panels<acc_t, 1>(a, b, c.at(0, p * kPanel<acc_t>), rows);
     }
   }
 }

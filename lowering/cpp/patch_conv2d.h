@@ -223,8 +223,14 @@ class PatchTile {
         blocks_(blocks),
         single_(blocks.channels == op.channels / op.groups),
         group_(blocks.source_rows(taps, op.out_height) * op.width * blocks.channels * kPatches),
+        bias_(op.groups * round_up(group_outputs(), kPanel<acc_t>)),
         sums_(blocks.rows * op.out_width * kPatches * (single_ ? kColumns : round_up(group_outputs(), kColumns))),
         by_channel_(kOrder == PatchOrder::channels_last ? 0 : blocks.rows * op.out_width * kPatches * kColumns) {
+    const int64_t columns = round_up(group_outputs(), kPanel<acc_t>);
+    std::fill_n(bias_.get(), op.groups * columns, acc_t(0));
+    for (int64_t o = 0; op.bias != nullptr && o < op.out_channels; ++o) {
+      bias_[o / group_outputs() * columns + o % group_outputs()] = static_cast<acc_t>(op.bias[o]);
+    }
   }
 
   // Rows [first_row, end_row) of the results of `count` patches from `patch` on.
@@ -241,14 +247,12 @@ class PatchTile {
         for (int64_t panel = 0; panel < panels; panel += kMicroPanels) {
           const int64_t o = panel * kPanel<acc_t>;
           acc_t* sums = sums_.get() + (single_ ? 0 : o * pixels * kPatches);
-          if (c == 0) {
-            begin_sums(sums, g * group_outputs() + o, std::min(kColumns, group_outputs() - o), pixels * kPatches);
-          }
+          const acc_t* begin = c == 0 ? bias_.get() + (g * panels + panel) * kPanel<acc_t> : nullptr;
           const acc_t* weight = weight_ + ((g * panels + panel) * op_.taps() * inputs + c) * kPanel<acc_t>;
           if (panels - panel >= kMicroPanels) {
-            add<kMicroPanels>(weight, sources.first, channels, first_row, pixels, padded, sums);
+            add<kMicroPanels>(weight, sources.first, channels, first_row, pixels, padded, sums, begin);
           } else {
-            add<1>(weight, sources.first, channels, first_row, pixels, padded, sums);
+            add<1>(weight, sources.first, channels, first_row, pixels, padded, sums, begin);
           }
           if (c + channels == inputs) {
             const int64_t outputs = std::min(kColumns, group_outputs() - o);
@@ -264,30 +268,24 @@ class PatchTile {
     return op_.out_channels / op_.groups;
   }
 
-  // sums[(pixel * kPatches + n) * kColumns + o].
-  void begin_sums(acc_t* sums, int64_t channel, int64_t channels, int64_t rows) const {
-    std::fill_n(sums, kColumns, acc_t(0));
-    if (op_.bias != nullptr) {
-      for (int64_t o = 0; o < channels; ++o) {
-        sums[o] = static_cast<acc_t>(op_.bias[channel + o]);
-      }
-    }
-    for (int64_t i = 1; i < rows; ++i) {
-      std::copy_n(sums, kColumns, sums + i * kColumns);
-    }
-  }
-
+  // sums[(pixel * kPatches + n) * kColumns + o], which begin with those, or with what is there.
   template <int kPanels>
   void add(
       const acc_t* weight, int64_t first_source_row, int64_t channels, int64_t first_row, int64_t pixels, int64_t rows,
-      acc_t* sums) const {
+      acc_t* sums, const acc_t* begin) const {
     const int64_t inputs = op_.channels / op_.groups, origin = first_source_row * op_.width;
-    for (int64_t p = 0; p < pixels; ++p) {
-      const int64_t pixel = first_row * op_.out_width + p, begin = taps_.first[pixel], end = taps_.first[pixel + 1];
-      const ListedRows<acc_t, 1, kPatches> a{group_.get(), taps_.runs.data() + begin, end - begin, channels,
-                                             origin,       channels * kPatches,       inputs};
-      const Panels<acc_t> b{weight, op_.taps() * inputs * kPanel<acc_t>};
-      gemm_panels<acc_t, kPanels>(a, b, sums + p * kPatches * kColumns, kColumns, rows);
+    const Panels<acc_t> b{weight, op_.taps() * inputs * kPanel<acc_t>};
+    for (int64_t p = 0; p < pixels; ++p, sums += kPatches * kColumns) {
+      const int64_t pixel = first_row * op_.out_width + p, first = taps_.first[pixel];
+      const ListedRows<acc_t, 1, kPatches> a{group_.get(),
+                                             taps_.runs.data() + first,
+                                             taps_.first[pixel + 1] - first,
+                                             channels,
+                                             origin,
+                                             channels * kPatches,
+                                             inputs};
+      const Sums<acc_t> c(sums, kColumns, begin == nullptr ? sums : begin, begin == nullptr ? kColumns : 0);
+      gemm_panels<acc_t, kPanels>(a, b, c, rows);
     }
   }
 
@@ -329,6 +327,7 @@ class PatchTile {
   const PatchBlocks& blocks_;
   bool single_;  // all channels of a group are one block
   Scratch<acc_t> group_;
+  Scratch<acc_t> bias_;  // of each panel
   Scratch<acc_t> sums_;
   Scratch<acc_t> by_channel_;
 };

@@ -213,7 +213,8 @@ class PatchGradientSums {
       const int64_t end = sources_.first[tap * op_.out_height + end_row];
       const ListedRows<acc_t, kPatches, 1> a{
           input_.get(), sources_.runs.data() + begin, end - begin, count, origin, rows * kPatches, kPatches};
-      gemm_panels<acc_t, 1>(a, b, weight + tap * round_up(inputs_, kRowStep) * kPanel<acc_t>, kPanel<acc_t>, rows);
+      const Sums<acc_t> c(weight + tap * round_up(inputs_, kRowStep) * kPanel<acc_t>, kPanel<acc_t>);
+      gemm_panels<acc_t, 1>(a, b, c, rows);
     }
   }
 

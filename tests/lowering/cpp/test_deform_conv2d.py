@@ -38,7 +38,7 @@ BF16_DOT = """
 static_assert(INDUCTOR_VISION_BF16_DOT, "");
 namespace inductor_vision {
 template void gemm(
-    const Rows<at::BFloat16>&, Panels<at::BFloat16>, int64_t, float*, int64_t, int64_t);
+    const Rows<at::BFloat16>&, Panels<at::BFloat16>, int64_t, const Sums<float>&, int64_t);
 }
 """
 
