@@ -153,7 +153,7 @@ class Convolution:
 
     @property
     def is_depthwise(self) -> bool:
-        return self.groups > 1 and _value(self.weight).shape[1] == 1 and _value(self.input).shape[1] == self.groups
+        return self.groups > 1 and _value(self.weight).shape[1] == 1 and _value(self.input).shape[-3] == self.groups
 
     @property
     def is_pointwise(self) -> bool:
@@ -189,12 +189,16 @@ class Norm:
     weight: Node | None
     bias: Node | None
     training: bool
-    eps: float
+    eps: float | Node  # a node where all numbers are dynamic
 
     @property
     def tensors(self) -> list[Node]:
         tensors = self.running_mean, self.running_var, self.weight, self.bias
         return [tensor for tensor in tensors if tensor is not None]
+
+    @property
+    def parameters(self) -> list[Node]:
+        return [*self.tensors, *([self.eps] if isinstance(self.eps, Node) else [])]
 
 
 def _norm(node: Node | None, input: Node) -> Norm | None:
@@ -246,7 +250,7 @@ class Pair:
     def parameters(self) -> list[Node]:
         """Weights, biases and statistics."""
         convolutions = self.depthwise.tensors[1:] + self.pointwise.tensors[1:]
-        return convolutions + [tensor for norm in self.norms for tensor in norm.tensors]
+        return convolutions + [parameter for norm in self.norms for parameter in norm.parameters]
 
     def __str__(self) -> str:
         return f"{self.depthwise} with {self.pointwise}"
@@ -285,7 +289,9 @@ def _only_user(node: Node) -> Node | None:
 
 
 def _test_tensors(pair: Pair) -> str | None:
-    nodes = [*pair.depthwise.tensors, *pair.parameters, pair.depthwise.node, pair.pointwise.node]
+    convolutions = pair.depthwise, pair.pointwise
+    nodes = [node for convolution in convolutions for node in (*convolution.tensors, convolution.node)]
+    nodes += [tensor for norm in pair.norms for tensor in norm.tensors]
     values = [_value(node) for node in nodes]
     for node, value in zip(nodes, values):
         if type(value) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor):
@@ -299,8 +305,11 @@ def _test_tensors(pair: Pair) -> str | None:
     return None
 
 
-def _test_padding(pair: Pair) -> str | None:
-    return None if _padding(pair.depthwise) is not None else "it pads one side more than the other"
+def _test_geometry(pair: Pair) -> str | None:
+    a = pair.depthwise
+    if any(isinstance(number, Node) for number in (*a.stride, *a.padding, *a.dilation)):
+        return "its stride, padding or dilation is not known when it is compiled"
+    return None if _padding(a) is not None else "it pads one side more than the other"
 
 
 def _padding(convolution: Convolution) -> tuple[Any, ...] | None:
@@ -316,7 +325,7 @@ def _padding(convolution: Convolution) -> tuple[Any, ...] | None:
 def _test_surroundings(pair: Pair) -> str | None:
     """The pair is computed where the depthwise convolution is: all it needs must be there, in the same mode."""
     graph = pair.depthwise.node.graph
-    computed = {node for node in pair.parameters if node.op not in ("placeholder", "get_attr")}
+    computed = {node for node in pair.parameters if not _movable(node)}
     for node in _after(pair.depthwise.node):
         if node in computed:
             return f"{node} is computed after it"
@@ -329,6 +338,13 @@ def _test_surroundings(pair: Pair) -> str | None:
     return None
 
 
+def _movable(node: Node) -> bool:
+    """Whether it can be anywhere in the graph: an input, or a number that is one."""
+    if node.op == "call_method" and node.target == "item":
+        (node,) = node.all_input_nodes
+    return node.op in ("placeholder", "get_attr")
+
+
 def _after(node: Node) -> Iterator[Node]:
     node = node.next
     while node.op != "root":
@@ -336,7 +352,7 @@ def _after(node: Node) -> Iterator[Node]:
         node = node.next
 
 
-_TESTS: Sequence[Callable[[Pair], str | None]] = (_test_tensors, _test_padding, _test_surroundings)
+_TESTS: Sequence[Callable[[Pair], str | None]] = (_test_tensors, _test_geometry, _test_surroundings)
 
 
 # Replacing
@@ -345,8 +361,8 @@ _TESTS: Sequence[Callable[[Pair], str | None]] = (_test_tensors, _test_padding, 
 def replace(pair: Pair) -> None:
     """Put the operator in the place of the depthwise convolution, and take out what it stands for."""
     graph, first, last = pair.depthwise.node.graph, pair.depthwise.node, pair.nodes[-1]
-    for parameter in pair.parameters:
-        if parameter.op == "get_attr":  # it may come later in the graph
+    for parameter in pair.parameters:  # it may come later in the graph
+        if parameter.op != "placeholder" and _movable(parameter):
             first.prepend(parameter)
     with graph.inserting_before(first):
         input = pair.depthwise.input
