@@ -1,4 +1,4 @@
-"""``python -m inductor_vision.perf``: list, run and show benchmarks."""
+"""``python -m inductor_vision.perf``: list, run and show benchmarks, and advise on a model."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m inductor_vision.perf",
         description="Benchmarks against peers and against the limit of the machine.",
     )
-    commands = parser.add_subparsers(title="commands", metavar="{list,run,show}")
+    commands = parser.add_subparsers(title="commands", metavar="{list,run,show,advise}")
     parser.set_defaults(command=None)
 
     list_ = commands.add_parser("list", help="suites, their cases and contenders, and who is unavailable here")
@@ -63,6 +63,28 @@ def _parser() -> argparse.ArgumentParser:
     show.set_defaults(command=_show)
     show.add_argument("file", type=Path)
     _add_output_options(show)
+
+    advise = commands.add_parser("advise", help="measure what makes the convolutions of a model of yours faster here")
+    advise.set_defaults(command=_advise)
+    advise.add_argument("model", metavar="MODULE:FACTORY", help="as in torchvision.models:resnet50 or models.py:make")
+    advise.add_argument(
+        "--input",
+        action="append",
+        required=True,
+        metavar="SHAPE[:DTYPE]",
+        help="as in 1x3x224x224 or 4x77:int64; repeated for a model that takes several",
+    )
+    advise.add_argument("--threads", type=_positive(int), metavar="N", help="at most; default: what torch uses here")
+    advise.add_argument(
+        "--seconds",
+        type=_positive(float),
+        default=60.0,
+        metavar="S",
+        help="for measuring (default: 60); compiling adds",
+    )
+    advise.add_argument("--no-compile", action="store_true", help="leave out what takes a compiler, and minutes")
+    advise.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
+    advise.add_argument("--plot", type=Path, metavar="FILE.png", help="draw where the time goes")
     return parser
 
 
@@ -156,6 +178,25 @@ def _measure(
 def _show(options: argparse.Namespace) -> int:
     _output(Report.read(options.file), options)
     return 0
+
+
+def _advise(options: argparse.Namespace) -> int:
+    import torch
+
+    from .advise import picture, summary
+    from .advise.advisor import Settings, advise
+    from .advise.target import Input, Target
+
+    target = Target(options.model, tuple(map(Input.parse, options.input)))
+    _check_outputs(options)
+    settings = Settings(options.threads or torch.get_num_threads(), options.seconds, not options.no_compile)
+    advice = advise(target, settings, Progress())
+    if options.json:
+        summary.write_json(advice, options.json)
+    print(summary.text(advice))
+    if options.plot:
+        picture.draw(advice, options.plot)
+    return 130 if advice.interrupted else 0
 
 
 def _output(report: Report, options: argparse.Namespace) -> None:

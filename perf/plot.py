@@ -12,9 +12,9 @@ from .report import describe_fault, heading
 from .results import CaseResult, Report, Row, Spread
 from .spec import UserError
 
-_COLORS = {"ours": "#2171b5", "peer": "#f79646"}
+COLORS = {"ours": "#2171b5", "peer": "#f79646"}
 _LEGEND = {"ours": "this package", "peer": "peers"}
-_PLAIN = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+PLAIN = {"facecolor": "white", "edgecolor": "none", "pad": 1}
 _BAR_INCHES = 0.17
 _HEAD = 3.2  # rows that a case takes beside its bars: its name, its description, and some space
 _ROWS_PER_COLUMN = 60
@@ -48,8 +48,8 @@ def plot(report: Report, path: Path) -> None:
     inch = 1 / figure.get_figheight()
     title = "Time of one call divided by the limit's: shorter is better"
     figure.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=11)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in _COLORS.values()]
-    figure.legend(handles, [_LEGEND[role] for role in _COLORS], loc="upper right", ncols=2, frameon=False, fontsize=8)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in COLORS.values()]
+    figure.legend(handles, [_LEGEND[role] for role in COLORS], loc="upper right", ncols=2, frameon=False, fontsize=8)
     note = textwrap.fill(f"Bars: median, lines: 10th to 90th percentile. {heading(report)}", 125 * len(columns))
     figure.text(0.5, 0.1 * inch, note, ha="center", fontsize=6.5, color="0.35")
     figure.tight_layout(rect=(0, (0.15 + 0.12 * note.count("\n")) * inch, 1, 1))
@@ -86,8 +86,8 @@ def _draw_column(axis: Any, cases: Sequence[CaseResult], height: float) -> None:
     y, ticks = 0.0, []
     for case in cases:
         at = {"transform": axis.get_yaxis_transform(), "va": "center"}
-        axis.text(0.0, y - 0.9, f" {case.suite}, {case.case}", weight="bold", fontsize=9, bbox=_PLAIN, **at)
-        axis.text(0.0, y, f" {case.description}", fontsize=7.5, color="0.4", bbox=_PLAIN, **at)
+        axis.text(0.0, y - 0.9, f" {case.suite}, {case.case}", weight="bold", fontsize=9, bbox=PLAIN, **at)
+        axis.text(0.0, y, f" {case.description}", fontsize=7.5, color="0.4", bbox=PLAIN, **at)
         for row in _bars(case):
             y += 1
             _draw_bar(axis, y, case, row)
@@ -112,7 +112,7 @@ def _draw_bar(axis: Any, y: float, case: CaseResult, row: Row) -> None:
         axis.text(1, y, f" {describe_fault(row)[:60]}", va="center", fontsize=7.5, color="#b10026")
         return
     ratio = _ratio(case, row)
-    axis.barh(y, ratio.median - 1, left=1, height=0.82, color=_COLORS[row.role])
+    axis.barh(y, ratio.median - 1, left=1, height=0.82, color=COLORS[row.role])
     axis.plot([ratio.p10, ratio.p90], [y, y], color="0.45", linewidth=0.8)
     label = f"  {ratio.median:.2f}" if ratio.median < 10 else f"  {ratio.median:.0f}"
     axis.text(max(1, ratio.median, ratio.p90), y, label, va="center", fontsize=7.5)

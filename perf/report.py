@@ -78,14 +78,16 @@ def _text_case(case: CaseResult) -> str:
     )
 
 
-def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Columns flush right but for the first. A line of two cells is a name and a remark, which may be any length."""
+def aligned(lines: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> list[str]:
+    """Columns flush right but for those that are named. A line of two cells is a name and a remark of any length."""
     full = [line for line in lines if len(line) > 2]
     widths = [max(len(line[0]) for line in lines), *(max(map(len, column)) for column in list(zip(*full))[1:])]
     out = []
     for line in lines:
-        rest = [line[1]] if len(line) == 2 else [cell.rjust(width) for cell, width in zip(line[1:], widths[1:])]
-        out.append("  ".join(["", line[0].ljust(widths[0]), *rest]).rstrip())
+        cells = [
+            cell.ljust(width) if i in left else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths))
+        ]
+        out.append("  ".join(["", *([cells[0], line[1]] if len(line) == 2 else cells)]).rstrip())
     return out
 
 
@@ -147,11 +149,11 @@ def _markdown_shares(cases: Sequence[CaseResult]) -> str:
 
 def _parts(row: Row) -> str:
     """The share of the time in operators, and in each of them."""
-    each = ", ".join(f"{name} {_percent(share)}" for name, share in sorted(row.shares.items()))
-    return f"{_percent(sum(row.shares.values()))} ({each})" if row.shares else _NOTHING
+    each = ", ".join(f"{name} {percent(share)}" for name, share in sorted(row.shares.items()))
+    return f"{percent(sum(row.shares.values()))} ({each})" if row.shares else _NOTHING
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
     return f"{share:.1%}"
 
 
