@@ -18,7 +18,7 @@ from ..interleaving import time_call
 from .target import Program
 
 # In inference mode these reach a dispatch mode before PyTorch has turned them into aten.convolution.
-_COMPOSITE = {f"aten::conv{way}{d}d" for way in ("", "_transpose") for d in (1, 2, 3)}
+_COMPOSITE = {f"aten::conv{way}{d}d" for way in ("", "_transpose") for d in (1, 2, 3)} | {"aten::_convolution_mode"}
 _FEWEST_RUNS = 3
 
 
@@ -294,8 +294,8 @@ def _is_layer(module: nn.Module) -> bool:
     forward = type(module).forward
     if forward is nn.Conv2d.forward:
         return type(module)._conv_forward is nn.Conv2d._conv_forward
-    name = f"{forward.__module__}.{forward.__qualname__}"
-    return name == "torchvision.ops.deform_conv.DeformConv2d.forward" or name.startswith("inductor_vision.ops.")
+    ours = type(module).__module__.startswith("inductor_vision.ops.")
+    return ours or f"{forward.__module__}.{forward.__qualname__}" == "torchvision.ops.deform_conv.DeformConv2d.forward"
 
 
 def _has_separable(calls: Sequence[_Call]) -> bool:

@@ -27,7 +27,7 @@ def text(advice: Advice) -> str:
     """Layers, the whole model, and what to change."""
     head = f"{advice.model} on {advice.inputs}: {ms(advice.seconds.median)} ms"
     parts = [machine_line(advice.machine, advice.settings.threads), head]
-    parts += [_layers(advice)] if advice.layers else []
+    parts.append(_layers(advice) if advice.layers else "The model calls no convolution.")
     parts += [_variants(advice)] if advice.variants else []
     parts.append(_recommendations(advice))
     warning = busy_warning(advice.foreign_cores)
@@ -43,7 +43,7 @@ def _layers(advice: Advice) -> str:
     if others:
         share = sum(layer.share for layer in others)
         calls = sum(layer.calls for layer in others)
-        lines.append([f"{len(others)} others", "", "", str(calls), percent(share), "", "", "", "", ""])
+        lines.append([f"{len(others)} more", "", "", str(calls), percent(share), "", "", "", "", ""])
     lines.append(["rest of the model", "", "", "", percent(advice.rest), "", "", "", "", ""])
     legend = (
         "Where the time goes. ms: of one call. Best by itself: with input and weight in that format or dtype already, "
