@@ -28,6 +28,7 @@ from inductor_vision.tests.support.layouts import LAYOUTS, strides_of
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
+from torch.nn.modules.utils import _pair
 
 OP = torch.ops.inductor_vision.depthwise_separable_conv2d.default
 OP_BACKWARD = torch.ops.inductor_vision.depthwise_separable_conv2d_backward.default
@@ -37,6 +38,16 @@ LOW_DTYPES = (torch.bfloat16, torch.float16)
 
 def call(function, s: Sample) -> Tensor:
     return function(*s.args, **s.kwargs)
+
+
+def activate(name: str | None, x: Tensor) -> Tensor:
+    return x if name is None else getattr(F, name)(x)
+
+
+def operator(*args, stride, padding, dilation, depthwise_activation, pointwise_activation) -> Tensor:
+    """The function by the operator. Eagerly it is not what computes gradients, so that its own would not be seen."""
+    pairs = map(_pair, (stride, padding, dilation))
+    return activate(pointwise_activation, OP(*args, *pairs, depthwise_activation or "identity"))
 
 
 def two_convolutions(
@@ -52,10 +63,6 @@ def two_convolutions(
     pointwise_activation=None,
 ):
     """What the operator takes the place of, with autograd's gradients."""
-
-    def activate(name: str | None, x: Tensor) -> Tensor:
-        return x if name is None else getattr(F, name)(x)
-
     channels = input.shape[-3]
     hidden = F.conv2d(input, depthwise_weight, depthwise_bias, stride, padding, dilation, groups=channels)
     out = F.conv2d(activate(depthwise_activation, hidden), pointwise_weight, pointwise_bias)
@@ -137,7 +144,7 @@ def test_any_case_is_the_oracle(case):
 def test_any_gradient_is_autograds(case):
     s = sample(case, torch.float64)
     expected = gradients(two_convolutions, s)
-    assert_same_gradients(gradients(depthwise_separable_conv2d, s), expected, torch.float64)
+    assert_same_gradients(gradients(operator, s), expected, torch.float64)
 
 
 # NaN and infinity
@@ -182,7 +189,24 @@ def test_padding_is_not_multiplied():
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_are_autograds(name, dtype):
     s = sample(name, dtype)
-    assert_same_gradients(gradients(depthwise_separable_conv2d, s), gradients(two_convolutions, s), dtype)
+    assert_same_gradients(gradients(operator, s), gradients(two_convolutions, s), dtype)
+
+
+@pytest.mark.parametrize("name", ["plain", "both_activations", "input_channels_last", "weights_permuted"])
+def test_gradients_in_eager_mode(name):
+    """They are autograd's, of two convolutions: faster where each step is a pass over memory, and said to be so."""
+    s = sample(name)
+    with recorded_paths() as paths:
+        actual = gradients(depthwise_separable_conv2d, s)
+    assert [(path.kind, path.detail) for path in paths] == [
+        ("eager", "the call was not compiled; two convolutions ran, for gradients")
+    ]
+    expected = gradients(two_convolutions, s)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    for low in LOW_DTYPES:  # where the operator itself is more accurate
+        with recorded_paths() as paths:
+            actual = gradients(depthwise_separable_conv2d, s.to(low))
+        assert {path.op for path in paths} == {"depthwise_separable_conv2d", "depthwise_separable_conv2d_backward"}
 
 
 @pytest.mark.parametrize("dtype", LOW_DTYPES, ids=str)
@@ -192,8 +216,8 @@ def test_gradients_in_low_precision(name, dtype):
     if s.case.second is not None:  # of which the argument is rounded, which may be to the other side of a kink
         s = sample(dataclasses.replace(s.case, second=None), dtype)
     actual, expected = (
-        gradients(depthwise_separable_conv2d, s),
-        gradients(depthwise_separable_conv2d, s.to(torch.float64)),
+        gradients(operator, s),
+        gradients(operator, s.to(torch.float64)),
     )
     assert all(gradient.dtype == dtype for gradient in actual.values())
     assert_same_gradients(actual, expected, dtype)
@@ -210,7 +234,7 @@ def test_gradcheck(name):
     def function(*values: Tensor) -> Tensor:
         named = dict(zip(tensors, values))
         named["depthwise_weight"] = named["depthwise_weight"].expand(s.args[1].shape)
-        return call(depthwise_separable_conv2d, s.replace(**named))
+        return call(operator, s.replace(**named))
 
     assert torch.autograd.gradcheck(function, tuple(tensors.values()), fast_mode=True)
 
@@ -219,7 +243,7 @@ def test_gradcheck_of_every_element():
     case = Case(channels=2, multiplier=2, out_channels=3, size=(3, 4), kernel=(2, 3), stride=(1, 2), first="silu")
     s = sample(case, torch.float64).requiring_grad()
     assert torch.autograd.gradcheck(
-        lambda *values: call(depthwise_separable_conv2d, s.replace(**dict(zip(s.tensors, values)))),
+        lambda *values: call(operator, s.replace(**dict(zip(s.tensors, values)))),
         tuple(s.tensors.values()),
     )
 
@@ -228,9 +252,9 @@ def test_gradcheck_of_every_element():
 @pytest.mark.parametrize("wanted", TENSORS)
 def test_each_gradient_alone(wanted, name):
     s = sample(name, torch.float64)
-    expected = gradients(depthwise_separable_conv2d, s)[wanted]
+    expected = gradients(operator, s)[wanted]
     s = s.requiring_grad(wanted)
-    out = call(depthwise_separable_conv2d, s)
+    out = call(operator, s)
     out.backward(gradient_like(out))
     assert {name for name, tensor in s.tensors.items() if tensor.grad is not None} == {wanted}
     assert_close(s.tensors[wanted].grad, expected, torch.float64)
@@ -238,7 +262,7 @@ def test_each_gradient_alone(wanted, name):
 
 def test_gradient_of_a_non_contiguous_gradient():
     s = sample("then_relu6", torch.float64).requiring_grad()
-    out = call(depthwise_separable_conv2d, s)
+    out = call(operator, s)
     expected = torch.autograd.grad(out, list(s.tensors.values()), gradient_like(out), retain_graph=True)
     strided = gradient_like(out).transpose(1, 3).contiguous().transpose(1, 3)
     actual = torch.autograd.grad(out, list(s.tensors.values()), strided)
@@ -248,7 +272,7 @@ def test_gradient_of_a_non_contiguous_gradient():
 
 def test_double_backward_says_that_it_is_not_supported():
     s = sample("plain").requiring_grad()
-    out = call(depthwise_separable_conv2d, s)
+    out = call(operator, s)
     (gradient,) = torch.autograd.grad(out.square().sum(), s.args[0], create_graph=True)
     with pytest.raises(RuntimeError, match="depthwise_separable_conv2d: double backward is not supported"):
         gradient.sum().backward()
