@@ -1,0 +1,104 @@
+"""torchvision's classifiers for small devices, which are built of depthwise-separable convolutions.
+
+``fuse_depthwise_separable()`` is for all of a process: each contender has its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+
+import torch
+from torch import Tensor, nn
+
+from ...fuse import fuse_depthwise_separable
+from .. import backends
+from ..spec import Case, Contender, Job, Prepared, Suite
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A model of torchvision, and the images that it gets."""
+
+    name: str
+    batch: int
+    size: int = 224
+
+    def model(self) -> nn.Module:
+        """With random weights, the same in every process; batch norms have the statistics of some images."""
+        from torchvision import models
+
+        torch.manual_seed(0)
+        model = getattr(models, self.name)(weights=None)
+        for layer in model.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.momentum = 1.0
+        with torch.no_grad():
+            model(torch.rand(4, 3, 64, 64))
+        return model.eval()
+
+    def images(self) -> Tensor:
+        return torch.rand(self.batch, 3, self.size, self.size, generator=torch.Generator().manual_seed(0))
+
+
+def _reference(problem: Problem) -> Tensor:
+    """In float64."""
+    with torch.no_grad():
+        return copy.deepcopy(problem.model()).double()(problem.images().double())
+
+
+def _in_format(job: Job, channels_last: bool) -> tuple[nn.Module, tuple[Tensor]]:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return job.inputs.model().to(memory_format=layout), (job.inputs.images().contiguous(memory_format=layout),)
+
+
+def _eager(job: Job, channels_last: bool = False) -> Prepared:
+    return backends.eager(*_in_format(job, channels_last))
+
+
+def _compiled(job: Job, *, fused: bool, channels_last: bool = False) -> Prepared:
+    if fused:
+        fuse_depthwise_separable()
+    return backends.compiled(*_in_format(job, channels_last))
+
+
+def _packaged(job: Job) -> Prepared:
+    fuse_depthwise_separable()
+    return backends.packaged(*_in_format(job, False))
+
+
+def _contender(name: str, role: str, prepare, **more) -> Contender:
+    return Contender(name, role, prepare, check=backends.needs_torchvision, isolated=True, **more)
+
+
+def case(problem: Problem) -> Case:
+    """A case of a suite."""
+    description = f"batch {problem.batch} of {problem.size}x{problem.size}"
+    return Case(f"{problem.name}-b{problem.batch}", description, functools.partial(_same, problem), 1e-4)
+
+
+def _same(problem: Problem) -> Problem:
+    return problem
+
+
+_MODELS = ("mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0")
+
+_fused = functools.partial(_compiled, fused=True)
+_stock = functools.partial(_compiled, fused=False)
+
+SUITE = Suite(
+    name="classifiers",
+    description="torchvision's small classifiers with random weights, compiled and frozen, with the fusion and without",
+    reference=_reference,
+    contenders=(
+        _contender("ours-frozen", "ours", _fused, compiled=True),
+        _contender("ours-channels-last", "ours", functools.partial(_fused, channels_last=True), compiled=True),
+        _contender("ours-aoti", "ours", _packaged, compiled=True, default=False),
+        _contender("stock-frozen", "peer", _stock, compiled=True),
+        _contender("stock-channels-last", "peer", functools.partial(_stock, channels_last=True), compiled=True),
+        _contender("eager", "peer", _eager),
+        _contender("eager-channels-last", "peer", functools.partial(_eager, channels_last=True)),
+    ),
+    cases=tuple(case(Problem(name, batch)) for name in _MODELS for batch in (1, 8)),
+)
