@@ -204,22 +204,19 @@ class _Session:
         )
 
     def _measure_model(self) -> list[tuple[Variant, Measured]]:
-        """Each variant by itself, then combinations of what helped, and then all that may be recommended once more:
-        who won among many may have been lucky."""
+        """Each variant by itself, then combinations of what seems to help, and then all that may be recommended once
+        more: it may have been luck among so many, and only now are there few enough for many rounds."""
         variants = self._variants()
         self._compare_with_the_model("model", variants, _FOR_VARIANTS)
-        faster = self._faster()
-        self.prepared = {variant: self.prepared[variant] for variant, _ in [(Variant(), None), *faster]}
-        combinations = combine(faster, self._measure_combination)
-        again = [variant for variant, _ in faster] + combinations
+        promising = {measured.name for measured in self.last.promising()}
+        promising = {variant: measured for variant, measured in self.measured.items() if measured.name in promising}
+        self.prepared = {variant: self.prepared[variant] for variant in (Variant(), *promising)}
+        combinations = combine(promising.items(), self._measure_combination)
+        again = [*promising, *combinations]
         if not again:
             return []
         self._compare_with_the_model("once more", again, _FOR_THE_LAST_WORD)
         return recommend([(variant, self.measured[variant]) for variant in again], self.last.noise)
-
-    def _faster(self) -> list[tuple[Variant, Measured]]:
-        names = {measured.name for measured in self.last.faster()}
-        return [(variant, measured) for variant, measured in self.measured.items() if measured.name in names]
 
     def _variants(self) -> list[Variant]:
         whole = whole_model_variants(

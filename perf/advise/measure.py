@@ -78,6 +78,10 @@ class Comparison:
         won = [other for other in self.others if other.ratio and is_faster(other.ratio, self.noise)]
         return sorted(won, key=lambda other: other.ratio.median)
 
+    def promising(self) -> list[Measured]:
+        """Those that seem faster, by more than noise, whether or not enough rounds were made to be sure."""
+        return [other for other in self.others if other.ratio and other.ratio.median < 1 - self.noise]
+
 
 def compare(first: Way, others: Sequence[Way], seconds: float, say: Callable[[str], None]) -> Comparison:
     """Prepare and check all ways, then time them for so many seconds, the first one twice.
@@ -89,6 +93,7 @@ def compare(first: Way, others: Sequence[Way], seconds: float, say: Callable[[st
         torch.set_num_threads(first.threads)
         prepared = first.prepare()
         base, twin = (Side(name, first.threads, prepared.call, prepared.seconds) for name in (first.name, "itself"))
+        base.calibrate()
         sides = [base, twin]
         for way in others:
             say(f"preparing {way.name}")
@@ -96,12 +101,9 @@ def compare(first: Way, others: Sequence[Way], seconds: float, say: Callable[[st
             rows[way.name], side = _check(way, prepared.output)
             if side:
                 sides.append(side)
-        for side in sides:
-            say(f"first calls of {side.name}")
-            side.calibrate()
         calls = {way.name: way.calls for way in others}
         limit = _HOPELESS * base.estimate
-        timed = [side for side in sides if side.estimate / calls.get(side.name, 1) <= limit or side in (base, twin)]
+        timed = [side for side in sides if side in (base, twin) or side.estimate / calls[side.name] <= limit]
         foreign = interleave_watched(timed, seconds, say)
     for side in sides[2:]:
         rows[side.name] = _with_times(rows[side.name], side, base, calls[side.name])
@@ -110,9 +112,11 @@ def compare(first: Way, others: Sequence[Way], seconds: float, say: Callable[[st
 
 
 def _check(way: Way, reference: object) -> tuple[Measured, Side | None]:
-    """Prepare a way and compare its result; a side only if it may be timed."""
+    """Prepare a way, call it a few times and compare its result; a side only if it may be timed."""
     try:
         prepared = way.prepare()
+        side = Side(way.name, way.threads, prepared.call, prepared.seconds)
+        side.calibrate()
     except Exception as error:  # whatever a compiler or an operator raises; the report says what happened
         return Measured(way.name, "failed", describe_error(error)), None
     error = relative_error(prepared.output, reference)
@@ -122,7 +126,7 @@ def _check(way: Way, reference: object) -> tuple[Measured, Side | None]:
     if error > allowed:
         reason = f"relative error {error:.1e}, allowed {allowed:.0e}"
         return Measured(way.name, "wrong", reason, error=error), None
-    return Measured(way.name, "ok", error=error), Side(way.name, way.threads, prepared.call, prepared.seconds)
+    return Measured(way.name, "ok", error=error), side
 
 
 def _with_times(row: Measured, side: Side, base: Side, calls: int) -> Measured:

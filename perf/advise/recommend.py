@@ -66,13 +66,13 @@ def layer_variants(layers: Sequence[LayerResult]) -> list[Variant]:
     ]
 
 
-def combine(faster: Iterable[tuple[Variant, Measured]], measure: Measure) -> list[Variant]:
-    """Put together what helped, as long as it helps: the best combination, and the best that keeps precision.
+def combine(singles: Iterable[tuple[Variant, Measured]], measure: Measure) -> list[Variant]:
+    """Put together what helps, as long as it does: the best combination, and the best that keeps precision.
 
     The fastest variant is the beginning. The others are added in the order of their gains, those that change precision
     last, and each stays only if the model is faster with it than without it, beyond noise.
     """
-    ordered = sorted(faster, key=lambda pair: (pair[0].changes_precision, pair[1].ratio.median))
+    ordered = sorted(singles, key=lambda pair: (pair[0].changes_precision, pair[1].ratio.median))
     found: list[Variant] = []
     best: Variant | None = None
     for variant, _ in ordered:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import textwrap
 from pathlib import Path
 
 from ..report import aligned, busy_warning, machine_line, ms, percent, significant
@@ -16,6 +17,7 @@ _FORMAT = 1
 # Layers that take less of the time are one line; the JSON has all.
 _WORTH_A_LINE = 0.005
 _LONGEST_NAME = 44
+_WIDTH = 120
 
 
 def write_json(advice: Advice, path: Path) -> None:
@@ -26,7 +28,7 @@ def write_json(advice: Advice, path: Path) -> None:
 def text(advice: Advice) -> str:
     """Layers, the whole model, and what to change."""
     head = f"{advice.model} on {advice.inputs}: {ms(advice.seconds.median)} ms"
-    parts = [machine_line(advice.machine, advice.settings.threads), head]
+    parts = [textwrap.fill(machine_line(advice.machine, advice.settings.threads), _WIDTH), head]
     parts.append(_layers(advice) if advice.layers else "The model calls no convolution.")
     parts += [_variants(advice)] if advice.variants else []
     parts.append(_recommendations(advice))
@@ -45,9 +47,10 @@ def _layers(advice: Advice) -> str:
         calls = sum(layer.calls for layer in others)
         lines.append([f"{len(others)} more", "", "", str(calls), percent(share), "", "", "", "", ""])
     lines.append(["rest of the model", "", "", "", percent(advice.rest), "", "", "", "", ""])
-    legend = (
+    legend = textwrap.fill(
         "Where the time goes. ms: of one call. Best by itself: with input and weight in that format or dtype already, "
-        "against the same call as it is."
+        "against the same call as it is.",
+        _WIDTH,
     )
     return "\n".join([legend, *aligned(lines, left=(0, 1, 2, 6))])
 
@@ -71,9 +74,10 @@ def _variants(advice: Advice) -> str:
     lines = [["model", "ms", "ratio", "interval", "error"]]
     lines.append([AS_IT_IS, ms(advice.seconds.median), "1", f"+- {percent(advice.noise)}", ""])
     lines += [_variant(measured) for measured in sorted(advice.variants, key=_order)]
-    legend = (
+    legend = textwrap.fill(
         "The whole model. Ratio: to the time as it is, with the interval that holds its true median (95 %). The first "
-        "interval is noise: what the model differs from itself."
+        "interval is noise: what the model differs from itself.",
+        _WIDTH,
     )
     return "\n".join([legend, *aligned(lines)])
 

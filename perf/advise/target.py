@@ -30,6 +30,7 @@ _DTYPES = {
     "uint8": torch.uint8,
     "bool": torch.bool,
 }
+_PACKAGE = str(Path(__file__).parents[1])  # this one, perf, whose own lines tell a user nothing
 _EXPECTED = "as in torchvision.models:resnet50 or models.py:make"
 
 
@@ -203,7 +204,7 @@ def describe_error(error: BaseException) -> str:
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if frame.filename != __file__ and not frame.filename.startswith("<") and "site-packages" not in frame.filename
+        if not frame.filename.startswith(("<", _PACKAGE)) and "site-packages" not in frame.filename
     ]
     frames = [frame for frame in frames if "importlib" not in Path(frame.filename).parts]
     return f"{text} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else text

@@ -51,6 +51,7 @@ def test_wrong_failed_and_slow_choices_are_not_faster():
         measured("faster", 0.6),
     ]
     assert [row.name for row in comparison(*rows).faster()] == ["faster", "fast"]
+    assert [row.name for row in comparison(*rows).promising()] == ["fast", "faster"]
     variants = [Variant(threads=i + 1) for i in range(len(rows))]
     assert [m.name for _, m in recommend(zip(variants, rows), 0.02)] == ["faster", "fast"]
 
@@ -59,6 +60,7 @@ def test_nothing_is_recommended_where_nothing_gained():
     assert recommend([(LAYOUT, measured("a", 0.99)), (PRECISION, measured("b", 1.3))], 0.02) == []
     assert recommend([(LAYOUT, measured("a", 0.9, width=0.2))], 0.02) == []
     assert recommend([], 0.02) == []
+    assert comparison(measured("a", 0.9, width=0.2)).promising()  # to be measured again, that is all
 
 
 def test_more_of_the_same_has_to_gain_more():
