@@ -222,7 +222,7 @@ def test_double_backward_says_that_it_is_not_supported():
 # What PyTorch asks of an operator
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", sorted({*QUICK[::4], *(name for name in QUICK if name.startswith("input_"))}))
 def test_opcheck(name):
     pytest.importorskip("expecttest", reason="torch.library.opcheck imports expecttest")
     torch.library.opcheck(OP, sample(name).positional, test_utils=("test_schema", "test_faketensor"))
@@ -230,9 +230,8 @@ def test_opcheck(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["plain", "no_bias", "numbers", "groups_2", "no_patches", "patch_1x1", "input_channels_first",
-     "input_channels_last", "input_sliced_patches_last", "weight_shared"],
-)  # fmt: skip
+    ["plain", "groups_2", "no_patches", "input_channels_first", "input_channels_last", "weight_shared"],
+)
 def test_opcheck_with_autograd_and_dynamic_shapes(name):
     pytest.importorskip("expecttest", reason="torch.library.opcheck imports expecttest")
     torch.library.opcheck(
@@ -242,7 +241,7 @@ def test_opcheck_with_autograd_and_dynamic_shapes(name):
     )
 
 
-@pytest.mark.parametrize("name", ["plain", "no_bias", "weight_shared", "empty_batch", "input_channels_last"])
+@pytest.mark.parametrize("name", ["no_bias", "empty_batch", "input_channels_last"])
 @pytest.mark.parametrize("which", ["all", "input", "none"])
 def test_opcheck_of_the_backward(name, which):
     pytest.importorskip("expecttest", reason="torch.library.opcheck imports expecttest")
