@@ -38,6 +38,9 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     * ``decomposition``: the operator's aten program, lowered by Inductor; the detail says why no template took it;
     * ``eager``: the call was not compiled, because of a graph break or a function that compilation skips.
 
+    After :func:`inductor_vision.fuse_depthwise_separable` it is also said of every depthwise convolution whether it was
+    ``fused``, or ``left alone`` and why.
+
     The compilation is a fresh one: caches on disk, and what ``fn`` was compiled to before, are left alone.
 
     Args:

@@ -16,8 +16,9 @@ class Path:
 
     Attributes:
         op: the operator's name.
-        kind: ``"template"``, ``"decomposition"`` (lowered by Inductor) or ``"eager"``.
-        detail: which template, or why no template.
+        kind: ``"template"``, ``"decomposition"`` (lowered by Inductor) or ``"eager"``; of a pass over graphs,
+            ``"fused"`` or ``"left alone"``, which says what became of operators that are not this package's.
+        detail: which template, or why no template; what was fused, or why it was left alone.
     """
 
     op: str
