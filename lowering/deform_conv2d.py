@@ -23,7 +23,7 @@ from .inductor import (
     ir,
     lowerings,
 )
-from .layout import channels_last_strides, layout_is_free, realize_image, writes_channels_last
+from .layout import image_and_format, realize_image
 from .panels import MAX_DEPTH, PANEL_BYTES, bf16_dot_products, pack_panels
 from .registry import Template, define_internal_op, template_for
 from .template import BlocksTemplate, KernelTemplate, pointer, splice_header, view
@@ -166,7 +166,7 @@ def _lower(*args: Any) -> ir.TensorBox:
     node = V.graph.current_node
     fake = Arguments(*torch.fx.map_arg(node.args[:-2], lambda argument: argument.meta["val"]))
     convolution = _convolution(fake, weight_shape)
-    image, channels_last = _layouts(call.input, node)
+    image, channels_last = image_and_format(call.input, node)
     instance = Instance(convolution, kind, channels_last)
     weight = ir.ExternKernel.require_contiguous(fold_constant(node.args[2], call.weight))
     size = ir.convert_shape_to_inductor(node.meta["val"].shape)
@@ -214,18 +214,6 @@ def _layout(fake: Tensor) -> ir.FixedLayout:
 
 def _empty(layout: ir.FixedLayout) -> ir.TensorBox:
     return lowerings[torch.ops.aten.full.default](layout.size, 0, dtype=layout.dtype, device=layout.device)
-
-
-def _layouts(input: ir.TensorBox, node: torch.fx.Node) -> tuple[ir.IRNode, bool]:
-    """The input, realized, and whether to write channels_last.
-
-    If the input is channels_last by others' choice, so is the result: nothing is transposed in a network that Inductor
-    lays out so.
-    """
-    chosen = not layout_is_free(input)
-    image = realize_image(input)
-    by_others = chosen and channels_last_strides(image.get_layout().stride, image.get_size())
-    return image, by_others or writes_channels_last(node)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -73,3 +73,15 @@ def realize_image(x: ir.TensorBox) -> ir.IRNode:
     if channels_last_strides(strides, image.get_size()) or V.graph.sizevars.statically_known_equals(strides[3], 1):
         return image
     return realize(ir.ExternKernel.require_contiguous(image))
+
+
+def image_and_format(input: ir.TensorBox, node: torch.fx.Node) -> tuple[ir.IRNode, bool]:
+    """The input, realized, and whether to write channels_last.
+
+    If the input is channels_last by others' choice, so is the result: nothing is transposed in a network that Inductor
+    lays out so.
+    """
+    chosen = not layout_is_free(input)
+    image = realize_image(input)
+    by_others = chosen and channels_last_strides(image.get_layout().stride, image.get_size())
+    return image, by_others or writes_channels_last(node)

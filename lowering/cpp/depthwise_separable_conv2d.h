@@ -1,0 +1,318 @@
+// A depthwise convolution, an activation and a pointwise convolution, in one pass: what is between stays in cache.
+//
+//   B, C, H, W     batch, channels, height, width of the input         M          filters of each input channel
+//   O, Ho, Wo      channels, height, width of the output               hidden     the C * M channels between the two
+//
+//   hidden[k, p] = activation(depthwise_bias[k] + sum over taps of depthwise_weight[k, tap] * input[c, p at tap])
+//   out[o, p]    = pointwise_bias[o] + sum over k of pointwise_weight[o, k] * hidden[k, p]
+//
+// Hidden channels are in the order [M][C], so that those that are neighbours read neighbouring channels of the input.
+//
+// A tile of pixels is done at a time: some rows of the output, or a part of one.  For a block of hidden channels they
+// are computed, vectorized over channels, into a buffer that stays in cache, which is multiplied at once by that part
+// of the packed pointwise weight into the tile's sums.  Taps in the padding are left out.  An input that is not
+// channels_last is transposed row by row, as the tiles of a thread come to need them, into a ring of rows.
+//
+// Each sum is one chain in an order that depends on the shape alone: the result is the same, to the bit, for any number
+// of threads.
+#ifndef INDUCTOR_VISION_DEPTHWISE_SEPARABLE_CONV2D_H
+#define INDUCTOR_VISION_DEPTHWISE_SEPARABLE_CONV2D_H
+
+#include <vector>
+
+#include "activations.h"
+#include "base.h"
+#include "gemm.h"
+
+namespace inductor_vision {
+
+template <typename scalar_t>
+struct DepthwiseSeparableConv2d {
+  using acc_t = accumulate_t<scalar_t>;
+  View4d<scalar_t> input;          // its channels or its columns are neighbours
+  const acc_t* depthwise_weight;   // [taps][hidden]
+  const acc_t* depthwise_bias;     // [hidden]; null: none
+  const acc_t* pointwise_weight;   // [panels][hidden][kPanel]
+  const scalar_t* pointwise_bias;  // [O]; null: none
+  int64_t batch, channels, height, width;
+  int64_t multiplier;
+  int64_t out_channels, out_height, out_width;
+  int64_t kernel_height, kernel_width;
+  int64_t stride_height, stride_width;
+  int64_t padding_height, padding_width;
+  int64_t dilation_height, dilation_width;
+
+  int64_t hidden() const {
+    return channels * multiplier;
+  }
+};
+
+// Sizes that are chosen; see lowering/depthwise_separable_conv2d.py.
+struct SeparableBlocking {
+  int64_t pixels;  // in a tile, at most, unless a row of the output has fewer than kMicroRows
+};
+
+// Neighbouring places of the output, along one axis, whose taps [first, end) do not fall into the padding.
+struct TapRange {
+  int64_t begin_out, end_out;
+  int64_t first, end;
+};
+
+// All places along one axis.
+inline std::vector<TapRange> tap_ranges(
+    int64_t out_size, int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
+  std::vector<TapRange> ranges;
+  for (int64_t out = 0; out < out_size; ++out) {
+    const int64_t begin = out * stride - padding;  // where tap 0 is
+    const int64_t first = begin >= 0 ? 0 : std::min(kernel, divide_up(-begin, dilation));
+    const int64_t end = begin >= size ? first : std::clamp(divide_up(size - begin, dilation), first, kernel);
+    if (ranges.empty() || ranges.back().first != first || ranges.back().end != end) {
+      ranges.push_back({out, out, first, end});
+    }
+    ranges.back().end_out = out + 1;
+  }
+  return ranges;
+}
+
+// One thread's buffers, and what it does with a tile.
+template <bool kChannelsLast, typename Activation, typename scalar_t>
+class SeparableTile {
+ public:
+  using acc_t = accumulate_t<scalar_t>;
+  using Vec = Vectorized<acc_t>;
+  static constexpr int64_t kLanes = Vec::size();
+  // Neighbouring pixels, and vectors of channels of each, whose sums are in registers at once.
+#if defined(CPU_CAPABILITY_AVX512)
+  static constexpr int kPixels = 4, kVectors = 4;  // 16 sums and 4 weights of 32 registers
+#else
+  static constexpr int kPixels = 4, kVectors = 2;  // 8 sums and 2 weights of 16 registers
+#endif
+
+  SeparableTile(const DepthwiseSeparableConv2d<scalar_t>& op, int64_t rows, int64_t columns)
+      : op_(op),
+        transposed_(op.channels > 1 && op.input.channel != 1),
+        // A cache line more than the channels need: pixels a power of two apart would share cache sets.
+        distance_(transposed_ ? op.channels + kCacheLine / static_cast<int64_t>(sizeof(scalar_t)) : op.input.column),
+        slots_((rows - 1) * op.stride_height + (op.kernel_height - 1) * op.dilation_height + 1),
+        sum_distance_(round_up(op.out_channels, kPanel<acc_t>)),
+        rows_(tap_ranges(
+            op.out_height, op.height, op.kernel_height, op.stride_height, op.padding_height, op.dilation_height)),
+        columns_(
+            tap_ranges(op.out_width, op.width, op.kernel_width, op.stride_width, op.padding_width, op.dilation_width)),
+        ring_(transposed_ ? slots_ * op.width * distance_ : 0),
+        hidden_(round_up(rows * columns, kMicroRows) * kRowDistance),
+        bias_(sum_distance_),
+        sums_(round_up(rows * columns, kMicroRows) * sum_distance_),
+        by_channel_(kChannelsLast ? 0 : rows * columns * op.out_channels) {
+    std::fill_n(bias_.get(), sum_distance_, acc_t(0));
+    for (int64_t o = 0; op.pointwise_bias != nullptr && o < op.out_channels; ++o) {
+      bias_[o] = static_cast<acc_t>(op.pointwise_bias[o]);
+    }
+  }
+
+  // Other rows come next than those that follow: what is in the ring is of no use.
+  void begin(int64_t image, int64_t row) {
+    image_ = image;
+    next_row_ = std::max<int64_t>(0, row * op_.stride_height - op_.padding_height);
+  }
+
+  // The columns [x, x_end) of the rows [y, y_end); several rows only if they are whole.
+  template <typename Store>
+  void run(int64_t y, int64_t y_end, int64_t x, int64_t x_end, const Store& store) {
+    const int64_t width = x_end - x, pixels = (y_end - y) * width, rows = round_up(pixels, kRowStep);
+    load_rows((y_end - 1) * op_.stride_height - op_.padding_height + (op_.kernel_height - 1) * op_.dilation_height + 1);
+    list_spans(y, y_end, x, x_end);
+    for (int64_t m = 0; m < op_.multiplier; ++m) {
+      for (int64_t c = 0; c < op_.channels; c += kMaxDepth) {
+        const int64_t depth = std::min(kMaxDepth, op_.channels - c), k = m * op_.channels + c;
+        depthwise(c, depth, k);
+        for (int64_t p = pixels; p < rows; ++p) {  // multiplied with the others, and ignored
+          std::fill_n(hidden_.get() + p * kRowDistance, depth, acc_t(0));
+        }
+        const Rows<acc_t> a{hidden_.get(), 1, depth, 0};
+        const Panels<acc_t> b{op_.pointwise_weight + k * kPanel<acc_t>, op_.hidden() * kPanel<acc_t>};
+        acc_t* sums = sums_.get();
+        const Sums<acc_t> result(sums, sum_distance_, k == 0 ? bias_.get() : sums, k == 0 ? 0 : sum_distance_);
+        gemm(a, b, sum_distance_ / kPanel<acc_t>, result, rows);
+      }
+    }
+    const acc_t* results = sums_.get();
+    int64_t distance = sum_distance_;
+    if constexpr (!kChannelsLast) {
+      distance = pixels;
+      transpose(sums_.get(), sum_distance_, by_channel_.get(), pixels, pixels, op_.out_channels);
+      results = by_channel_.get();
+    }
+    store(OutputBlock{image_, 0, op_.out_channels, y, y_end - y, x, width}, results, distance);
+  }
+
+ private:
+  // Where a tap finds the first of some neighbouring pixels, and its weights; of channel 0.
+  struct Tap {
+    const scalar_t* input;
+    const acc_t* weight;
+  };
+  // Neighbouring pixels that have the same taps.
+  struct Span {
+    int64_t first_tap, taps;  // in `taps_`
+    int64_t pixel, pixels;    // in the tile
+  };
+
+  // Has the rows up to `end` in the ring; those that are needed after it are the next.
+  void load_rows(int64_t end) {
+    end = std::min(end, op_.height);
+    for (; transposed_ && next_row_ < end; ++next_row_) {
+      if (next_row_ + slots_ >= end) {
+        scalar_t* to = ring_.get() + next_row_ % slots_ * op_.width * distance_;
+        transpose(op_.input.at(image_, next_row_, 0), op_.input.channel, to, distance_, op_.channels, op_.width);
+      }
+    }
+  }
+
+  // The pixels of a tile into `spans_`.
+  void list_spans(int64_t y, int64_t y_end, int64_t x, int64_t x_end) {
+    taps_.clear();
+    spans_.clear();
+    for (const TapRange& rows : rows_) {
+      for (int64_t row = std::max(y, rows.begin_out); row < std::min(y_end, rows.end_out); ++row) {
+        for (const TapRange& columns : columns_) {
+          const int64_t begin = std::max(x, columns.begin_out), end = std::min(x_end, columns.end_out);
+          if (begin < end) {
+            const auto first = static_cast<int64_t>(taps_.size());
+            list_taps(row, begin, rows, columns);
+            const auto taps = static_cast<int64_t>(taps_.size()) - first;
+            spans_.push_back({first, taps, (row - y) * (x_end - x) + begin - x, end - begin});
+          }
+        }
+      }
+    }
+  }
+
+  // The taps that pixel (y, x) has in the image.
+  void list_taps(int64_t y, int64_t x, const TapRange& rows, const TapRange& columns) {
+    for (int64_t i = rows.first; i < rows.end; ++i) {
+      const int64_t row = y * op_.stride_height - op_.padding_height + i * op_.dilation_height;
+      const scalar_t* from =
+          transposed_ ? ring_.get() + row % slots_ * op_.width * distance_ : op_.input.at(image_, row, 0);
+      for (int64_t j = columns.first; j < columns.end; ++j) {
+        const int64_t column = x * op_.stride_width - op_.padding_width + j * op_.dilation_width;
+        const acc_t* weight = op_.depthwise_weight + (i * op_.kernel_width + j) * op_.hidden();
+        taps_.push_back({from + column * distance_, weight});
+      }
+    }
+  }
+
+  // hidden_[pixel][k] of the listed pixels, for the channels [c, c + depth), which hidden channels from k on read.
+  void depthwise(int64_t c, int64_t depth, int64_t k) {
+    for (const Span& span : spans_) {
+      int64_t p = 0;
+      for (; p + kPixels <= span.pixels; p += kPixels) {
+        depthwise_pixels<kPixels>(span, p, c, depth, k);
+      }
+      for (; p + 2 <= span.pixels; p += 2) {
+        depthwise_pixels<2>(span, p, c, depth, k);
+      }
+      if (p < span.pixels) {
+        depthwise_pixels<1>(span, p, c, depth, k);
+      }
+    }
+  }
+
+  // Pixels of a span from the p-th on.
+  template <int kCount>
+  void depthwise_pixels(const Span& span, int64_t p, int64_t c, int64_t depth, int64_t k) {
+    const int64_t input = p * op_.stride_width * distance_ + c;
+    acc_t* hidden = hidden_.get() + (span.pixel + p) * kRowDistance;
+    int64_t i = 0;
+    for (; i + kVectors * kLanes <= depth; i += kVectors * kLanes) {
+      depthwise_block<kCount, kVectors>(span, input + i, k + i, hidden + i, kLanes);
+    }
+    for (; i < depth; i += kLanes) {
+      depthwise_block<kCount, 1>(span, input + i, k + i, hidden + i, std::min(kLanes, depth - i));
+    }
+  }
+
+  // Some vectors of channels, or `count` channels of one; sums stay in registers.
+  template <int kCount, int kVec>
+  void depthwise_block(const Span& span, int64_t input, int64_t k, acc_t* hidden, int64_t count) const {
+    const bool part = kVec == 1 && count < kLanes;
+    const auto load = [&](const auto* from) { return part ? load_vector(from, count) : load_vector(from); };
+    auto sum = generate<kCount * kVec>([&](int n) {
+      return op_.depthwise_bias == nullptr ? Vec(0) : load(op_.depthwise_bias + k + n % kVec * kLanes);
+    });
+    const int64_t step = op_.stride_width * distance_;
+    const Tap* tap = taps_.data() + span.first_tap;
+    for (const Tap* end = tap + span.taps; tap < end; ++tap) {
+      const scalar_t* from = tap->input + input;
+      const acc_t* weights = tap->weight + k;
+      const auto weight = generate<kVec>([&](int u) { return load(weights + u * kLanes); });
+      ForcedUnroll<kCount>{}([&](auto p) {
+        ForcedUnroll<kVec>{}([&](auto u) {
+          const Vec value = load(from + p * step + u * kLanes);
+          sum[p * kVec + u] = ::at::vec::fmadd(value, weight[u], sum[p * kVec + u]);
+        });
+      });
+    }
+    ForcedUnroll<kCount * kVec>{}([&](auto n) {
+      const Vec value = Activation::apply(sum[n]);
+      store_vector(value, hidden + n / kVec * kRowDistance + n % kVec * kLanes, part ? count : kLanes);
+    });
+  }
+
+  const DepthwiseSeparableConv2d<scalar_t>& op_;
+  bool transposed_;
+  int64_t distance_;      // elements between neighbouring pixels of a row
+  int64_t slots_;         // rows in the ring
+  int64_t sum_distance_;  // between the sums of two pixels: whole panels
+  std::vector<TapRange> rows_, columns_;
+  int64_t image_ = 0;
+  int64_t next_row_ = 0;  // that is not in the ring yet
+  std::vector<Tap> taps_;
+  std::vector<Span> spans_;
+  Scratch<scalar_t> ring_;
+  Scratch<acc_t> hidden_;
+  Scratch<acc_t> bias_;
+  Scratch<acc_t> sums_;
+  Scratch<acc_t> by_channel_;
+};
+
+// kChannelsLast: of the output that `store` is for, see OutputBlock.
+template <bool kChannelsLast, typename Activation, typename scalar_t, typename Store>
+inline void depthwise_separable_conv2d(
+    const DepthwiseSeparableConv2d<scalar_t>& op, const SeparableBlocking& blocking, const Store& store) {
+  if (op.batch * op.out_channels * op.out_height * op.out_width == 0) {
+    return;
+  }
+  const int threads = omp_get_max_threads();
+  // A tile is some whole rows, or one of even parts of a row.
+  const int64_t limit = std::max<int64_t>(blocking.pixels, kMicroRows);
+  const int64_t rows = std::clamp<int64_t>(limit / op.out_width, 1, op.out_height);
+  int64_t columns = divide_up(op.out_width, divide_up(op.out_width, limit));
+  columns = std::min(op.out_width, round_up(columns, kMicroRows));
+  // A band of rows is what a thread takes at a time.  Where one begins, rows of the input are transposed once more.
+  constexpr int64_t kBandsPerThread = 4;
+  const int64_t bands =
+      std::clamp<int64_t>(divide_up(kBandsPerThread * threads, op.batch), 1, divide_up(op.out_height, rows));
+
+  // Allocated here, because no exception may leave the parallel region.
+  std::vector<SeparableTile<kChannelsLast, Activation, scalar_t>> tiles;
+  for (int thread = 0; thread < threads; ++thread) {
+    tiles.emplace_back(op, rows, columns);
+  }
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int64_t band = 0; band < op.batch * bands; ++band) {
+    auto& tile = tiles[omp_get_thread_num()];
+    const int64_t image = band / bands, first = op.out_height * (band % bands) / bands;
+    const int64_t end = op.out_height * (band % bands + 1) / bands;
+    tile.begin(image, first);
+    for (int64_t y = first; y < end; y += rows) {
+      for (int64_t x = 0; x < op.out_width; x += columns) {
+        tile.run(y, std::min(y + rows, end), x, std::min(x + columns, op.out_width), store);
+      }
+    }
+  }
+}
+
+}  // namespace inductor_vision
+
+#endif  // INDUCTOR_VISION_DEPTHWISE_SEPARABLE_CONV2D_H
