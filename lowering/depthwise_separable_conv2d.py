@@ -58,7 +58,7 @@ class Separable:
     def blocking(self, dtype: torch.dtype) -> int:
         """SeparableBlocking: pixels of a tile whose hidden channels and sums take half of the second-level cache."""
         itemsize = accumulate_dtype(dtype).itemsize
-        return max(12, min(96, cache_bytes() // 2 // ((MAX_DEPTH + 2 * self.out_channels) * itemsize)))
+        return max(12, min(96, cache_bytes() // 2 // ((MAX_DEPTH + self.out_channels) * itemsize)))
 
 
 def _refusal(*args: Any) -> str | None:

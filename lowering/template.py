@@ -326,10 +326,13 @@ class BlocksTemplate(KernelTemplate):
             const int64_t out_column = block.column, n_columns = block.columns;"""
 
     def _plain_store(self, kernel: CppTemplateKernel, buffer: ir.Buffer, function: str) -> str:
-        """A lambda that stores a block of an output as it is, by a function like store_block."""
+        """What stores a block of an output as it is, by a function like store_block."""
         if self.is_unread(buffer):
             return "[](const auto&...) {}"
         values = _block_name(buffer)
+        if self.channels_last and function == "store_block":
+            fields = ", ".join([pointer(kernel, buffer), *(kernel.size(buffer, d) for d in (1, 2, 3))])
+            return f"inductor_vision::ChannelsLastStore<{DTYPE_TO_CPP[buffer.get_dtype()]}>{{{fields}}}"
         if self.channels_last:
             part = f"{kernel.size(buffer, 3)}, n_rows * n_columns, n_channels"  # distance in the output, rows, columns
         else:

@@ -327,6 +327,22 @@ struct OutputBlock {
   int64_t column, columns;
 };
 
+// A store that keeps results as they are, of a dense channels_last output.
+template <typename value_t>
+struct ChannelsLastStore {
+  value_t* out;
+  int64_t height, width, channels;
+
+  // Where the block goes: a kernel whose sums are of this type, and cover just the block, can sum right there.
+  value_t* at(const OutputBlock& block) const {
+    return out + ((block.image * height + block.row) * width + block.column) * channels + block.channel;
+  }
+  template <typename acc_t>
+  void operator()(const OutputBlock& block, const acc_t* values, int64_t distance) const {
+    store_block(values, distance, at(block), channels, block.rows * block.columns, block.channels);
+  }
+};
+
 // How `count` units are cut into tiles of at most `limit`, evenly, with as many tiles as keep all threads busy.
 // The cut depends on the number of threads; what is computed for a unit must not depend on the cut.
 struct Tiling {

@@ -122,6 +122,13 @@ class SeparableTile {
     const int64_t width = x_end - x, pixels = (y_end - y) * width, rows = round_up(pixels, kRowStep);
     load_rows((y_end - 1) * op_.stride_height - op_.padding_height + (op_.kernel_height - 1) * op_.dilation_height + 1);
     list_spans(y, y_end, x, x_end);
+    const OutputBlock block{image_, 0, op_.out_channels, y, y_end - y, x, width};
+    acc_t* sums = sums_.get();
+    bool in_place = false;
+    if constexpr (std::is_same_v<Store, ChannelsLastStore<acc_t>>) {  // there is nothing to do to the sums
+      in_place = pixels == rows && sum_distance_ == op_.out_channels;
+      sums = in_place ? store.at(block) : sums;
+    }
     for (int64_t m = 0; m < op_.multiplier; ++m) {
       for (int64_t c = 0; c < op_.channels; c += kMaxDepth) {
         const int64_t depth = std::min(kMaxDepth, op_.channels - c), k = m * op_.channels + c;
@@ -131,19 +138,18 @@ class SeparableTile {
         }
         const Rows<acc_t> a{hidden_.get(), 1, depth, 0};
         const Panels<acc_t> b{op_.pointwise_weight + k * kPanel<acc_t>, op_.hidden() * kPanel<acc_t>};
-        acc_t* sums = sums_.get();
         const Sums<acc_t> result(sums, sum_distance_, k == 0 ? bias_.get() : sums, k == 0 ? 0 : sum_distance_);
         gemm(a, b, sum_distance_ / kPanel<acc_t>, result, rows);
       }
     }
-    const acc_t* results = sums_.get();
-    int64_t distance = sum_distance_;
-    if constexpr (!kChannelsLast) {
-      distance = pixels;
-      transpose(sums_.get(), sum_distance_, by_channel_.get(), pixels, pixels, op_.out_channels);
-      results = by_channel_.get();
+    if constexpr (kChannelsLast) {
+      if (!in_place) {
+        store(block, sums, sum_distance_);
+      }
+    } else {
+      transpose(sums, sum_distance_, by_channel_.get(), pixels, pixels, op_.out_channels);
+      store(block, by_channel_.get(), pixels);
     }
-    store(OutputBlock{image_, 0, op_.out_channels, y, y_end - y, x, width}, results, distance);
   }
 
  private:
@@ -286,13 +292,16 @@ inline void depthwise_separable_conv2d(
   const int threads = omp_get_max_threads();
   // A tile is some whole rows, or one of even parts of a row.
   const int64_t limit = std::max<int64_t>(blocking.pixels, kMicroRows);
-  const int64_t rows = std::clamp<int64_t>(limit / op.out_width, 1, op.out_height);
+  const int64_t fewest =
+      std::min(op.out_height, divide_up(threads, op.batch));  // of an image, to keep all threads busy
+  const int64_t rows =
+      divide_up(op.out_height, std::max(fewest, divide_up(op.out_height, std::max<int64_t>(1, limit / op.out_width))));
   int64_t columns = divide_up(op.out_width, divide_up(op.out_width, limit));
   columns = std::min(op.out_width, round_up(columns, kMicroRows));
-  // A band of rows is what a thread takes at a time.  Where one begins, rows of the input are transposed once more.
+  // A band of tiles is what a thread takes at a time.  Where one begins, rows of the input are transposed once more.
   constexpr int64_t kBandsPerThread = 4;
-  const int64_t bands =
-      std::clamp<int64_t>(divide_up(kBandsPerThread * threads, op.batch), 1, divide_up(op.out_height, rows));
+  const int64_t steps = divide_up(op.out_height, rows);
+  const int64_t bands = std::clamp<int64_t>(divide_up(kBandsPerThread * threads, op.batch), 1, steps);
 
   // Allocated here, because no exception may leave the parallel region.
   std::vector<SeparableTile<kChannelsLast, Activation, scalar_t>> tiles;
@@ -302,8 +311,8 @@ inline void depthwise_separable_conv2d(
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (int64_t band = 0; band < op.batch * bands; ++band) {
     auto& tile = tiles[omp_get_thread_num()];
-    const int64_t image = band / bands, first = op.out_height * (band % bands) / bands;
-    const int64_t end = op.out_height * (band % bands + 1) / bands;
+    const int64_t image = band / bands, first = steps * (band % bands) / bands * rows;
+    const int64_t end = std::min(op.out_height, steps * (band % bands + 1) / bands * rows);
     tile.begin(image, first);
     for (int64_t y = first; y < end; y += rows) {
       for (int64_t x = 0; x < op.out_width; x += columns) {

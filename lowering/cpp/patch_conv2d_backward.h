@@ -66,7 +66,7 @@ struct PatchWork {
 
   PatchWork(int64_t patches, int64_t panels) : groups(divide_up(patches, kPatches)), panels(panels) {
     constexpr int64_t kFewest = 16, kMost = 64;  // pieces of work
-    chunks = std::min(groups, std::clamp<int64_t>(groups / 32, kFewest, kMost));
+    chunks = std::clamp<int64_t>(groups, 1, std::clamp<int64_t>(groups / 32, kFewest, kMost));
     parts = std::min(panels, divide_up(kFewest, chunks));
   }
   // The groups and panels of a piece.
