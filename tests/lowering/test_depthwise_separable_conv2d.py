@@ -1,0 +1,360 @@
+"""What depthwise_separable_conv2d compiles to: which kernel takes a call, what it computes, what is fused into it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import pathlib
+import zipfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from inductor_vision import DepthwiseSeparableConv2d, depthwise_separable_conv2d, explain
+from inductor_vision.paths import recorded_paths
+from inductor_vision.tests.support.compare import assert_close
+from inductor_vision.tests.support.compiled import Compiled, compile_and_run, constants_of_package, run_python
+from inductor_vision.tests.support.depthwise_separable_conv2d import CASES, Case, Sample, gradient_like, oracle, sample
+from inductor_vision.tests.support.layouts import strides_of
+from torch import Tensor, nn
+from torch._inductor import config
+from torch._inductor.cpu_vec_isa import pick_vec_isa
+from torch.export import Dim
+
+OP = torch.ops.inductor_vision.depthwise_separable_conv2d.default
+NAME = "depthwise_separable_conv2d"
+FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+
+# Each call costs the compiler a second, each other dtype and activation ten.
+QUICK_NAMES = {
+    FP32: [
+        "plain", "then_relu6", "no_padding", "padding", "stride_padding_dilation", "kernel_1x1", "kernel_2x3",
+        "channels_1_to_5", "channels_300_to_33", "empty_batch", "width_130", "input_sliced", "multiplier_channels_last",
+        "strided_channels_last",
+    ],
+    BF16: ["channels_37_to_19"],
+}  # fmt: skip
+
+
+def hostile(tensor: str, dtype: torch.dtype = FP32, layout: str = "contiguous") -> Sample:
+    """A call in which some numbers of a tensor are NaN or infinite: one in 40 of the input, few of a weight."""
+    s = sample(Case(channels=18, first="relu6", layout=layout), dtype)
+    values = s.tensors[tensor].clone()  # strides are kept
+    flat = values.view(-1) if values.is_contiguous() else values.permute(0, 2, 3, 1).view(-1)
+    places = torch.arange(3, flat.numel(), 40 if tensor == "input" else 70)
+    flat[places] = torch.tensor([math.nan, math.inf, -math.inf], dtype=dtype).repeat(len(places))[: len(places)]
+    return s.replace(**{tensor: values})
+
+
+QUICK = [sample(name, dtype) for dtype, names in QUICK_NAMES.items() for name in names]
+HOSTILE = {
+    "input": hostile("input"),
+    "depthwise_weight": hostile("depthwise_weight"),
+    "pointwise_weight_channels_last": hostile("pointwise_weight", layout="channels_last"),
+}
+
+
+def call_all(calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Tensor]:
+    return [depthwise_separable_conv2d(*args, **kwargs) for args, kwargs in calls]
+
+
+def compute(samples: Sequence[Sample], **options: Any) -> Compiled:
+    """All samples in one graph and one source file, which takes little longer to compile than one of them."""
+    with torch.no_grad():
+        return compile_and_run(call_all, [(s.args, s.kwargs) for s in samples], config={"cpp_wrapper": True, **options})
+
+
+def assert_takes_template(compiled: Compiled, count: int) -> None:
+    assert compiled.templates == count
+    assert [(path.op, path.kind) for path in compiled.paths] == [(NAME, "template")] * count
+    assert all(path.detail.startswith("one pass, tiles of ") for path in compiled.paths)
+
+
+def assert_right(result: Tensor, s: Sample) -> None:
+    eager = depthwise_separable_conv2d(*s.args, **s.kwargs)
+    assert result.dtype == s.args[0].dtype
+    assert strides_of(result) == strides_of(eager), s.name
+    exact = s.to(FP64)
+    assert_close(result, depthwise_separable_conv2d(*exact.args, **exact.kwargs), result.dtype, s.name)
+
+
+def assert_all_right(samples: Sequence[Sample], **options: Any) -> None:
+    compiled = compute(samples, **options)
+    assert_takes_template(compiled, len(samples))
+    for result, s in zip(compiled.result, samples):
+        assert_right(result, s)
+
+
+@pytest.fixture(scope="module")
+def quick() -> Compiled:
+    return compute([*QUICK, *HOSTILE.values()])
+
+
+def test_every_call_is_a_template(quick):
+    assert_takes_template(quick, len(QUICK) + len(HOSTILE))
+
+
+@pytest.mark.parametrize("i", range(len(QUICK)), ids=[f"{s.name}-{str(s.args[0].dtype)[6:]}" for s in QUICK])
+def test_values(quick, i):
+    assert_right(quick.result[i], QUICK[i])
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_nan_and_infinity_reach_what_they_are_multiplied_with(quick, name):
+    """And nothing else: two convolutions may multiply them with the zeros of the padding, the oracle does not."""
+    s, result = HOSTILE[name], quick.result[len(QUICK) + list(HOSTILE).index(name)]
+    expected = oracle(*s.args, **s.kwargs)
+    assert not expected.isfinite().all() and expected.isfinite().any()
+    assert_close(result, expected, FP32)
+
+
+FEW = (
+    "plain", "both_activations", "channels_37_to_19", "channels_300_to_33", "multiplier_3_of_5", "stride_3x4",
+    "width_130", "strided_channels_last",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_values_of_all_other_cases():
+    assert_all_right([sample(name) for name in CASES if name not in QUICK_NAMES[FP32]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [FP64, BF16, FP16], ids=str)
+def test_values_in_other_dtypes(dtype):
+    activations = [name for name in CASES if name.startswith("then_")]
+    assert_all_right([sample(name, dtype) for name in (*FEW, *activations)])
+
+
+@contextlib.contextmanager
+def vectors(simdlen: int, bits: int) -> Iterator[None]:
+    with config.patch({"cpp.simdlen": simdlen}):
+        isa = pick_vec_isa()
+        assert (isa.bit_width() if isa else 0) == bits
+        yield
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("simdlen,bits", [(256, 256), (1, 0)])
+def test_narrow_or_no_vectors(simdlen, bits):
+    with vectors(simdlen, bits):
+        names = {FP32: FEW, FP64: FEW[:2], BF16: FEW[1:3], FP16: FEW[1:2]}
+        assert_all_right([sample(name, dtype) for dtype in names for name in names[dtype]])
+
+
+class Block(nn.Module):
+    """Separable convolution with an activation of its own, batch norm, activation, residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = DepthwiseSeparableConv2d(
+            16, 16, 3, padding=1, depthwise_activation="relu6", pointwise_activation="hardswish"
+        )
+        self.norm = nn.BatchNorm2d(16).eval()
+        for values in (self.norm.weight, self.norm.bias, self.norm.running_mean):
+            nn.init.normal_(values)
+        nn.init.uniform_(self.norm.running_var, 0.5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x)).relu() + x
+
+    def reference(self, x: Tensor) -> Tensor:
+        return copy.deepcopy(self).double()(x.double())
+
+
+def test_activation_norm_and_residual_are_fused():
+    blocks = nn.ModuleList(Block() for _ in range(2))
+    x = torch.randn(2, 16, 9, 13)
+    calls = [x, x.contiguous(memory_format=torch.channels_last) + 1]
+
+    def run(calls):
+        return [block(call) for block, call in zip(blocks, calls)]
+
+    with torch.no_grad():  # frozen: what packs weights runs at compile time
+        compiled = compile_and_run(run, calls, config={"freezing": True, "cpp_wrapper": True})
+        assert compiled.templates == compiled.fused == compiled.kernels == len(blocks)
+        for block, call, result in zip(blocks, calls, compiled.result):
+            assert_close(result, block.reference(call), FP32)
+            assert result.stride() == call.stride()
+
+
+class Network(nn.Module):
+    """A block of each kind that has packed weights of its own, from 16 channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = DepthwiseSeparableConv2d(16, 24, 3, padding=1, depthwise_activation="relu6")
+        self.second = DepthwiseSeparableConv2d(
+            16, 16, 3, 2, 1, channel_multiplier=2, bias=False, depthwise_activation="relu6"
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.first(x).relu(), self.second(x)
+
+    def assert_right(self, results: Sequence[Tensor], x: Tensor) -> None:
+        with torch.no_grad():
+            for result, expected in zip(results, copy.deepcopy(self).double()(x.double())):
+                assert_close(result, expected, FP32, f"{tuple(x.shape)}")
+
+
+def image(*size: int) -> Tensor:
+    return torch.randn(size[0], 16, *size[1:], generator=torch.Generator().manual_seed(sum(size)))
+
+
+def test_one_compilation_serves_all_sizes_and_weights():
+    network = Network()
+    with torch.no_grad():
+        compiled = compile_and_run(network, image(4, 7, 11), dynamic=True)
+        assert_takes_template(compiled, 2)
+        network.assert_right(compiled.result, image(4, 7, 11))
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for size in [(2, 12, 5), (5, 4, 3), (3, 20, 133)]:
+                network.assert_right(compiled.function(image(*size)), image(*size))
+            for parameter in network.parameters():
+                parameter.mul_(1.5)
+            network.assert_right(compiled.function(image(2, 12, 5)), image(2, 12, 5))
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory) -> tuple[pathlib.Path, Network]:
+    """A network for all batch and image sizes, compiled ahead of time."""
+    network = Network()
+    shape = {0: Dim("batch", max=64), 2: Dim("height", max=512), 3: Dim("width", max=512)}
+    path = tmp_path_factory.mktemp("package") / "network.pt2"
+    with torch.no_grad(), recorded_paths() as paths:
+        exported = torch.export.export(network, (image(3, 7, 9),), dynamic_shapes=(shape,))
+        torch._inductor.aoti_compile_and_package(exported, package_path=str(path))
+    assert [(path.op, path.kind) for path in paths] == [(NAME, "template")] * 2
+    return path, network
+
+
+@pytest.mark.slow
+def test_packages_have_two_kernels_and_packed_weights(package):
+    with zipfile.ZipFile(package[0]) as archive:
+        sources = {name: archive.read(name).decode() for name in archive.namelist() if name.endswith(".cpp")}
+    (kernels,) = (text for name, text in sources.items() if name.endswith(".kernel.cpp"))
+    assert kernels.count('extern "C"') == 2
+    first, second = ["9, 16", "16", "1, 2, 1, 16, 16", "24"], ["9, 32", "1, 1, 1, 32, 16"]
+    assert sorted(constants_of_package(package[0])) == sorted(first + second)
+
+
+RUN_PACKAGE = """
+import sys
+import torch
+
+model = torch._inductor.aoti_load_package(sys.argv[1])
+calls, results = torch.load(sys.argv[2]), {}
+for threads in (1, 2, 3, 5):
+    torch.set_num_threads(threads)
+    results[threads] = [model(call) for call in calls]
+present = {name.partition(".")[0] for name in sys.modules}
+assert not present & {"inductor_vision", "torchvision"}, present
+torch.save(results, sys.argv[3])
+"""
+
+
+@pytest.mark.slow
+def test_packages_run_alone_on_all_sizes_and_numbers_of_threads(package, tmp_path):
+    calls = [image(3, 7, 9), image(1, 7, 9), image(2, 1, 1), image(5, 20, 133)]
+    arguments, results = tmp_path / "calls.pt", tmp_path / "results.pt"
+    torch.save(calls, arguments)
+    run_python(RUN_PACKAGE, str(package[0]), str(arguments), str(results))
+    computed = torch.load(results)
+    for i, call in enumerate(calls):
+        package[1].assert_right(computed[1][i], call)
+        for threads in (2, 3, 5):
+            assert all(map(torch.equal, computed[1][i], computed[threads][i]))
+
+
+@pytest.mark.slow
+def test_every_number_of_threads_gives_the_same_bits():
+    samples = [
+        sample(Case(channels=48, out_channels=40, size=(37, 41), first="relu6", layout=layout), dtype)
+        for layout, dtype in (("contiguous", FP32), ("channels_last", FP32), ("channels_last", BF16))
+    ]
+    results = []
+    for count in (1, 2, 3, 5):
+        torch.set_num_threads(count)
+        compiled = compute(samples)  # the compiled C++ is the first one's
+        assert_takes_template(compiled, len(samples))
+        results.append(compiled.result)
+    for result in results[1:]:
+        assert all(map(torch.equal, results[0], result))
+
+
+GRADIENTS = [
+    *(sample(name) for name in ("both_activations", "strided_channels_last", "multiplier_3_of_5", "no_biases")),
+    sample("both_activations", BF16),
+]
+
+
+def gradients(function: Any, samples: Sequence[Sample]) -> list[dict[str, Tensor]]:
+    """Of each sample, the gradient of each of its tensors by a fixed random gradient of its result."""
+    samples = [s.requiring_grad() for s in samples]
+    results = function([(s.args, s.kwargs) for s in samples])
+    wanted = [tensor for s in samples for tensor in s.tensors.values()]
+    computed = iter(torch.autograd.grad(results, wanted, list(map(gradient_like, results))))
+    return [{name: next(computed) for name in s.tensors} for s in samples]
+
+
+@pytest.mark.slow
+def test_gradients():
+    """The forward pass is the template also where gradients are wanted; those are a program of aten operators."""
+    compiled = compile_and_run(call_all, GRADIENTS, run=gradients)
+    assert compiled.templates == len(GRADIENTS)
+    forward = [path.kind for path in compiled.paths if path.op == NAME]
+    backward = [path.kind for path in compiled.paths if path.op == f"{NAME}_backward"]
+    assert (forward, backward) == (["template"] * len(GRADIENTS), ["decomposition"] * len(GRADIENTS))
+    for s, actual in zip(GRADIENTS, compiled.result):
+        (expected,) = gradients(call_all, [s.to(FP64)])
+        assert actual.keys() == expected.keys()
+        for name, gradient in actual.items():
+            assert_close(gradient, expected[name], s.args[0].dtype, f"{s.name}: gradient of {name}")
+
+
+@pytest.mark.slow
+def test_autocast_computes_in_the_lower_precision():
+    s = sample("both_activations")
+    with torch.autocast("cpu", BF16):
+        compiled = compute([s])
+    assert_takes_template(compiled, 1)
+    (result,) = compiled.result
+    assert result.dtype == BF16
+    assert_right(result, s.to(BF16))
+
+
+@pytest.mark.slow
+def test_explain_says_which_kernel():
+    s = sample("plain")
+    with torch.no_grad():
+        (path,) = explain(lambda *args: depthwise_separable_conv2d(*args, **s.kwargs), *s.args).paths
+    assert (path.op, path.kind) == (NAME, "template")
+
+
+@pytest.mark.slow
+def test_a_stride_that_is_not_a_constant_is_refused():
+    s = sample("plain")
+
+    def run(x: Tensor, stride: int) -> Tensor:
+        return OP(x, *s.args[1:], [stride, stride], [1, 1], [1, 1], "identity")
+
+    with torch.no_grad():
+        compiled = compile_and_run(run, s.args[0], 2, dynamic=True)
+        assert_close(compiled.result, oracle(*s.args, 2, 1), FP32)
+        assert_close(compiled.function(s.args[0], 3), oracle(*s.args, 3, 1), FP32)
+    assert compiled.templates == 0
+    (path,) = compiled.paths
+    assert (path.kind, path.detail) == ("decomposition", "stride, padding and dilation must be constants")
+
+
+def test_wrong_shapes_are_the_same_error_as_in_eager_mode():
+    right = sample("plain")
+    wrong = right.replace(pointwise_weight=right.args[2][:, :-1])
+    with pytest.raises(RuntimeError) as eager:
+        depthwise_separable_conv2d(*wrong.args, **wrong.kwargs)
+    with pytest.raises(RuntimeError) as compiled:
+        compute([wrong])
+    assert str(eager.value).startswith(f"{NAME}: ")
+    assert str(eager.value) in str(compiled.value)
