@@ -77,6 +77,12 @@ def _refusal(*args: Any) -> str | None:
     call = Arguments(*args)
     if not all(isinstance(number, int) for number in (*call.stride, *call.padding, *call.dilation)):
         return "stride, padding and dilation must be constants"
+    depthwise = call.groups == int(call.input.shape[2]) == int(call.weight.shape[0]) > 1
+    if depthwise and call.input.dtype == torch.float32:
+        return (
+            "a depthwise convolution has one output for each input channel, but the kernel computes 16 together; aten's "
+            "convolution of the batch is faster"
+        )
     return None
 
 
@@ -161,6 +167,8 @@ class PatchConv2dTemplate(BlocksTemplate):
             rows = [batch * patches, channels, 1, height * width]
         inputs = [input, weight, *([] if bias is None else [bias])]
         super().__init__(inputs, input.get_dtype(), rows, channels_last=order == CHANNELS_LAST)
+        if transposed:
+            self.op = "patch_conv2d_backward"
         self.convolution = convolution
         self.order = order
         self.transposed = transposed
