@@ -29,6 +29,7 @@ from ..ops.convolution import FLOAT_DTYPES
 from ..ops.depthwise_separable_conv2d import IDENTITY
 from ..ops.registry import OPS
 from ..paths import record_path
+from .registry import refusal
 
 _aten = torch.ops.aten
 OP = "depthwise_separable_conv2d"
@@ -352,7 +353,16 @@ def _after(node: Node) -> Iterator[Node]:
         node = node.next
 
 
-_TESTS: Sequence[Callable[[Pair], str | None]] = (_test_tensors, _test_geometry, _test_surroundings)
+def _test_template(pair: Pair) -> str | None:
+    """Without the kernel there is nothing to be gained."""
+    depthwise, pointwise = pair.depthwise, pair.pointwise
+    tensors = depthwise.input, depthwise.weight, pointwise.weight, depthwise.bias, pointwise.bias
+    values = (None if tensor is None else _value(tensor) for tensor in tensors)
+    activation = IDENTITY if pair.activation is None else _activation(pair.activation)
+    return refusal(OPS[OP], *values, depthwise.stride, _padding(depthwise), depthwise.dilation, activation)
+
+
+_TESTS: Sequence[Callable[[Pair], str | None]] = (_test_tensors, _test_geometry, _test_surroundings, _test_template)
 
 
 # Replacing
@@ -381,7 +391,7 @@ def replace(pair: Pair) -> None:
             pair.depthwise.stride,
             _padding(pair.depthwise),
             pair.depthwise.dilation,
-            _activation(pair.activation) or IDENTITY,
+            IDENTITY if pair.activation is None else _activation(pair.activation),
         )
         out = graph.call_function(OPS[OP].overload, arguments)
     out.meta = dict(last.meta)

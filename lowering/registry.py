@@ -95,18 +95,23 @@ def _template(op: VisionOp) -> Template | None:
 
 def _decompose_or_keep(op: VisionOp) -> Callable[..., Any]:
     def decompose(*args: Any, **kwargs: Any) -> Any:
-        template = _template(op)
-        refusal = _refusal(template, *args, **kwargs) if template else "this operator has no template"
-        if refusal is None and template is not None:
+        template, refused = _template(op), refusal(op, *args, **kwargs)
+        if refused is None and template is not None:
             return template.prepack(*args, **kwargs) if template.prepack else NotImplemented
         untraceable = op.untraceable(*args, **kwargs)
         if untraceable is not None:
-            record_path(op.name, "eager", f"{refusal}; {untraceable}: the compiled graph runs the aten decomposition")
+            record_path(op.name, "eager", f"{refused}; {untraceable}: the compiled graph runs the aten decomposition")
             return NotImplemented
-        record_path(op.name, "decomposition", str(refusal))
+        record_path(op.name, "decomposition", str(refused))
         return op.decomposition(*args, **kwargs)
 
     return decompose
+
+
+def refusal(op: VisionOp, *args: Any, **kwargs: Any) -> str | None:
+    """Why a call of the operator would not get its template; None if it would."""
+    template = _template(op)
+    return _refusal(template, *args, **kwargs) if template else "this operator has no template"
 
 
 def _refusal(template: Template, *args: Any, **kwargs: Any) -> str | None:

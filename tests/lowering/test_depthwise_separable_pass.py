@@ -421,6 +421,12 @@ def test_other_devices():
 
 
 @torch.no_grad()
+def test_no_kernel():
+    with config.patch(cpu_backend="triton"):
+        assert_left(block(nn.ReLU6()), torch.randn(IMAGE), why="torch._inductor.config.cpu_backend is 'triton'")
+
+
+@torch.no_grad()
 def test_as_a_weight():
     """What goes into the convolution as its weight is not its input."""
     first = depthwise(8, kernel_size=1, padding=0)
