@@ -104,6 +104,9 @@ class SeparableTile {
         bias_(sum_distance_),
         sums_(round_up(rows * columns, kMicroRows) * sum_distance_),
         by_channel_(kChannelsLast ? 0 : rows * columns * op.out_channels) {
+    // Lists have all the room that they can need: nothing is allocated while threads are running.
+    spans_.reserve(rows * columns_.size());
+    taps_.reserve(spans_.capacity() * op.kernel_height * op.kernel_width);
     std::fill_n(bias_.get(), sum_distance_, acc_t(0));
     for (int64_t o = 0; op.pointwise_bias != nullptr && o < op.out_channels; ++o) {
       bias_[o] = static_cast<acc_t>(op.pointwise_bias[o]);
