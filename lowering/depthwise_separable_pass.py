@@ -173,6 +173,8 @@ def _convolution(node: Node) -> Convolution | None:
     a = _bind(node, _CONVOLUTION)
     if any(not isinstance(_value(tensor), Tensor) for tensor in (a["input"], a["weight"])):
         return None
+    if not isinstance(a["groups"], int):  # not known when it is compiled
+        return None
     if not isinstance(a["padding"], str):
         a["padding"] = tuple(_pair(a["padding"]))
     for name in ("stride", "dilation"):
@@ -280,8 +282,13 @@ def find_pair(depthwise: Convolution) -> Pair | str:
     pointwise_norm = _norm(_only_user(pointwise.node), pointwise.node)
     if pointwise_norm is not None and (pointwise_norm.training or pointwise_norm.running_mean is None):
         pointwise_norm = None  # stays where it is
-    pair = Pair(depthwise, norm, activation, pointwise, pointwise_norm)
-    return next((reason for test in _TESTS if (reason := test(pair)) is not None), pair)
+    reason = None
+    for last in dict.fromkeys((pointwise_norm, None)):  # a norm that cannot be taken in stays where it is
+        pair = Pair(depthwise, norm, activation, pointwise, last)
+        reason = next((reason for test in _TESTS if (reason := test(pair)) is not None), None)
+        if reason is None:
+            return pair
+    return str(reason)
 
 
 def _only_user(node: Node) -> Node | None:
@@ -325,18 +332,27 @@ def _padding(convolution: Convolution) -> tuple[Any, ...] | None:
 
 def _test_surroundings(pair: Pair) -> str | None:
     """The pair is computed where the depthwise convolution is: all it needs must be there, in the same mode."""
-    graph = pair.depthwise.node.graph
+    graph, nodes = pair.depthwise.node.graph, pair.nodes
     computed = {node for node in pair.parameters if not _movable(node)}
+    memory = {_storage(node) for node in pair.parameters} - {None}
     for node in _after(pair.depthwise.node):
         if node in computed:
             return f"{node} is computed after it"
-        if node is pair.pointwise.node:
-            break
         if getattr(node.target, "__name__", "") in _CHANGES_OF_MODE:
-            return f"{node} lies between it and {pair.pointwise}"
+            return f"{node} lies between it and {nodes[-1]}"
+        if node not in nodes and any(_storage(used) in memory for used in node.all_input_nodes):
+            return f"{node} uses its weights before {nodes[-1]}, and might change them"
+        if node is nodes[-1]:
+            break
     if any("functorch" in (getattr(node.target, "__module__", None) or "") for node in graph.nodes):
         return "the graph transforms functions (torch.func)"
     return None
+
+
+def _storage(node: Node) -> int | None:
+    """Tells whether tensors share memory."""
+    value = _value(node)
+    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
 
 
 def _movable(node: Node) -> bool:
@@ -371,8 +387,9 @@ _TESTS: Sequence[Callable[[Pair], str | None]] = (_test_tensors, _test_geometry,
 def replace(pair: Pair) -> None:
     """Put the operator in the place of the depthwise convolution, and take out what it stands for."""
     graph, first, last = pair.depthwise.node.graph, pair.depthwise.node, pair.nodes[-1]
-    for parameter in pair.parameters:  # it may come later in the graph
-        if parameter.op != "placeholder" and _movable(parameter):
+    later = set(_after(first))
+    for parameter in pair.parameters:
+        if parameter in later and parameter.op != "placeholder":
             first.prepend(parameter)
     with graph.inserting_before(first):
         input = pair.depthwise.input

@@ -80,8 +80,8 @@ def _refusal(*args: Any) -> str | None:
     depthwise = call.groups == int(call.input.shape[2]) == int(call.weight.shape[0]) > 1
     if depthwise and call.input.dtype == torch.float32:
         return (
-            "a depthwise convolution has one output for each input channel, but the kernel computes 16 together; aten's "
-            "convolution of the batch is faster"
+            "a depthwise convolution has one output for each input channel, but the kernel computes 16 together; "
+            "aten's convolution of the batch is faster"
         )
     return None
 

@@ -488,6 +488,68 @@ def test_not_across_a_change_of_mode(mode):
     assert rewritten.result.requires_grad
 
 
+@torch.no_grad()
+def test_weights_that_are_changed_in_between():
+    first, second = depthwise(), pointwise()
+
+    def run(x: Tensor, weight: Tensor) -> Tensor:
+        hidden = first(x)
+        weight.view(-1).mul_(2)
+        return F.conv2d(hidden, weight)
+
+    rewritten = Rewritten(run, torch.randn(IMAGE), second.weight.detach().clone())
+    assert rewritten.calls == [] and "uses its weights" in rewritten.left[0]
+
+
+@torch.no_grad()
+def test_a_last_norm_with_parameters_of_its_own_time_stays():
+    """The pair is fused without it; also where its input would be changed before all is there."""
+    first, second, last = depthwise(), pointwise(), norm(12)
+
+    def run(x: Tensor, scale: Tensor) -> Tensor:
+        x = x * 2
+        out = second(first(x))
+        x.mul_(3)
+        return F.batch_norm(out, last.running_mean, last.running_var, scale * 2, last.bias)
+
+    inputs = torch.randn(IMAGE), torch.rand(12)
+    rewritten = Rewritten(run, *inputs)
+    assert len(rewritten.calls) == 1
+    assert_close(rewritten.result, run(*inputs), torch.float32)
+
+
+def test_a_last_norm_in_another_mode_stays():
+    first, second, last = depthwise(), pointwise(), norm(12)
+
+    def run(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            out = second(first(x))
+        return last(out)
+
+    rewritten = Rewritten(run, torch.randn(IMAGE))
+    assert len(rewritten.calls) == 1
+    assert rewritten.result.requires_grad
+
+
+@torch.no_grad()
+def test_groups_that_are_an_input():
+    first, second = depthwise(), pointwise()
+
+    def run(x: Tensor, groups: int) -> Tensor:
+        return second(F.conv2d(x, first.weight, groups=groups))
+
+    assert Rewritten(run, torch.randn(IMAGE), 8, dynamic=True).calls == []
+
+
+@torch.no_grad()
+def test_exported_weights_that_are_shared():
+    layer, mixing = depthwise(), pointwise(8, 8)
+    model, x = nn.Sequential(layer, mixing, nn.ReLU(), layer, mixing).eval(), torch.randn(IMAGE)
+    graph = torch.export.export(model, (x,)).module(check_guards=False)
+    assert len(rewrite(graph)) == 2  # which checks that the graph is in order
+    assert_close(graph(x), model(x), torch.float32)
+
+
 def test_limits_that_are_inputs():
     """What dynamic=True makes of the limits of a ReLU6."""
     rewritten = Rewritten(block(nn.ReLU6()), torch.randn(IMAGE), dynamic=True)
