@@ -1,8 +1,8 @@
 // A register-blocked matrix product on packed weights: C[rows, 16 * panels] += A[rows, K] * B[panels, K, 16].
 //
-//   A      K may be cut in `runs` of `run` elements each (a run: the channels of one group at one tap).  Rows:
-//   row-major,
-//          kRowDistance elements between rows, runs `run_stride` apart; TransposedRows: its transpose, likewise;
+//   A      K may be cut in `runs` of `run` elements each (a run: the channels of one group at one tap).
+//          Rows: row-major, kRowDistance elements between rows, runs `run_stride` apart;
+//          TransposedRows: its transpose, likewise;
 //          ListedRows: runs wherever a list says
 //   B      packed: a panel holds kPanel output columns, one cache line for each k; panels lie `panel_stride` apart
 //   C      row-major sums; read, added to and written back, or begun with other numbers than what is there
@@ -98,9 +98,9 @@ struct Panels {
 template <typename acc_t>
 struct Sums {
   acc_t* data;
-  int64_t row;  // elements between neighbouring rows; 0: all rows begin alike
+  int64_t row;  // elements between neighbouring rows
   const acc_t* begin;
-  int64_t begin_row;
+  int64_t begin_row;  // likewise; 0: all rows begin alike
 
   Sums(acc_t* data, int64_t row) : Sums(data, row, data, row) {
   }

@@ -1,9 +1,12 @@
 // One filter bank over many small patches, each padded with zeros by itself; and the gradient of its input.
 //
-//   B, N           batch, patches of an image              C, H, W, O, Ho, Wo     channels and size of a patch, of the
-//   result Cg, Og         channels of a group, in and out         tap                    a position (i, j) in the
-//   kernel pixel          a position in the result of a patch     group                  kPatches patches that are done
-//   together
+//   B, N         batch, patches of an image
+//   C, H, W      channels, height, width of a patch
+//   O, Ho, Wo    channels, height, width of its result
+//   Cg, Og       channels of a group of the weight, in and out
+//   tap          a position (i, j) in the kernel
+//   pixel        a position in the result of a patch
+//   group        kPatches patches that are done together
 //
 //   out[b, n, o, y, x] = bias[o] + sum over taps and c of weight[o, c, i, j] * input[b, n, c, sy, sx]
 //   sy = y * stride - padding + i * dilation, sx likewise; terms whose (sy, sx) is not in the patch are none
@@ -62,7 +65,7 @@ enum class PatchOrder {
 
 // Sizes that are chosen; see lowering/patch_conv2d.py.
 struct PatchBlocking {
-  int64_t group_bytes;  // of a group of patches in cache, or of some rows and channels of it
+  int64_t group_bytes;  // of a group of patches in cache and its sums, or of some rows and channels of it
 };
 
 // The taps that meet a pixel of the input, along one axis, for each place of the output.
@@ -178,21 +181,21 @@ struct PatchBlocks {
   int64_t rows;
   int64_t channels;
 
+  // `patches`: in a group.  `pixel_bytes`: what a pixel of the result takes in cache beside what it reads.
   template <typename scalar_t>
-  PatchBlocks(const PatchConv2d<scalar_t>& op, const PatchTaps<scalar_t>& taps, int64_t patches, int64_t group_bytes)
+  PatchBlocks(
+      const PatchConv2d<scalar_t>& op, const PatchTaps<scalar_t>& taps, int64_t patches, int64_t pixel_bytes,
+      const PatchBlocking& blocking)
       : rows(op.out_height),
         channels(op.channels / op.groups) {
-    using acc_t = accumulate_t<scalar_t>;
-    constexpr int64_t kFewest = kPanel<acc_t>;
-    const int64_t row_bytes = op.width * patches * static_cast<int64_t>(sizeof(acc_t));
-    while (source_rows(taps, op.out_height) * row_bytes * channels > group_bytes) {
-      if (rows > 1) {
-        rows = divide_up(rows, 2);
-      } else if (channels > kFewest) {
-        channels = round_up(divide_up(channels, 2), kFewest);
-      } else {
-        break;
-      }
+    constexpr int64_t kFewest = kPanel<accumulate_t<scalar_t>>;
+    const int64_t row_bytes = op.width * patches * static_cast<int64_t>(sizeof(accumulate_t<scalar_t>));
+    const auto group_bytes = [&] { return source_rows(taps, op.out_height) * row_bytes * channels; };
+    while (rows > 1 && group_bytes() + rows * op.out_width * pixel_bytes > blocking.group_bytes) {
+      rows = divide_up(rows, 2);
+    }
+    while (channels > kFewest && group_bytes() > blocking.group_bytes) {
+      channels = round_up(divide_up(channels, 2), kFewest);
     }
   }
   // The most rows of the input that so many rows of the output read.
@@ -214,6 +217,8 @@ class PatchTile {
   using acc_t = accumulate_t<scalar_t>;
   static constexpr int64_t kPatches = kMicroRows;
   static constexpr int64_t kColumns = kMicroPanels * kPanel<acc_t>;  // channels of the result that are summed together
+  // Of a pixel: its sums, and these once more with the channels apart.
+  static constexpr int64_t kPixelBytes = 2 * kPatches * kColumns * static_cast<int64_t>(sizeof(acc_t));
 
   PatchTile(
       const PatchConv2d<scalar_t>& op, const acc_t* weight, const PatchTaps<scalar_t>& taps, const PatchBlocks& blocks)
@@ -345,20 +350,23 @@ inline void patch_conv2d(
     op.batch = 1;
   }
   const PatchTaps<scalar_t> taps(op, kTransposed);
-  const PatchBlocks blocks(op, taps, kMicroRows, blocking.group_bytes);
+  using Tile = PatchTile<kOrder, scalar_t>;
+  const PatchBlocks blocks(op, taps, Tile::kPatches, Tile::kPixelBytes, blocking);
   const int threads = omp_get_max_threads();
   // Allocated here, because no exception may leave the parallel region.
-  std::vector<PatchTile<kOrder, scalar_t>> tiles;
+  std::vector<Tile> tiles;
   for (int thread = 0; thread < threads; ++thread) {
     tiles.emplace_back(op, weight, taps, blocks);
   }
   const int64_t total = op.batch * op.patches, bands = divide_up(op.out_height, blocks.rows);
-  const int64_t groups = divide_up(total, PatchTile<kOrder, scalar_t>::kPatches);
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 4)
-  for (int64_t i = 0; i < groups * bands; ++i) {
-    const int64_t patch = i / bands * kMicroRows, row = i % bands * blocks.rows;
+  const int64_t work = divide_up(total, Tile::kPatches) * bands;
+  // Neighbours in memory for each thread, as long as there is enough for all of them.
+  const int64_t chunk = std::clamp<int64_t>(work / (8 * threads), 1, 4);
+#pragma omp parallel for num_threads(threads) schedule(dynamic, chunk)
+  for (int64_t i = 0; i < work; ++i) {
+    const int64_t patch = i / bands * Tile::kPatches, row = i % bands * blocks.rows;
     tiles[omp_get_thread_num()].run(
-        patch, std::min<int64_t>(kMicroRows, total - patch), row, std::min(row + blocks.rows, op.out_height), store);
+        patch, std::min(Tile::kPatches, total - patch), row, std::min(row + blocks.rows, op.out_height), store);
   }
 }
 

@@ -59,7 +59,8 @@ struct PatchSources {
 
 // Patches in chunks of whole groups, panels of the result's channels (of all groups of the weight) in parts.
 struct PatchWork {
-  static constexpr int64_t kPatches = 12;  // in a group
+  // In a group; on all processors the same, so that sums are.
+  static constexpr int64_t kPatches = 12;
 
   int64_t groups, chunks;
   int64_t panels, parts;
@@ -237,7 +238,6 @@ template <typename scalar_t>
 inline void patch_conv2d_backward(
     PatchConv2d<scalar_t> op, const PatchGradients<scalar_t>& gradients, const PatchBlocking& blocking) {
   using acc_t = accumulate_t<scalar_t>;
-  using Sums = PatchGradientSums<scalar_t>;
   if (op.input.image == op.patches * op.input.patch && gradients.output.image == op.patches * gradients.output.patch) {
     op.patches *= op.batch;  // groups may as well have patches of several images
     op.batch = 1;
@@ -246,11 +246,13 @@ inline void patch_conv2d_backward(
   const int64_t group_panels = divide_up(outputs, kPanel<acc_t>);
   const PatchTaps<scalar_t> taps(op, false);
   const PatchSources<scalar_t> sources(op, taps);
-  const PatchBlocks blocks(op, taps, PatchWork::kPatches, blocking.group_bytes);
   const PatchWork work(op.batch * op.patches, op.groups * group_panels);
+  const int64_t pixel_bytes =
+      divide_up(work.panels, work.parts) * PatchWork::kPatches * kPanel<acc_t> * static_cast<int64_t>(sizeof(acc_t));
+  const PatchBlocks blocks(op, taps, PatchWork::kPatches, pixel_bytes, blocking);
   const int threads = omp_get_max_threads();
   // Allocated here, because no exception may leave the parallel region.
-  std::vector<Sums> sums;
+  std::vector<PatchGradientSums<scalar_t>> sums;
   for (int thread = 0; thread < threads; ++thread) {
     sums.emplace_back(op, gradients, taps, sources, blocks, work);
   }
@@ -261,7 +263,7 @@ inline void patch_conv2d_backward(
 
 #pragma omp parallel for num_threads(threads) schedule(dynamic) ordered
   for (int64_t piece = 0; piece < work.chunks * work.parts; ++piece) {
-    Sums& mine = sums[omp_get_thread_num()];
+    auto& mine = sums[omp_get_thread_num()];
     mine.run(piece);
     const auto [first, end] = work.panels_of(piece);
 #pragma omp ordered
