@@ -18,6 +18,7 @@ _AS_IT_IS, _BETTER, _REST = COLORS["peer"], COLORS["ours"], "0.75"
 _MOST_LAYERS = 20
 _BAR_INCHES = 0.3
 _LONGEST_BAR = 2.0
+_NAME_WIDTH = 36
 
 
 def draw(advice: Advice, path: Path) -> None:
@@ -41,7 +42,7 @@ def draw(advice: Advice, path: Path) -> None:
     _draw_variants(lower, variants, advice)
     inch = 1 / figure.get_figheight()
     title = f"{advice.model} on {advice.inputs}: {ms(advice.seconds.median)} ms"
-    figure.suptitle(title, x=0.01, y=1 - 0.1 * inch, va="top", ha="left", weight="bold", fontsize=11)
+    figure.text(0.01, 1 - 0.1 * inch, title, va="top", weight="bold", fontsize=11)
     note = textwrap.fill(f"Medians of interleaved rounds. {machine_line(advice.machine, advice.settings.threads)}", 165)
     figure.text(0.5, 0.1 * inch, note, ha="center", fontsize=6.5, color="0.35")
     figure.tight_layout(rect=(0, (0.15 + 0.12 * note.count("\n")) * inch, 1, 1 - 0.3 * inch))
@@ -91,8 +92,8 @@ def _draw_variants(axis: Any, variants: Sequence[Measured], advice: Advice) -> N
             axis.plot([ratio.low, min(ratio.high, longest)], [y, y], color="0.35", linewidth=0.9)
         end = min(max(ratio.median, ratio.high), longest)
         axis.text(end, y, label, va="center", fontsize=7.5, bbox=PLAIN if end < 1 else None)
-    _finish(axis, [(AS_IT_IS, ""), *((m.name, "") for m in variants)], "The whole model")
-    _legend(axis, {"recommended": _BETTER, "not": _REST, "noise": "0.93"})
+    _finish(axis, [(AS_IT_IS, ""), *((textwrap.fill(m.name, _NAME_WIDTH), "") for m in variants)], "The whole model")
+    _legend(axis, {"recommended": _BETTER, "not recommended": _REST, "noise": "0.93"})
     axis.set_xlim(0, 1.3 * longest)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
 
