@@ -8,10 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
+from torch.nn.modules.utils import _pair
 
 from .registry import check
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
+    """A number for each of height and width.
+
+    Raises:
+        ValueError: it is a word, as torch.nn.Conv2d takes for its padding.
+    """
+    if isinstance(value, str):
+        raise ValueError(f"{name} must be a number, or one for each of height and width, got {value!r}")
+    return _pair(value)
 
 
 def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:

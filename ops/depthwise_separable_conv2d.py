@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
-from torch.nn.modules.utils import _pair
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..paths import record_path
@@ -23,6 +22,7 @@ from .convolution import (
     empty_output,
     gradient_format,
     output_size,
+    pair,
 )
 from .registry import accumulate_dtype, check, define_op, forbid_double_backward
 
@@ -70,7 +70,7 @@ def depthwise_separable_conv2d(
         \text{dilation}\,(kH - 1) - 1) / \text{stride} \rfloor + 1`, in the memory format of ``input``.
 
     Raises:
-        ValueError: there is no activation of that name.
+        ValueError: there is no activation of that name, or ``padding`` is a word.
         RuntimeError: shapes, dtypes or devices do not go together. The message says what was expected.
     """
     for argument, name in (
@@ -85,9 +85,9 @@ def depthwise_separable_conv2d(
         pointwise_weight,
         depthwise_bias,
         pointwise_bias,
-        _pair(stride),
-        _pair(padding),
-        _pair(dilation),
+        pair("stride", stride),
+        pair("padding", padding),
+        pair("dilation", dilation),
         depthwise_activation or IDENTITY,
     )
     out = _trained_eagerly(arguments) if _trains_eagerly(arguments) else _op(*arguments)
@@ -143,7 +143,7 @@ class DepthwiseSeparableConv2d(nn.Module):
         depthwise_activation, pointwise_activation: names of what follows each convolution.
 
     Raises:
-        ValueError: there is no activation of that name.
+        ValueError: there is no activation of that name, or ``padding`` is a word.
     """
 
     def __init__(
@@ -164,10 +164,10 @@ class DepthwiseSeparableConv2d(nn.Module):
         _check_activation("pointwise_activation", pointwise_activation)
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.kernel_size = _pair(kernel_size)
-        self.stride = _pair(stride)
-        self.padding = _pair(padding)
-        self.dilation = _pair(dilation)
+        self.kernel_size = pair("kernel_size", kernel_size)
+        self.stride = pair("stride", stride)
+        self.padding = pair("padding", padding)
+        self.dilation = pair("dilation", dilation)
         self.channel_multiplier = channel_multiplier
         self.depthwise_activation = depthwise_activation
         self.pointwise_activation = pointwise_activation

@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.utils import _pair
 
-from .convolution import check_dtypes, check_geometry, check_gradient, check_output_size, output_size
+from .convolution import check_dtypes, check_geometry, check_gradient, check_output_size, output_size, pair
 from .registry import accumulate_dtype, check, define_op, forbid_double_backward
 
 
@@ -49,6 +48,7 @@ def patch_conv2d(
         those of ``input`` are.
 
     Raises:
+        ValueError: ``padding`` is a word.
         RuntimeError: shapes, dtypes or devices do not go together. The message says what was expected.
     """
     if weight.dim() == 4 and input.dim() >= 4:  # the operator's groups follow from the shapes
@@ -59,7 +59,8 @@ def patch_conv2d(
                 f"{channels} / {groups}, got {group_channels}"
             )
     unbatched = input.dim() == 4
-    out = _op(input.unsqueeze(0) if unbatched else input, weight, bias, _pair(stride), _pair(padding), _pair(dilation))
+    geometry = pair("stride", stride), pair("padding", padding), pair("dilation", dilation)
+    out = _op(input.unsqueeze(0) if unbatched else input, weight, bias, *geometry)
     return out.squeeze(0) if unbatched else out
 
 
@@ -69,7 +70,7 @@ class PatchConv2d(nn.Conv2d):
     It has the parameters of a :class:`torch.nn.Conv2d`, and loads the state of one.
 
     Raises:
-        ValueError: ``padding_mode`` is not ``"zeros"``, or ``padding`` is neither a number nor a pair.
+        ValueError: ``padding_mode`` is not ``"zeros"``, or ``padding`` is a word.
     """
 
     def __init__(
@@ -88,15 +89,13 @@ class PatchConv2d(nn.Conv2d):
     ) -> None:
         if padding_mode != "zeros":
             raise ValueError(f"padding_mode must be 'zeros', got {padding_mode!r}")
-        if isinstance(padding, str):
-            raise ValueError(f"padding must be a number, or one for each of height and width, got {padding!r}")
         super().__init__(
             in_channels,
             out_channels,
-            _pair(kernel_size),
-            _pair(stride),
-            _pair(padding),
-            _pair(dilation),
+            pair("kernel_size", kernel_size),
+            pair("stride", stride),
+            pair("padding", padding),
+            pair("dilation", dilation),
             groups,
             bias,
             device=device,
