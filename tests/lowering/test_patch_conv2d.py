@@ -1,4 +1,4 @@
-"""What patch_conv2d and its gradients compile to: which kernel takes a call, what it computes, what is fused into it."""
+"""What patch_conv2d and its gradients compile to: which kernel takes a call, what it computes, what fuses into it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from inductor_vision import PatchConv2d, explain, patch_conv2d
 from inductor_vision.lowering import patch_conv2d as lowering
 from inductor_vision.ops.registry import OPS
 from inductor_vision.paths import recorded_paths
-from inductor_vision.tests.support.compare import assert_close, relative_error
+from inductor_vision.tests.support.compare import assert_close
 from inductor_vision.tests.support.compiled import (
     Compiled,
     compile_and_run,
@@ -42,10 +42,7 @@ FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.flo
 BACKWARD = OPS["patch_conv2d_backward"]
 ORDERS = ("patches_first", "channels_first", "channels_last")
 
-# One call: the sample, and which gradients are wanted: None: it is the forward pass.
-Call = tuple[Sample, tuple[str, ...] | None]
-
-# The narrow types in one memory order: each of both costs the compiler dearly.
+# Few of the narrow types, in one memory order: each of both costs the compiler dearly.
 QUICK_FORWARD = {
     FP32: [
         "plain", "numbers", "padding_beyond_the_kernel", "dilation_beyond_the_patch", "kernel_1x1", "channels_3_to_17",
@@ -60,90 +57,117 @@ QUICK_BACKWARD = {
 }
 
 
-def in_dtypes(names: dict[torch.dtype, list[str]]) -> list[Sample]:
-    return [sample(name, dtype) for dtype in names for name in names[dtype]]
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A call of the operator, or of its backward.
+
+    Attributes:
+        wanted: which gradients; None: it is the forward pass.
+        bad: makes some elements of the result's gradient NaN or infinite.
+    """
+
+    sample: Sample
+    wanted: tuple[str, ...] | None = None
+    bad: bool = False
+
+    def __str__(self) -> str:
+        wanted = "" if self.wanted is None else f"-gradients-of-{'-'.join(self.wanted)}"
+        return f"{self.sample.name}-{str(self.dtype)[6:]}{wanted}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.sample.args[0].dtype
+
+    @property
+    def grad(self) -> Tensor:
+        grad = gradient_like(torch.empty(self.sample.case.out_shape, dtype=self.dtype))
+        if self.bad:
+            grad[0, 1, 2, 0, 1] = torch.inf
+            grad[1, 0, 0, -1, -1] = torch.nan
+        return grad
+
+    @property
+    def backward(self) -> tuple[Any, ...]:
+        """The arguments of the backward operator."""
+        return (self.grad, *self.sample.positional, [name in (self.wanted or ()) for name in TENSORS])
+
+    @property
+    def kernels(self) -> list[tuple[str, str]]:
+        """For each kernel that it compiles to, the operator and what is said of it."""
+        layout = self.sample.case.layout.removeprefix("sliced_")
+        order = {"expanded": "channels_first", "patches_last": "channels_first"}.get(layout, layout)
+        if order not in ORDERS or (self.sample.case.channels == 1 and order == "channels_last"):
+            order = "patches_first"
+        if self.wanted is None:
+            return [("patch_conv2d", f"{order}, fused")]
+        sums = [name for name in ("weight", "bias") if name in self.wanted]
+        kernels = [f"gradient of the input, {order}, fused"] if "input" in self.wanted else []
+        kernels += [f"gradients of {', '.join(sums)}"] if sums else []
+        return [("patch_conv2d_backward", kernel) for kernel in kernels]
+
+    def assert_right(self, result: Any) -> None:
+        """What the plain loop gives, laid out as eagerly; a gradient that is not wanted is empty."""
+        s = self.sample
+        if self.wanted is None:
+            eager = patch_conv2d(*s.args, **s.kwargs)
+            assert result.dtype == self.dtype
+            assert strides_of(result) == strides_of(eager), str(self)
+            assert_close(result, oracle(s), self.dtype, str(self))
+            return
+        expected = gradient_oracle(s, self.grad)
+        for name, values, eager in zip(TENSORS, result, BACKWARD(*self.backward)):
+            assert values.dtype == self.dtype
+            assert values.shape == eager.shape and strides_of(values) == strides_of(eager), f"{self}: {name}"
+            if name in self.wanted:
+                assert_close(values, expected[name].reshape(values.shape), self.dtype, f"{self}: gradient of {name}")
+            else:
+                assert values.numel() == 0
 
 
-QUICK: list[Call] = [
-    *((s, None) for s in in_dtypes(QUICK_FORWARD)),
-    *((s, tuple(s.tensors)) for s in in_dtypes(QUICK_BACKWARD)),
+def with_gradients(s: Sample) -> list[Call]:
+    return [Call(s), Call(s, tuple(s.tensors))]
+
+
+def bad_calls(layout: str) -> list[Call]:
+    """With NaN and infinity in the input, the weight, or the gradient: what meets only padding is not multiplied."""
+    s = sample(Case(channels=5, out_channels=3, padding=(3, 2), layout=layout))
+    input, weight = s.args[0].clone(), s.args[1].clone()
+    input[0, 1, 2, 0, 0], input[1, 4, 3, -1, -1] = torch.nan, torch.inf
+    weight[:, :, 0, :], weight[2, 1, 2, 2] = torch.nan, -torch.inf
+    return [Call(s.replace(input=input)), Call(s.replace(weight=weight)), Call(s, tuple(s.tensors), bad=True)]
+
+
+QUICK = [
+    *(Call(sample(name, dtype)) for dtype in QUICK_FORWARD for name in QUICK_FORWARD[dtype]),
+    *(with_gradients(sample(name, dtype))[1] for dtype in QUICK_BACKWARD for name in QUICK_BACKWARD[dtype]),
+    *bad_calls("patches_first"),
 ]
-
-
-def identifier(call: Call) -> str:
-    s, wanted = call
-    return f"{s.name}-{str(s.args[0].dtype)[6:]}{'' if wanted is None else '-backward'}"
-
-
-def wanted_of(call: Call) -> list[bool]:
-    return [name in (call[1] or ()) for name in TENSORS]
-
-
-def gradient_of(s: Sample) -> Tensor:
-    return gradient_like(torch.empty(s.case.out_shape, dtype=s.args[0].dtype))
-
-
-def arguments_of(call: Call) -> tuple[Any, ...]:
-    """Of :func:`run_all`."""
-    s, wanted = call
-    if wanted is None:
-        return None, s.args, s.kwargs
-    return (gradient_of(s), *s.positional, wanted_of(call)), None, None
-
-
-def run_all(calls: Sequence[tuple[Any, ...]]) -> list[Any]:
-    return [
-        BACKWARD(*backward) if backward is not None else patch_conv2d(*args, **kwargs)
-        for backward, args, kwargs in calls
-    ]
 
 
 def compute(calls: Sequence[Call], **options: Any) -> Compiled:
     """All calls in one graph and one source file, which takes little longer to compile than one of them."""
+
+    def run(forward: dict[int, Any], backward: dict[int, Any]) -> dict[int, Any]:
+        results = {i: patch_conv2d(*args, **kwargs) for i, (args, kwargs) in forward.items()}
+        return results | {i: BACKWARD(*arguments) for i, arguments in backward.items()}
+
+    forward = {i: (call.sample.args, call.sample.kwargs) for i, call in enumerate(calls) if call.wanted is None}
+    backward = {i: call.backward for i, call in enumerate(calls) if call.wanted is not None}
     with torch.no_grad():
-        return compile_and_run(run_all, list(map(arguments_of, calls)), config={"cpp_wrapper": True, **options})
-
-
-def kernels_of(call: Call) -> list[tuple[str, str]]:
-    """The operator and what is said of each kernel that a call compiles to."""
-    s, wanted = call
-    layout = s.case.layout.removeprefix("sliced_")
-    order = {"expanded": "channels_first", "patches_last": "channels_first"}.get(layout, layout)
-    if order not in ORDERS or (s.case.channels == 1 and order == "channels_last"):
-        order = "patches_first"
-    if wanted is None:
-        return [("patch_conv2d", f"{order}, fused")]
-    sums = [name for name in ("weight", "bias") if name in wanted]
-    kernels = [("patch_conv2d_backward", f"gradient of the input, {order}, fused")] if "input" in wanted else []
-    return kernels + ([("patch_conv2d_backward", f"gradients of {', '.join(sums)}")] if sums else [])
+        return compile_and_run(run, forward, backward, config={"cpp_wrapper": True, **options})
 
 
 def assert_takes_templates(compiled: Compiled, calls: Sequence[Call]) -> None:
     """Each call, and by those that are meant for it."""
-    expected = [kernel for call in calls for kernel in kernels_of(call)]
+    expected = [kernel for call in calls for kernel in call.kernels]
     assert sorted((path.op, path.detail) for path in compiled.paths) == sorted(expected)
     assert compiled.kinds == ["template"] * len(expected)
     assert compiled.templates == len(expected)
 
 
-def assert_right(call: Call, result: Any) -> None:
-    """What the plain loop gives, laid out as eagerly; a gradient that is not wanted is empty."""
-    s, wanted = call
-    dtype = s.args[0].dtype
-    if wanted is None:
-        eager = patch_conv2d(*s.args, **s.kwargs)
-        assert result.dtype == dtype
-        assert strides_of(result) == strides_of(eager), s.name
-        assert_close(result, oracle(s), dtype, s.name)
-        return
-    expected = gradient_oracle(s, gradient_of(s))
-    for name, values, eager in zip(TENSORS, result, BACKWARD(gradient_of(s), *s.positional, wanted_of(call))):
-        assert values.dtype == dtype
-        assert values.shape == eager.shape and strides_of(values) == strides_of(eager), f"{s.name}: {name}"
-        if name in wanted:
-            assert_close(values, expected[name].reshape(values.shape), dtype, f"{s.name}: gradient of {name}")
-        else:
-            assert values.numel() == 0
+def assert_all_right(compiled: Compiled, calls: Sequence[Call]) -> None:
+    for i, call in enumerate(calls):
+        call.assert_right(compiled.result[i])
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +179,409 @@ def test_every_call_is_a_template(quick):
     assert_takes_templates(quick, QUICK)
 
 
-@pytest.mark.parametrize("i", range(len(QUICK)), ids=map(identifier, QUICK))
+@pytest.mark.parametrize("i", range(len(QUICK)), ids=map(str, QUICK))
 def test_values(quick, i):
-    assert_right(QUICK[i], quick.result[i])
+    QUICK[i].assert_right(quick.result[i])
+
+
+def test_what_meets_only_padding_is_not_multiplied(quick):
+    """A weight of NaN makes NaN where its tap lies on the patch, and nowhere else."""
+    _, weights, _ = range(len(QUICK) - 3, len(QUICK))
+    nan = quick.result[weights].isnan()
+    assert nan.any((1, 2)).any((0, 2)).tolist() == [False] * 3 + [True] * 4 + [False]
+
+
+@pytest.mark.slow
+def test_all_other_cases_and_dtypes():
+    few = ["plain", "channels_37_to_19", "groups_2", "input_channels_first", "input_channels_last"]
+    samples = [sample(name) for name in CASES if name != "depthwise"]
+    samples += [sample(name, dtype) for name in few for dtype in (FP64, BF16, FP16)]
+    samples += [sample("depthwise", dtype) for dtype in (FP64, BF16)]
+    calls = [call for s in samples for call in with_gradients(s)]
+    calls += [call for layout in ORDERS[1:] for call in bad_calls(layout)]
+    compiled = compute(calls)
+    assert_takes_templates(compiled, calls)
+    assert_all_right(compiled, calls)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("simdlen,bits", [(256, 256), (1, 0)])
+def test_narrow_or_no_vectors(simdlen, bits):
+    names = ["plain", "channels_37_to_19", "input_channels_first", "channels_last_strided", "groups_3_of_17"]
+    samples = [*map(sample, names), *(sample("plain", dtype) for dtype in (FP64, BF16, FP16))]
+    calls = [call for s in samples for call in with_gradients(s)]
+    with config.patch({"cpp.simdlen": simdlen}):
+        isa = pick_vec_isa()
+        assert (isa.bit_width() if isa else 0) == bits
+        compiled = compute(calls)
+    assert_takes_templates(compiled, calls)
+    assert_all_right(compiled, calls)
+
+
+def few_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of patches are cut into bands of rows and blocks of channels everywhere, as large ones are."""
+    monkeypatch.setattr(lowering, "cache_bytes", lambda: 4096)
+
+
+@pytest.mark.slow
+def test_work_that_is_cut_into_blocks(monkeypatch):
+    few_bytes(monkeypatch)
+    names = ["plain", "stride_padding_dilation", "padding_beyond_the_kernel", "kernel_5x5", "channels_37_to_19",
+             "channels_64_to_40", "groups_4_of_16", "batch_3_of_7", "patch_17x13", "channels_first_strided",
+             "channels_last_strided"]  # fmt: skip
+    calls = [call for name in names for call in with_gradients(sample(name))]
+    compiled = compute(calls)
+    assert compiled.source.count("PatchBlocking blocking{2048}") >= len(calls)
+    assert_takes_templates(compiled, calls)
+    assert_all_right(compiled, calls)
+
+
+@pytest.mark.slow
+def test_only_what_is_wanted():
+    """Values are those of all gradients together, to the bit."""
+    every = [("input",), ("weight",), ("bias",), ("input", "bias"), ("weight", "bias")]
+    s = sample("patches_13")
+    calls = [Call(s, wanted) for wanted in (TENSORS, *every)]
+    compiled = compute(calls)
+    assert_takes_templates(compiled, calls)
+    for i, call in enumerate(calls):
+        for name, result, together in zip(TENSORS, compiled.result[i], compiled.result[0]):
+            assert torch.equal(result, together) if name in call.wanted else result.numel() == 0
+
+
+def test_nothing_wanted():
+    compiled = compute([Call(sample("plain"), ())])
+    assert compiled.templates == 0
+    assert [result.shape for result in compiled.result[0]] == [(0,)] * 3
+
+
+# What no template takes
+
+
+def test_depthwise_convolutions_are_left_to_aten():
+    s = sample("depthwise").requiring_grad("input", "weight")
+    paths = explain(lambda *args: patch_conv2d(*args, **s.kwargs), *s.args).paths
+    assert [(path.op, path.kind) for path in paths] == [
+        ("patch_conv2d", "decomposition"),
+        ("patch_conv2d_backward", "decomposition"),
+    ]
+    assert all("a depthwise convolution has one output for each input channel" in path.detail for path in paths)
+
+
+@pytest.mark.parametrize(
+    "name,dtype,taken",
+    [
+        ("depthwise", FP32, False),
+        ("depthwise", FP64, True),
+        ("depthwise", BF16, True),
+        ("depthwise_multiplier", FP32, True),
+        ("groups_of_one_channel", FP32, True),
+        ("groups_of_one_output", FP32, True),
+        ("channels_1_to_1", FP32, True),
+    ],
+)
+def test_which_groups_a_template_takes(name, dtype, taken):
+    """In float64 and bfloat16 aten has no fast depthwise convolution either."""
+    call = Call(sample(name, dtype), TENSORS)
+    assert (lowering._refusal(*call.sample.positional) is None) == taken
+    assert (lowering._refusal_backward(*call.backward) is None) == taken
+
+
+@pytest.mark.slow
+def test_a_stride_that_is_no_constant_is_left_to_aten():
+    s = sample(Case(size=(9, 9)))
+
+    def strided(x: Tensor, stride: int) -> Tensor:
+        return patch_conv2d(x, *s.args[1:], stride=stride)
+
+    with torch._dynamo.config.patch(assume_static_by_default=False):
+        (path,) = explain(strided, s.args[0], 2).paths
+    assert path.kind == "decomposition"
+    assert path.detail == "stride, padding and dilation must be constants"
+
+
+# Neighbours
+
+
+class Block(nn.Module):
+    """Convolution, batch norm, activation, residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = PatchConv2d(16, 16, 3, padding=1)
+        self.norm = nn.BatchNorm3d(16).eval()  # of [B, C, N, H, W]
+        for values in (self.norm.weight, self.norm.bias, self.norm.running_mean):
+            nn.init.normal_(values)
+        nn.init.uniform_(self.norm.running_var, 0.5, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The convolution's own result, and the block's."""
+        own = self.conv(x)
+        return own, self.norm(own.transpose(1, 2)).transpose(1, 2).relu() + x
+
+    def reference(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return copy.deepcopy(self).double()(x.double())
+
+
+class Blocks(nn.Module):
+    """Blocks of which only the result is used, and blocks whose convolution is used as well."""
+
+    KINDS = tuple((own, layout) for own in (False, True) for layout in ORDERS)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in self.KINDS)
+        self.calls = [sample(Case(channels=16, out_channels=16, layout=layout)).args[0] for _, layout in self.KINDS]
+
+    def forward(self, calls: list[Tensor]) -> list[tuple[Tensor, ...]]:
+        results = [block(call) for block, call in zip(self.blocks, calls)]
+        return [result if own else result[1:] for result, (own, _) in zip(results, self.KINDS)]
+
+
+def test_bias_norm_activation_and_residual_are_fused():
+    """Frozen, so that all generated code is the templates'."""
+    network = Blocks()
+    with torch.no_grad():
+        compiled = compile_and_run(network, network.calls, config={"freezing": True, "cpp_wrapper": True})
+        assert compiled.templates == compiled.fused == compiled.kernels == len(network.KINDS)
+        for kind, block, call, results in zip(network.KINDS, network.blocks, network.calls, compiled.result):
+            expected = block.reference(call)
+            for result, values in zip(results, expected if kind[0] else expected[1:]):
+                assert_close(result, values, FP32, str(kind))
+                assert result.stride() == call.stride()
+
+
+def nearest_other_order(x: Tensor) -> Tensor:
+    """Twice the values, written with neighbouring channels."""
+    return (2 * x).permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+
+
+EPILOGUES: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "batch": lambda y, x: y.flatten(0, 1).relu(),
+    "flatten": lambda y, x: y.flatten(2).relu(),
+    "permute": lambda y, x: y.permute(0, 2, 1, 3, 4).relu(),
+    "permute_contiguous": lambda y, x: y.permute(0, 2, 1, 3, 4).contiguous() + 1,
+    "last_contiguous": lambda y, x: y.permute(0, 1, 3, 4, 2).contiguous() + 1,
+    "slice": lambda y, x: y[:, 1:4, 2:].relu(),
+    "broadcast": lambda y, x: y[:, :, :, None] * torch.ones(1, 1, 1, 3, 1, 1),
+    "gate": lambda y, x: y * x.mean((3, 4), keepdim=True).sigmoid(),
+    "convert": lambda y, x: y.sigmoid().double(),
+    "in_place": lambda y, x: y.add_(x).relu_().mul_(2),
+    "fan": lambda y, x: (y, y.relu(), y.relu() * x, y.mean((3, 4))),
+    "flip": lambda y, x: y + y.flip(3),
+    "pool": lambda y, x: nn.functional.avg_pool2d(y.flatten(0, 1).relu(), 2),
+    "cat": lambda y, x: torch.cat([y, x], 2),
+    "residual_of_another_order": lambda y, x: (y + nearest_other_order(x)).relu(),
+    "fold": lambda y, x: y.relu().permute(0, 2, 1, 3, 4).reshape(2, 16, 25, 4).sum(2),
+}
+
+
+def flat(results: Any) -> list[Tensor]:
+    return list(results) if isinstance(results, (tuple, list)) else [results]
+
+
+@pytest.mark.slow
+def test_epilogues_of_all_shapes():
+    keys = [(name, layout) for name in EPILOGUES for layout in ORDERS]
+    samples = {key: sample(Case(channels=16, out_channels=16, layout=key[1])) for key in keys}
+    # Each call's input is its own, or all calls would be one.
+    calls = [(*key, (s.args[0] * (i + 1), *s.args[1:])) for i, (key, s) in enumerate(samples.items())]
+
+    def run(calls):
+        return [flat(EPILOGUES[name](patch_conv2d(*args, padding=1), args[0])) for name, _, args in calls]
+
+    compiled = compile_and_run(run, calls, config={"cpp_wrapper": True})
+    assert compiled.templates == len(calls)
+    assert compiled.fused > len(EPILOGUES)
+    for (name, layout, args), results in zip(calls, compiled.result):
+        expected = EPILOGUES[name](oracle(samples[name, layout].replace(input=args[0])), args[0].double())
+        for result, values in zip(results, flat(expected)):
+            assert_close(result, values, FP32, f"{name}, {layout}")
+
+
+# Training
+
+
+class Network(nn.Module):
+    """Two layers in two memory orders."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = PatchConv2d(3, 16, 3, padding=1)
+        self.second = PatchConv2d(16, 16, 3, stride=2, padding=1, groups=2)
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self.second(self.first(x).relu()).relu(), self.second(self.first(y).relu()).relu()
+
+
+def patches(batch: int, number: int, *size: int) -> tuple[Tensor, Tensor]:
+    samples = [sample(Case(batch, number, 3, 16, size, layout=layout)) for layout in ("patches_first", "channels_last")]
+    return samples[0].args[0], samples[1].args[0]
+
+
+def train(network: Callable[..., tuple[Tensor, Tensor]], parameters: Sequence[Tensor], *inputs: Tensor) -> list[Tensor]:
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    one, other = network(*leaves)
+    return list(torch.autograd.grad(one.square().sum() + other.sin().sum(), [*leaves, *parameters]))
+
+
+def test_one_compilation_serves_all_sizes_in_training():
+    network = Network()
+    parameters = list(network.parameters())
+
+    def assert_right(results: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+        exact = copy.deepcopy(network).double()
+        expected = train(exact, list(exact.parameters()), *(x.double() for x in inputs))
+        for result, values in zip(results, expected):
+            assert_close(result, values, FP32, f"{tuple(inputs[0].shape)}")
+            assert result.stride() == values.stride()
+
+    def run(network: Callable[..., Any], *inputs: Tensor) -> list[Tensor]:
+        return train(network, parameters, *inputs)
+
+    compiled = compile_and_run(network, *patches(4, 5, 7, 6), dynamic=True, run=run, config={"cpp_wrapper": True})
+    assert {(path.op, path.kind) for path in compiled.paths} == {
+        ("patch_conv2d", "template"),
+        ("patch_conv2d_backward", "template"),
+    }
+    assert compiled.templates == 12  # each layer twice, forward and two kernels backward
+    assert_right(compiled.result, patches(4, 5, 7, 6))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for sizes in [(2, 7, 5, 3), (3, 13, 8, 8), (5, 2, 4, 3)]:
+            assert_right(run(compiled.function, *patches(*sizes)), patches(*sizes))
+
+
+@pytest.mark.slow
+def test_double_backward_is_an_error():
+    s = sample("plain").requiring_grad()
+    function = torch.compile(patch_conv2d, fullgraph=True)
+    (gradient,) = torch.autograd.grad(function(*s.args, **s.kwargs).square().sum(), s.args[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        gradient.sum().backward()
+
+
+def test_autocast_computes_in_lower_precision():
+    s = sample("channels_last_strided")
+    with torch.autocast("cpu", BF16), torch.no_grad():
+        compiled = compile_and_run(lambda: patch_conv2d(*s.args, **s.kwargs))
+    assert compiled.kinds == ["template"]
+    assert compiled.result.dtype == BF16
+    assert_close(compiled.result, oracle(s), BF16)
+
+
+@pytest.mark.slow
+def test_gradients_of_many_patches_are_accurate():
+    """Sums of 20480 x 16 products, in float32."""
+    s = sample(Case(batch=1, patches=20480, channels=32, out_channels=64, size=(4, 4)))
+    call = Call(s, TENSORS)
+    compiled = compute([call])
+    assert_takes_templates(compiled, [call])
+    exact = BACKWARD(*(t.double() if isinstance(t, Tensor) else t for t in call.backward))
+    for name, result, expected in zip(TENSORS, compiled.result[0], exact):
+        assert_close(result, expected, FP32, f"gradient of {name}")
+
+
+def test_wrong_shapes_are_the_same_error_as_in_eager_mode():
+    right = sample("plain")
+    for wrong in (right.replace(input=right.args[0][:, :, 1:]), right.replace(bias=right.args[2][:-1])):
+        with pytest.raises(RuntimeError) as eager:
+            patch_conv2d(*wrong.args, **wrong.kwargs)
+        with pytest.raises(RuntimeError) as compiled:
+            compile_and_run(lambda wrong=wrong: patch_conv2d(*wrong.args, **wrong.kwargs))
+        assert str(eager.value).startswith("patch_conv2d: ")
+        assert str(eager.value) in str(compiled.value)
+
+
+# Packages
+
+
+class Packaged(nn.Module):
+    """A layer of each memory order, all of the same weight, and its gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = PatchConv2d(20, 40, 3, padding=1)
+
+    def forward(self, *orders: Tensor) -> tuple[Tensor, ...]:
+        results = tuple(self.conv(x).relu() for x in orders)
+        geometry = [1, 1], [1, 1], [1, 1]
+        return *results, *BACKWARD(results[0], orders[0], self.conv.weight, self.conv.bias, *geometry, [True] * 3)
+
+    def reference(self, *orders: Tensor) -> tuple[Tensor, ...]:
+        return copy.deepcopy(self).double()(*(x.double() for x in orders))
+
+
+def call_of(batch: int, number: int, *size: int) -> tuple[Tensor, ...]:
+    return tuple(sample(Case(batch, number, 20, 40, size, layout=layout)).args[0] for layout in ORDERS)
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory) -> tuple[pathlib.Path, Packaged]:
+    """Compiled ahead of time, for all numbers and sizes of patches; the work is cut into blocks."""
+    network = Packaged()
+    shape = {0: Dim("batch", max=64), 1: Dim("number", max=2048), 3: Dim("height", max=64), 4: Dim("width", max=64)}
+    path = tmp_path_factory.mktemp("package") / "network.pt2"
+    with torch.no_grad(), pytest.MonkeyPatch.context() as monkeypatch, recorded_paths() as paths:
+        few_bytes(monkeypatch)
+        exported = torch.export.export(network, call_of(3, 7, 4, 5), dynamic_shapes=((shape,) * 3,))
+        torch._inductor.aoti_compile_and_package(exported, package_path=str(path))
+    assert [path.kind for path in paths] == ["template"] * 5
+    return path, network
+
+
+@pytest.mark.slow
+def test_packages_have_fused_kernels_and_packed_weights(package):
+    with zipfile.ZipFile(package[0]) as archive:
+        sources = {name: archive.read(name).decode() for name in archive.namelist() if name.endswith(".cpp")}
+    (kernels,) = (text for name, text in sources.items() if name.endswith(".kernel.cpp"))
+    assert kernels.count('extern "C"') == 5
+    forward, backward = "1, 3, 9, 20, 16", "1, 2, 9, 40, 16"
+    assert sorted(constants_of_package(package[0])) == sorted([forward, backward, "40"])
+
+
+RUN_PACKAGE = """
+import os, sys
+import torch
+
+def working_threads():
+    return len(os.listdir("/proc/self/task")) if os.path.exists("/proc/self/task") else 0
+
+model = torch._inductor.aoti_load_package(sys.argv[1])
+calls, results, working = torch.load(sys.argv[2]), {}, {}
+for threads in (1, 2, 3, 5):
+    torch.set_num_threads(threads)
+    results[threads] = [model(*call) for call in calls]
+    working[threads] = working_threads()
+present = {name.partition(".")[0] for name in sys.modules}
+assert not present & {"inductor_vision", "torchvision"}, present
+torch.save((results, working), sys.argv[3])
+"""
+
+
+@pytest.fixture(scope="module")
+def package_results(package, tmp_path_factory):
+    """What the package computes in a process of its own, with 1, 2, 3 and 5 threads."""
+    folder = tmp_path_factory.mktemp("run")
+    calls = [call_of(3, 7, 4, 5), call_of(2, 1, 1, 1), call_of(5, 129, 4, 4), call_of(1, 13, 9, 17)]
+    torch.save(calls, folder / "calls.pt")
+    run_python(RUN_PACKAGE, str(package[0]), str(folder / "calls.pt"), str(folder / "results.pt"))
+    return calls, *torch.load(folder / "results.pt")
+
+
+@pytest.mark.slow
+def test_packages_run_alone_on_all_sizes(package, package_results):
+    calls, results, _ = package_results
+    with torch.no_grad():
+        for call, result in zip(calls, results[2]):
+            for values, expected in zip(result, package[1].reference(*call), strict=True):
+                assert_close(values, expected, FP32, f"{tuple(call[0].shape)}")
+
+
+@pytest.mark.slow
+def test_every_number_of_threads_gives_the_same_bits(package_results):
+    _, results, working = package_results
+    for threads in (2, 3, 5):
+        for few, many in zip(results[1], results[threads]):
+            assert all(map(torch.equal, few, many))
+    if working[1]:
+        assert [working[threads] - working[1] for threads in (2, 3, 5)] == [1, 2, 4]
