@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
 
 from ...ops.patch_conv2d import CHANNELS_LAST, Arguments, arranged, patch_conv2d
 from ...ops.registry import OPS
@@ -53,7 +54,8 @@ def _gradients(
     program: Any = backends.Function(functools.partial(_call, function, a))
     if compiled:
         program = torch.compile(program, fullgraph=True)
-    result = program(*leaves)
+    with functorch_config.patch(donated_buffer=False):  # gradients are asked for again and again
+        result = program(*leaves)
 
     def call() -> tuple[Tensor, ...]:
         return torch.autograd.grad(result, leaves, grad, retain_graph=True)
