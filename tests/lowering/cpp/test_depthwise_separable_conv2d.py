@@ -9,12 +9,12 @@ import pytest
 from inductor_vision.tests.support.cpp import CAPABILITIES, run_sanitized
 
 SOURCE = pathlib.Path(__file__).with_name("depthwise_separable_conv2d_test.cpp")
-OPTIMIZATION = "-O1"
+OPTIMIZATION = "-O0"  # to optimize this program would take longer than to run it as it is
 
 pytestmark = pytest.mark.slow
 
 # How many calls of random shape, besides those in the source; without vector instructions a call takes long.
-RANDOM_CALLS = {"AVX-512": 100, "AVX2": 100, "no vector instructions": 10}
+RANDOM_CALLS = {"AVX-512": 60, "AVX2": 60, "no vector instructions": 10}
 
 
 @pytest.mark.parametrize("name", CAPABILITIES)
