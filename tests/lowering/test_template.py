@@ -12,9 +12,10 @@ import torch
 from inductor_vision import DeformConv2d, deform_conv2d, roi_align
 from inductor_vision.lowering.template import splice_header
 from inductor_vision.tests.support.compare import assert_close
-from inductor_vision.tests.support.compiled import compile_and_run
+from inductor_vision.tests.support.compiled import Compiled, compile_and_run
 from inductor_vision.tests.support.deform_conv2d import Case, Sample, oracle, sample
 from torch import Tensor, nn
+from torch._inductor.cpu_vec_isa import pick_vec_isa
 
 FP32, BF16 = torch.float32, torch.bfloat16
 
@@ -74,10 +75,17 @@ class Blocks(nn.Module):
         return [result if own else result[1:] for result, (own, _, _) in zip(results, self.KINDS)]
 
 
-def test_bias_norm_activation_and_residual_are_fused():
+@pytest.fixture(scope="module")
+def blocks() -> tuple[Blocks, Compiled]:
     network = Blocks()
     with torch.no_grad():
         compiled = compile_and_run(network, network.calls, config={"freezing": True, "cpp_wrapper": True})
+    return network, compiled
+
+
+def test_bias_norm_activation_and_residual_are_fused(blocks):
+    network, compiled = blocks
+    with torch.no_grad():
         assert compiled.templates == compiled.fused == compiled.kernels == len(network.KINDS)
         for kind, block, call, results in zip(network.KINDS, network.blocks, network.calls, compiled.result):
             own, dtype, _ = kind
@@ -85,6 +93,19 @@ def test_bias_norm_activation_and_residual_are_fused():
             for result, values in zip(results, expected if own else expected[1:]):
                 assert_close(result, values, dtype, str(kind))
                 assert result.stride() == call[0].stride()
+
+
+def test_what_is_fused_is_vectorized(blocks):
+    """Whole vectors of a block's values are loaded, of neighbours in either memory format, and no single ones."""
+    if not pick_vec_isa():
+        pytest.skip("Inductor has no vector instructions for this CPU")
+    network, compiled = blocks
+    source = compiled.source.replace("\\n", "\n")
+    whole = re.findall(
+        r"Vectorized<float>::loadu\((\w+)_block \+ static_cast<int64_t>\(x3 .*<int64_t>\(\d+\)\);", source
+    )
+    assert len(whole) == len(set(whole)) == len(network.KINDS)
+    assert not re.search(r"\w+_block\[", source)
 
 
 EPILOGUES: dict[str, Callable[[Tensor, Tensor], Any]] = {
