@@ -202,7 +202,7 @@ CASES = {
     "one_row": Case(size=(1, 23)),
     "one_column": Case(size=(23, 1)),
     "width_28": Case(channels=3, size=(9, 28), first="relu6"),
-    "width_130": Case(batch=1, channels=3, size=(5, 130), first="relu"),
+    "width_130": Case(batch=1, channels=3, size=(5, 130), first="relu6"),
     "wide": Case(batch=1, channels=5, size=(3, 67)),
     "tall": Case(batch=1, channels=5, size=(67, 3)),
     **{f"input_{layout}": Case(channels=18, first="relu6", layout=layout) for layout in LAYOUTS[1:]},
