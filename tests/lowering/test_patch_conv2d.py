@@ -45,16 +45,12 @@ ORDERS = ("patches_first", "channels_first", "channels_last")
 # Few of the narrow types, in one memory order: each of both costs the compiler dearly.
 QUICK_FORWARD = {
     FP32: [
-        "plain", "numbers", "padding_beyond_the_kernel", "dilation_beyond_the_patch", "kernel_1x1", "channels_3_to_17",
-        "channels_64_to_40", "groups_3_of_17", "no_patches", "patches_13", "batch_3_of_7", "input_channels_first",
-        "input_channels_last", "input_stepped", "unbatched_channels_first", "weight_permuted",
+        "plain", "numbers", "padding_beyond_the_kernel", "channels_3_to_17", "channels_64_to_40", "groups_3_of_17",
+        "no_patches", "patches_13", "batch_3_of_7", "input_channels_last", "input_stepped", "unbatched_channels_first",
     ],
     BF16: ["channels_last_strided"],
 }  # fmt: skip
-QUICK_BACKWARD = {
-    FP32: ["plain", "numbers", "padding_beyond_the_kernel", "groups_3_of_17", "no_patches", "patches_13"],
-    BF16: ["channels_last_strided"],
-}
+QUICK_BACKWARD = {FP32: ["plain", "numbers", "groups_3_of_17", "no_patches", "patches_13"]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -415,7 +411,7 @@ def test_epilogues_of_all_shapes():
 
 
 class Network(nn.Module):
-    """Two layers in two memory orders."""
+    """Two layers, each of patches in another memory order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -423,12 +419,13 @@ class Network(nn.Module):
         self.second = PatchConv2d(16, 16, 3, stride=2, padding=1, groups=2)
 
     def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return self.second(self.first(x).relu()).relu(), self.second(self.first(y).relu()).relu()
+        return self.first(x).relu(), self.second(y).relu()
 
 
 def patches(batch: int, number: int, *size: int) -> tuple[Tensor, Tensor]:
-    samples = [sample(Case(batch, number, 3, 16, size, layout=layout)) for layout in ("patches_first", "channels_last")]
-    return samples[0].args[0], samples[1].args[0]
+    kinds = (3, "patches_first"), (16, "channels_last")
+    x, y = (sample(Case(batch, number, channels, 16, size, layout=layout)).args[0] for channels, layout in kinds)
+    return x, y
 
 
 def train(network: Callable[..., tuple[Tensor, Tensor]], parameters: Sequence[Tensor], *inputs: Tensor) -> list[Tensor]:
@@ -451,12 +448,12 @@ def test_one_compilation_serves_all_sizes_in_training():
     def run(network: Callable[..., Any], *inputs: Tensor) -> list[Tensor]:
         return train(network, parameters, *inputs)
 
-    compiled = compile_and_run(network, *patches(4, 5, 7, 6), dynamic=True, run=run, config={"cpp_wrapper": True})
+    compiled = compile_and_run(network, *patches(4, 5, 7, 6), dynamic=True, run=run)
     assert {(path.op, path.kind) for path in compiled.paths} == {
         ("patch_conv2d", "template"),
         ("patch_conv2d_backward", "template"),
     }
-    assert compiled.templates == 12  # each layer twice, forward and two kernels backward
+    assert compiled.templates == 6  # for each layer one forward and two backward
     assert_right(compiled.result, patches(4, 5, 7, 6))
     with torch.compiler.set_stance("fail_on_recompile"):
         for sizes in [(2, 7, 5, 3), (3, 13, 8, 8), (5, 2, 4, 3)]:
