@@ -18,7 +18,7 @@ import torch
 import torch._inductor.lowering  # from here on this package is among its tables
 import torch.nn.functional as F
 from inductor_vision import fuse_depthwise_separable
-from inductor_vision.lowering import registry
+from inductor_vision.lowering import depthwise_separable_pass, registry
 from inductor_vision.lowering.depthwise_separable_pass import FuseDepthwiseSeparable
 from inductor_vision.paths import recorded_paths
 from inductor_vision.tests.support.compare import assert_close
@@ -260,12 +260,21 @@ def test_images_of_any_size(dynamic):
     assert_close(exported(x), model(x), torch.float32)
 
 
+@pytest.fixture
+def plain_processor(monkeypatch) -> None:
+    """One that multiplies float32 and float64 alone, wherever the test runs."""
+    known = {name: value for name, value in torch.cpu.get_capabilities().items() if not name.endswith(("bf16", "fp16"))}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.usefixtures("plain_processor")
 @torch.no_grad()
 def test_dtypes(dtype):
     assert_fused(block(nn.ReLU6()).to(dtype), torch.randn(IMAGE, dtype=dtype), dtype=dtype)
 
 
+@pytest.mark.usefixtures("plain_processor")
 @torch.no_grad()
 def test_norms_in_float32_of_a_model_in_bfloat16():
     model = block(nn.ReLU6())
@@ -296,6 +305,7 @@ def test_gradients():
         assert_close(gradient, wanted, torch.float32)
 
 
+@pytest.mark.usefixtures("plain_processor")
 @torch.no_grad()
 def test_autocast():
     model, x = block(nn.ReLU6()), torch.randn(IMAGE)
@@ -424,6 +434,45 @@ def test_other_devices():
 def test_no_kernel():
     with config.patch(cpu_backend="triton"):
         assert_left(block(nn.ReLU6()), torch.randn(IMAGE), why="torch._inductor.config.cpu_backend is 'triton'")
+
+
+LOSES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
+    "weight": (
+        lambda: nn.Sequential(depthwise(512), pointwise(512, 512)),
+        (4, 512, 14, 14),
+        "its pointwise weight is too large",
+    ),
+    "stride": (
+        lambda: nn.Sequential(depthwise(96, stride=2), pointwise(96, 24)),
+        (8, 96, 112, 112),
+        "most of the time goes into reading 36 MB of memory",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOSES)
+@torch.no_grad()
+def test_where_it_would_not_be_faster(name, monkeypatch):
+    """It depends on the size of the image, on the machine, and on the number of images."""
+    model, size, why = LOSES[name]
+    monkeypatch.setattr(depthwise_separable_pass, "cache_bytes", lambda: 512 << 10)
+    assert_left(model(), torch.randn(size), why=why)
+    assert len(Rewritten(model(), torch.randn(1, *size[1:])).calls) == 1
+    assert len(Rewritten(model(), torch.randn(size), dynamic=True).calls) == 1  # it is not known then
+    monkeypatch.setattr(depthwise_separable_pass, "cache_bytes", lambda: 4 << 20)
+    assert len(Rewritten(model(), torch.randn(size)).calls) == 1
+
+
+@pytest.mark.parametrize(("dtype", "has"), [(torch.bfloat16, "amx_bf16"), (torch.float16, "avx512_fp16")])
+@torch.no_grad()
+def test_processors_with_low_precision_products(dtype, has, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {has: True})
+    image = torch.randn(IMAGE)
+    assert_left(block(nn.ReLU6()).to(dtype), image.to(dtype), why=f"multiplies {dtype} by itself")
+    other = {torch.bfloat16: torch.float16, torch.float16: torch.bfloat16}[dtype]
+    assert len(Rewritten(block(nn.ReLU6()).to(other), image.to(other)).calls) == 1
+    with torch.autocast("cpu", dtype):
+        assert_left(block(nn.ReLU6()), image, why=f"multiplies {dtype} by itself")
 
 
 @torch.no_grad()

@@ -1,0 +1,175 @@
+"""Convolutions, batch norms and activations in graphs: the same for each form that a call may have.
+
+Graphs of Dynamo consist of functions and methods of torch, those of ``torch.export`` of aten operators; both of them in
+place or not, with arguments by position or by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import Node
+from torch.nn.modules.utils import _pair
+
+_aten = torch.ops.aten
+
+
+def _parameters(names: str, **defaults: Any) -> dict[str, Any]:
+    return {name: defaults.get(name) for name in names.split()}
+
+
+_CONVOLUTION = _parameters(
+    "input weight bias stride padding dilation groups", stride=1, padding=0, dilation=1, groups=1
+)
+
+_CONVOLUTIONS = (torch.conv2d, F.conv2d, _aten.conv2d.default, _aten.conv2d.padding)
+
+_NORM = _parameters("input weight bias running_mean running_var training momentum eps cudnn_enabled", eps=1e-5)
+
+_NORMS = {
+    F.batch_norm: _parameters(
+        "input running_mean running_var weight bias training momentum eps", training=False, eps=1e-5
+    ),
+    torch.batch_norm: _NORM,
+    _aten.batch_norm.default: _NORM,
+}
+
+# What computes an activation; the first argument is its input, others must be as given here, where given.
+_ACTIVATIONS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+    "relu": (
+        (F.relu, torch.relu, torch.relu_, "relu", "relu_", _aten.relu.default, _aten.relu_.default),
+        {},
+    ),
+    "relu6": (
+        (
+            F.relu6,
+            F.hardtanh,
+            F.hardtanh_,
+            _aten.relu6.default,
+            _aten.relu6_.default,
+            _aten.hardtanh.default,
+            _aten.hardtanh_.default,
+        ),
+        {"min_val": 0, "max_val": 6},
+    ),
+    "leaky_relu": (
+        (F.leaky_relu, F.leaky_relu_, _aten.leaky_relu.default, _aten.leaky_relu_.default),
+        {"negative_slope": 0.01},
+    ),
+    "hardsigmoid": ((F.hardsigmoid, _aten.hardsigmoid.default, _aten.hardsigmoid_.default), {}),
+    "hardswish": ((F.hardswish, _aten.hardswish.default, _aten.hardswish_.default), {}),
+    "silu": ((F.silu, _aten.silu.default, _aten.silu_.default), {}),
+    "gelu": ((F.gelu, _aten.gelu.default, _aten.gelu_.default), {"approximate": "none"}),
+}
+_NAMES = {target: name for name, (targets, _) in _ACTIVATIONS.items() for target in targets}
+
+
+def _bind(node: Node, parameters: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments by name."""
+    return {**parameters, **dict(zip(parameters, node.args)), **node.kwargs}
+
+
+def value_of(node: Any) -> Any:
+    """The tensor that a node has for a value, a fake one."""
+    for key in ("example_value", "val"):
+        if key in node.meta:
+            return node.meta[key]
+    if node.op == "get_attr" and node.graph.owning_module is not None:
+        return operator.attrgetter(node.target)(node.graph.owning_module)
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Convolution:
+    """A call of conv2d; the tensors are nodes."""
+
+    node: Node
+    input: Node
+    weight: Node
+    bias: Node | None
+    stride: tuple[Any, ...]
+    padding: tuple[Any, ...] | str
+    dilation: tuple[Any, ...]
+    groups: int
+
+    @property
+    def tensors(self) -> list[Node]:
+        return [tensor for tensor in (self.input, self.weight, self.bias) if tensor is not None]
+
+    @property
+    def is_depthwise(self) -> bool:
+        return self.groups > 1 and value_of(self.weight).shape[1] == 1 and value_of(self.input).shape[-3] == self.groups
+
+    @property
+    def is_pointwise(self) -> bool:
+        kernel = tuple(value_of(self.weight).shape[2:])
+        padded = not isinstance(self.padding, str) and any(self.padding)  # a 1 x 1 kernel has no "same" to pad for
+        return kernel == (1, 1) and self.stride == (1, 1) and not padded and self.groups == 1
+
+    def __str__(self) -> str:
+        channels, _, *kernel = value_of(self.weight).shape
+        return f"{self.node} ({' x '.join(map(str, kernel))}, {channels} channels)"
+
+
+def convolution_of(node: Node) -> Convolution | None:
+    if node.op != "call_function" or node.target not in _CONVOLUTIONS:
+        return None
+    a = _bind(node, _CONVOLUTION)
+    if any(not isinstance(value_of(tensor), Tensor) for tensor in (a["input"], a["weight"])):
+        return None
+    if not isinstance(a["groups"], int):  # not known when it is compiled
+        return None
+    if not isinstance(a["padding"], str):
+        a["padding"] = tuple(_pair(a["padding"]))
+    for name in ("stride", "dilation"):
+        a[name] = tuple(_pair(a[name]))
+    return Convolution(node, **a)
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """A call of batch_norm; the tensors are nodes."""
+
+    node: Node
+    running_mean: Node | None
+    running_var: Node | None
+    weight: Node | None
+    bias: Node | None
+    training: bool
+    eps: float | Node  # a node where all numbers are dynamic
+
+    @property
+    def tensors(self) -> list[Node]:
+        tensors = self.running_mean, self.running_var, self.weight, self.bias
+        return [tensor for tensor in tensors if tensor is not None]
+
+    @property
+    def parameters(self) -> list[Node]:
+        return [*self.tensors, *([self.eps] if isinstance(self.eps, Node) else [])]
+
+
+def norm_of(node: Node | None, input: Node) -> Norm | None:
+    if node is None or node.op != "call_function" or node.target not in _NORMS:
+        return None
+    a = _bind(node, _NORMS[node.target])
+    if a["input"] is not input:
+        return None
+    return Norm(node, *(a[field.name] for field in dataclasses.fields(Norm)[1:]))
+
+
+def activation_of(node: Node | None) -> str | None:
+    if node is None or node.op not in ("call_function", "call_method") or node.target not in _NAMES:
+        return None
+    name = _NAMES[node.target]
+    wanted = _ACTIVATIONS[name][1]
+    if node.target in (F.relu6, _aten.relu6.default, _aten.relu6_.default):
+        wanted = {}
+    # The limits of hardtanh are -1 and 1 unless they are given; other defaults are what is wanted.
+    defaults = {"min_val": -1, "max_val": 1} if name == "relu6" else wanted
+    given = {**defaults, **dict(zip(wanted, node.args[1:])), **node.kwargs}
+    return name if all(given[key] == value for key, value in wanted.items()) else None
