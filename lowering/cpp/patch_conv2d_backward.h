@@ -265,7 +265,8 @@ inline void patch_conv2d_backward(
   for (int64_t piece = 0; piece < work.chunks * work.parts; ++piece) {
     auto& mine = sums[omp_get_thread_num()];
     mine.run(piece);
-    const auto [first, end] = work.panels_of(piece);
+    const auto panels = work.panels_of(piece);  // clang has no structured bindings inside of parallel regions
+    const int64_t first = panels.first, end = panels.second;
 #pragma omp ordered
     {
       add_to(weight.get() + first * panel_size, mine.weight(), (end - first) * panel_size);
