@@ -567,10 +567,11 @@ def test_module_pads_with_zeros_alone():
         PatchConv2d(8, 6, 3, padding_mode="reflect")
 
 
-def test_module_takes_padding_as_numbers():
-    message = "padding must be a number, or one for each of height and width, got 'same'"
-    with pytest.raises(ValueError, match=message):
-        PatchConv2d(8, 6, 3, padding="same")
+@pytest.mark.parametrize("call", [lambda: PatchConv2d(8, 6, 3, padding="same"), lambda: _call({"padding": "same"})])
+def test_padding_is_in_numbers(call):
+    with pytest.raises(ValueError, match="padding must be a number, or one for each of height and width, got 'same'"):
+        model, tensors = call()
+        model(*tensors)
 
 
 @pytest.mark.parametrize("channels", [(8, 6), (6, 8)])
