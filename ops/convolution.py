@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -66,13 +67,63 @@ def check_geometry(op: str, stride: Sequence[int], padding: Sequence[int], dilat
         check(op, min(pair) >= least, f"{name} must be at least {least}, got {tuple(pair)}")
 
 
-def check_output_size(op: str, size: Sequence[int]) -> None:
-    """Raise RuntimeError unless there is output."""
+def check_size(
+    op: str,
+    input: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, int]:
+    """Height and width of a convolution's output; raises RuntimeError unless there are both input and output."""
+    sizes = input.shape[-2:]
     check(
         op,
-        size[0] > 0 and size[1] > 0,
-        f"the kernel does not fit into the padded input: the output would be {' x '.join(map(str, size))}",
+        sizes[0] > 0 and sizes[1] > 0,
+        f"input must have a positive height and width, got shape {tuple(input.shape)}",
     )
+    height, width = (output_size(*axis) for axis in zip(sizes, kernel, stride, padding, dilation))
+    check(
+        op,
+        height > 0 and width > 0,
+        f"the kernel does not fit into the padded input: the output would be {height} x {width}",
+    )
+    return height, width
+
+
+def check_convolution(
+    op: str,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, int]:
+    """Raise RuntimeError unless input, ``[..., C, H, W]``, can be convolved so; the output's height and width."""
+    require = functools.partial(check, op)
+    check_geometry(op, stride, padding, dilation)
+    # Numbers of images and their size may be dynamic. The rest is what an operator is: int() makes it a constant.
+    channels = int(input.shape[-3])
+    out_channels, group_channels, *kernel = map(int, weight.shape)
+    require(
+        out_channels > 0 and group_channels > 0 and kernel[0] * kernel[1] > 0,
+        f"weight must not be empty, got shape {tuple(weight.shape)}",
+    )
+    require(
+        channels > 0 and channels % group_channels == 0,
+        f"input's channels must be a positive multiple of weight.shape[1] = {group_channels}, got {channels}",
+    )
+    groups = channels // group_channels
+    require(
+        out_channels % groups == 0,
+        f"weight.shape[0] must be divisible by groups = {channels} // {group_channels} = {groups}, got {out_channels}",
+    )
+    require(
+        bias is None or tuple(bias.shape) == (out_channels,),
+        f"bias must have shape ({out_channels},), got {None if bias is None else tuple(bias.shape)}",
+    )
+    return check_size(op, input, kernel, stride, padding, dilation)
 
 
 def check_gradient(op: str, grad: Tensor, input: Tensor, shape: Sequence[Any]) -> None:

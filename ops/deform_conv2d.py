@@ -12,15 +12,7 @@ from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 from torch.nn.modules.utils import _pair
 
-from .convolution import (
-    check_dtypes,
-    check_geometry,
-    check_gradient,
-    check_output_size,
-    empty_output,
-    gradient_format,
-    output_size,
-)
+from .convolution import check_convolution, check_dtypes, check_gradient, empty_output, gradient_format
 from .registry import accumulate_dtype, check, define_op, forbid_double_backward, serves_torchvision
 
 
@@ -152,38 +144,12 @@ def _check(arguments: Arguments) -> tuple[int, int]:
         if tensor is not None:
             require(tensor.dim() == 4, f"{name} must have 4 dimensions, got shape {tuple(tensor.shape)}")
     check_dtypes("deform_conv2d", input, {"offset": offset, "weight": weight, "bias": bias, "mask": mask})
-    check_geometry("deform_conv2d", stride, padding, dilation)
-
-    # Batch and image size may be dynamic. The rest is what the operator is: int() makes a symbolic size a constant.
-    batch, channels, height, width = input.shape[0], int(input.shape[1]), *input.shape[2:]
-    out_channels, group_channels, kernel_height, kernel_width = map(int, weight.shape)
-    taps = kernel_height * kernel_width
-    require(
-        out_channels > 0 and group_channels > 0 and taps > 0,
-        f"weight must not be empty, got shape {tuple(weight.shape)}",
-    )
-    require(height > 0 and width > 0, f"input must have a positive height and width, got shape {tuple(input.shape)}")
-    require(
-        channels > 0 and channels % group_channels == 0,
-        f"input's channels must be a positive multiple of weight.shape[1] = {group_channels}, got {channels}",
-    )
-    groups = channels // group_channels
-    require(
-        out_channels % groups == 0,
-        f"weight.shape[0] must be divisible by groups = {channels} // {group_channels} = {groups}, got {out_channels}",
-    )
-    require(
-        bias is None or tuple(bias.shape) == (out_channels,),
-        f"bias must have shape ({out_channels},), got {None if bias is None else tuple(bias.shape)}",
-    )
-
-    out_height = output_size(height, kernel_height, stride[0], padding[0], dilation[0])
-    out_width = output_size(width, kernel_width, stride[1], padding[1], dilation[1])
-    check_output_size("deform_conv2d", (out_height, out_width))
-    offset_channels = int(offset.shape[1])
+    out_height, out_width = check_convolution("deform_conv2d", input, weight, bias, stride, padding, dilation)
+    channels = int(input.shape[1])
+    offset_channels, taps = int(offset.shape[1]), arguments.taps
     require(
         offset_channels > 0 and offset_channels % (2 * taps) == 0,
-        f"offset.shape[1] must be a positive multiple of 2 * {kernel_height} * {kernel_width} = {2 * taps}, "
+        f"offset.shape[1] must be a positive multiple of 2 * {' * '.join(map(str, weight.shape[2:]))} = {2 * taps}, "
         f"got {offset_channels}",
     )
     offset_groups = offset_channels // (2 * taps)
@@ -193,7 +159,7 @@ def _check(arguments: Arguments) -> tuple[int, int]:
     )
     for name, tensor, expected in (("offset", offset, offset_channels), ("mask", mask, offset_groups * taps)):
         if tensor is not None:
-            shape = (batch, expected, out_height, out_width)
+            shape = (input.shape[0], expected, out_height, out_width)
             require(
                 all(got == want for got, want in zip(tensor.shape, shape)),
                 f"{name} must have shape {shape}, got {tuple(tensor.shape)}",

@@ -18,10 +18,9 @@ from .convolution import (
     check_dtypes,
     check_geometry,
     check_gradient,
-    check_output_size,
+    check_size,
     empty_output,
     gradient_format,
-    output_size,
     pair,
 )
 from .registry import accumulate_dtype, check, define_op, forbid_double_backward
@@ -376,9 +375,7 @@ def check_arguments(arguments: Arguments) -> tuple[int, int]:
     check_geometry(op, stride, padding, dilation)
     require(activation in ACTIVATIONS, f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
 
-    # Batch and image size may be dynamic. The rest is what the operator is: int() makes a symbolic size a constant.
-    height, width = input.shape[2:]
-    require(height > 0 and width > 0, f"input must have a positive height and width, got shape {tuple(input.shape)}")
+    # int() makes a symbolic size a constant: channels are what the operator is.
     channels, hidden, kernel = int(input.shape[1]), arguments.hidden_channels, arguments.kernel
     require(
         int(depthwise_weight.shape[1]) == 1,
@@ -397,10 +394,7 @@ def check_arguments(arguments: Arguments) -> tuple[int, int]:
             bias is None or tuple(bias.shape) == (length,),
             f"{name} must have shape ({length},), got {None if bias is None else tuple(bias.shape)}",
         )
-    out_height = output_size(height, kernel[0], stride[0], padding[0], dilation[0])
-    out_width = output_size(width, kernel[1], stride[1], padding[1], dilation[1])
-    check_output_size(op, (out_height, out_width))
-    return out_height, out_width
+    return check_size(op, input, kernel, stride, padding, dilation)
 
 
 def _fake(*args: Any) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .convolution import check_dtypes, check_geometry, check_gradient, check_output_size, output_size, pair
+from .convolution import check_convolution, check_dtypes, check_gradient, pair
 from .registry import accumulate_dtype, check, define_op, forbid_double_backward
 
 
@@ -168,33 +168,7 @@ def check_arguments(arguments: Arguments) -> tuple[int, int]:
     require(input.dim() == 5, f"input must have 5 dimensions, or 4 without a batch, got shape {tuple(input.shape)}")
     require(weight.dim() == 4, f"weight must have 4 dimensions, got shape {tuple(weight.shape)}")
     check_dtypes("patch_conv2d", input, {"weight": weight, "bias": bias})
-    check_geometry("patch_conv2d", stride, padding, dilation)
-
-    # Numbers of patches and their size may be dynamic. The rest is what the operator is: int() makes it a constant.
-    channels, height, width = int(input.shape[2]), *input.shape[3:]
-    out_channels, group_channels, kernel_height, kernel_width = map(int, weight.shape)
-    require(
-        out_channels > 0 and group_channels > 0 and kernel_height * kernel_width > 0,
-        f"weight must not be empty, got shape {tuple(weight.shape)}",
-    )
-    require(height > 0 and width > 0, f"input must have a positive height and width, got shape {tuple(input.shape)}")
-    require(
-        channels > 0 and channels % group_channels == 0,
-        f"input's channels must be a positive multiple of weight.shape[1] = {group_channels}, got {channels}",
-    )
-    groups = channels // group_channels
-    require(
-        out_channels % groups == 0,
-        f"weight.shape[0] must be divisible by groups = {channels} // {group_channels} = {groups}, got {out_channels}",
-    )
-    require(
-        bias is None or tuple(bias.shape) == (out_channels,),
-        f"bias must have shape ({out_channels},), got {None if bias is None else tuple(bias.shape)}",
-    )
-    out_height = output_size(height, kernel_height, stride[0], padding[0], dilation[0])
-    out_width = output_size(width, kernel_width, stride[1], padding[1], dilation[1])
-    check_output_size("patch_conv2d", (out_height, out_width))
-    return out_height, out_width
+    return check_convolution("patch_conv2d", input, weight, bias, stride, padding, dilation)
 
 
 def _fake(*args: Any) -> Tensor:

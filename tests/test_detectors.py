@@ -12,6 +12,7 @@ from inductor_vision.ops.torchvision_detection import (
     resize_image_and_masks,
     ssd_detections,
 )
+from inductor_vision.tests.support.compare import relative_error
 from inductor_vision.tests.support.compiled import compile_and_run
 from inductor_vision.tests.support.detectors import agreement, assert_same_detections, small_detector
 from torch import Tensor
@@ -76,7 +77,9 @@ def test_training(kind):
         results.append((losses, {name: parameter.grad for name, parameter in detector.named_parameters()}))
     (stock, stock_grads), (ours, grads) = results
     torch.testing.assert_close(ours, stock)
-    torch.testing.assert_close(grads, stock_grads)
+    assert grads.keys() == stock_grads.keys()
+    for name, grad in grads.items():  # long sums in another order: some of a bias's elements are nearly cancelled
+        assert relative_error(grad, stock_grads[name]) <= 1e-4, name
 
 
 @pytest.mark.slow
