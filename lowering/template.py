@@ -330,9 +330,11 @@ class BlocksTemplate(KernelTemplate):
         if self.is_unread(buffer):
             return "[](const auto&...) {}"
         values = _block_name(buffer)
-        if self.channels_last and function == "store_block":
-            fields = ", ".join([pointer(kernel, buffer), *(kernel.size(buffer, d) for d in (1, 2, 3))])
-            return f"inductor_vision::ChannelsLastStore<{DTYPE_TO_CPP[buffer.get_dtype()]}>{{{fields}}}"
+        if function == "store_block":
+            format = str(self.channels_last).lower()
+            size = [kernel.size(buffer, d) for d in ((3, 1, 2) if self.channels_last else (1, 2, 3))]
+            fields = ", ".join([pointer(kernel, buffer), *size])
+            return f"inductor_vision::DenseStore<{format}, {DTYPE_TO_CPP[buffer.get_dtype()]}>{{{fields}}}"
         if self.channels_last:
             part = f"{kernel.size(buffer, 3)}, n_rows * n_columns, n_channels"  # distance in the output, rows, columns
         else:

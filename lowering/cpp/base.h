@@ -327,19 +327,28 @@ struct OutputBlock {
   int64_t column, columns;
 };
 
-// A store that keeps results as they are, of a dense channels_last output.
-template <typename value_t>
-struct ChannelsLastStore {
+// A store that keeps results as they are.
+//
+// A kernel whose results are of this type may as well write them where they go, which saves a copy.
+template <bool kChannelsLast, typename value_t>
+struct DenseStore {
   value_t* out;
-  int64_t height, width, channels;
+  int64_t channels, height, width;
 
-  // Where the block goes: a kernel whose sums are of this type, and cover just the block, can sum right there.
+  // Elements between neighbouring pixels of a channels_last output, neighbouring channels of another.
+  int64_t distance() const {
+    return kChannelsLast ? channels : height * width;
+  }
   value_t* at(const OutputBlock& block) const {
-    return out + ((block.image * height + block.row) * width + block.column) * channels + block.channel;
+    const int64_t pixel = block.row * width + block.column;
+    return out + block.image * channels * height * width +
+           (kChannelsLast ? pixel * channels + block.channel : block.channel * height * width + pixel);
   }
   template <typename acc_t>
-  void operator()(const OutputBlock& block, const acc_t* values, int64_t distance) const {
-    store_block(values, distance, at(block), channels, block.rows * block.columns, block.channels);
+  void operator()(const OutputBlock& block, const acc_t* values, int64_t values_distance) const {
+    const int64_t pixels = block.rows * block.columns;
+    const int64_t rows = kChannelsLast ? pixels : block.channels, columns = kChannelsLast ? block.channels : pixels;
+    store_block(values, values_distance, at(block), distance(), rows, columns);
   }
 };
 

@@ -127,8 +127,9 @@ class SeparableTile {
     list_spans(y, y_end, x, x_end);
     const OutputBlock block{image_, 0, op_.out_channels, y, y_end - y, x, width};
     acc_t* sums = sums_.get();
+    constexpr bool kAsTheyAre = std::is_same_v<Store, DenseStore<kChannelsLast, acc_t>>;  // of the sums
     bool in_place = false;
-    if constexpr (std::is_same_v<Store, ChannelsLastStore<acc_t>>) {  // there is nothing to do to the sums
+    if constexpr (kChannelsLast && kAsTheyAre) {
       in_place = pixels == rows && sum_distance_ == op_.out_channels;
       sums = in_place ? store.at(block) : sums;
     }
@@ -148,6 +149,12 @@ class SeparableTile {
     if constexpr (kChannelsLast) {
       if (!in_place) {
         store(block, sums, sum_distance_);
+      }
+    } else if constexpr (kAsTheyAre) {
+      // A few channels after the other: lines of many would share cache sets.
+      for (int64_t o = 0; o < op_.out_channels; o += kLanes) {
+        acc_t* out = store.at(block) + o * store.distance();
+        transpose(sums + o, sum_distance_, out, store.distance(), pixels, std::min(kLanes, op_.out_channels - o));
       }
     } else {
       transpose(sums, sum_distance_, by_channel_.get(), pixels, pixels, op_.out_channels);
