@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import zlib
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from hypothesis import assume, strategies as st
+from inductor_vision.tests.support import convolution
+from inductor_vision.tests.support.convolution import Pair, gradient_like as gradient_like  # for whoever makes samples
 from inductor_vision.tests.support.layouts import LAYOUTS, arrange
 from torch import Tensor
 from torch.nn.modules.utils import _pair
-
-Pair = int | tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,17 +51,13 @@ class Case:
 
     @property
     def out_size(self) -> tuple[int, int]:
-        height, width = (
-            (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-            for size, kernel, stride, padding, dilation in zip(
-                self.size, self.kernel, _pair(self.stride), _pair(self.padding), _pair(self.dilation)
-            )
-        )
-        return height, width
+        return convolution.out_size(self)
 
 
-@dataclasses.dataclass(frozen=True)
-class Sample:
+TENSORS = ("input", "offset", "weight", "bias", "mask")  # in the order of their gradients
+
+
+class Sample(convolution.Sample):
     """One call: ``deform_conv2d(*args, **kwargs)``.
 
     Attributes:
@@ -70,42 +65,12 @@ class Sample:
         kwargs: stride, padding, dilation, mask.
     """
 
-    name: str
-    case: Case
-    args: tuple[Tensor, Tensor, Tensor, Tensor | None]
-    kwargs: dict[str, Any]
+    names = TENSORS
 
     @property
     def positional(self) -> tuple[Any, ...]:
-        """The arguments in the order of the operator's schema, pairs as lists."""
-        pairs = (list(_pair(self.kwargs[name])) for name in ("stride", "padding", "dilation"))
-        return (*self.args, *pairs, self.kwargs["mask"])
+        return (*self.args, *self.geometry, self.kwargs["mask"])
 
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        named = {**dict(zip(("input", "offset", "weight", "bias"), self.args)), "mask": self.kwargs["mask"]}
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
-
-    def replace(self, **tensors: Tensor) -> Sample:
-        """The same call on other tensors."""
-        args = tuple(tensors.get(name, t) for name, t in zip(("input", "offset", "weight", "bias"), self.args))
-        return dataclasses.replace(
-            self, args=args, kwargs={**self.kwargs, "mask": tensors.get("mask", self.kwargs["mask"])}
-        )
-
-    def to(self, dtype: torch.dtype) -> Sample:
-        """The same values, or their nearest, in another dtype; strides are kept."""
-        return self.replace(**{name: tensor.to(dtype) for name, tensor in self.tensors.items()})
-
-    def requiring_grad(self, *names: str) -> Sample:
-        """The same call on leaves; the named ones, or all, require a gradient."""
-        wanted = names or tuple(self.tensors)
-        return self.replace(
-            **{name: tensor.detach().requires_grad_(name in wanted) for name, tensor in self.tensors.items()}
-        )
-
-
-TENSORS = ("input", "offset", "weight", "bias", "mask")  # in the order of their gradients
 
 OFFSETS = ("random", "integers", "borders", "far", "smooth", "hostile")
 
@@ -158,7 +123,7 @@ def sample(case: str | Case, dtype: torch.dtype = torch.float32) -> Sample:
     name = case if isinstance(case, str) else "drawn"
     if isinstance(case, str):
         case = CASES[case] if case in CASES else HOSTILE[case]
-    generator = torch.Generator().manual_seed(zlib.crc32(repr(case).encode()))
+    generator = convolution.generator_of(case)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -170,15 +135,10 @@ def sample(case: str | Case, dtype: torch.dtype = torch.float32) -> Sample:
     mask = torch.sigmoid(2 * normal(case.batch, case.offset_groups * taps, *case.out_size))
     weight = normal(case.out_channels, group_channels, *case.kernel) / math.sqrt(group_channels * taps)
     bias = normal(case.out_channels)
-    weight = weight.to(dtype)
-    if case.weight_layout == "shared":
-        weight = weight[:1].expand(weight.shape)
-    elif case.weight_layout == "permuted":
-        weight = weight.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
     args = (
         arrange(input.to(dtype), case.layout),
         arrange(offset.to(dtype), case.offset_layout),
-        weight,
+        convolution.arrange_weight(weight.to(dtype), case.weight_layout),
         bias.to(dtype) if case.bias else None,
     )
     kwargs = {
@@ -188,12 +148,6 @@ def sample(case: str | Case, dtype: torch.dtype = torch.float32) -> Sample:
         "mask": arrange(mask.to(dtype), case.offset_layout) if case.mask else None,
     }
     return Sample(name, case, args, kwargs)
-
-
-def gradient_like(out: Tensor) -> Tensor:
-    """A random gradient of a result, always the same."""
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
 
 
 def as_torchvision(s: Sample) -> list[Any]:

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import zlib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from hypothesis import assume, strategies as st
+from inductor_vision.tests.support import convolution
+from inductor_vision.tests.support.convolution import Pair, gradient_like as gradient_like  # for whoever makes samples
 from inductor_vision.tests.support.layouts import LAYOUTS, arrange
 from torch import Tensor
 from torch.nn.modules.utils import _pair
-
-Pair = int | tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,20 +50,13 @@ class Case:
 
     @property
     def out_size(self) -> tuple[int, int]:
-        height, width = (
-            (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-            for size, kernel, stride, padding, dilation in zip(
-                self.size, self.kernel, _pair(self.stride), _pair(self.padding), _pair(self.dilation)
-            )
-        )
-        return height, width
+        return convolution.out_size(self)
 
 
 TENSORS = ("input", "depthwise_weight", "pointwise_weight", "depthwise_bias", "pointwise_bias")
 
 
-@dataclasses.dataclass(frozen=True)
-class Sample:
+class Sample(convolution.Sample):
     """One call: ``depthwise_separable_conv2d(*args, **kwargs)``.
 
     Attributes:
@@ -72,36 +64,11 @@ class Sample:
         kwargs: geometry and activations.
     """
 
-    name: str
-    case: Case
-    args: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
-    kwargs: dict[str, Any]
+    names = TENSORS
 
     @property
     def positional(self) -> tuple[Any, ...]:
-        """The arguments in the order of the operator's schema, pairs as lists."""
-        pairs = (list(_pair(self.kwargs[name])) for name in ("stride", "padding", "dilation"))
-        return (*self.args, *pairs, self.case.first or "identity")
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        return {name: tensor for name, tensor in zip(TENSORS, self.args) if tensor is not None}
-
-    def replace(self, **tensors: Tensor) -> Sample:
-        """The same call on other tensors."""
-        args = tuple(tensors.get(name, tensor) for name, tensor in zip(TENSORS, self.args))
-        return dataclasses.replace(self, args=args)
-
-    def to(self, dtype: torch.dtype) -> Sample:
-        """The same values, or their nearest, in another dtype; strides are kept."""
-        return self.replace(**{name: tensor.to(dtype) for name, tensor in self.tensors.items()})
-
-    def requiring_grad(self, *names: str) -> Sample:
-        """The same call on leaves; the named ones, or all, require a gradient."""
-        wanted = names or tuple(self.tensors)
-        return self.replace(
-            **{name: tensor.detach().requires_grad_(name in wanted) for name, tensor in self.tensors.items()}
-        )
+        return (*self.args, *self.geometry, self.case.first or "identity")
 
 
 def sample(case: str | Case, dtype: torch.dtype = torch.float32) -> Sample:
@@ -109,24 +76,17 @@ def sample(case: str | Case, dtype: torch.dtype = torch.float32) -> Sample:
     name = case if isinstance(case, str) else "drawn"
     if isinstance(case, str):
         case = CASES[case]
-    generator = torch.Generator().manual_seed(zlib.crc32(repr(case).encode()))
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
+    normal = convolution.normal_of(case, dtype)
     hidden, taps = case.channels * case.multiplier, math.prod(case.kernel)
     input = normal(case.batch, case.channels, *case.size)
     depthwise_weight = normal(hidden, 1, *case.kernel) * (3 / math.sqrt(taps))  # activations see all of their range
     pointwise_weight = normal(case.out_channels, hidden, 1, 1) / math.sqrt(hidden)
     depthwise_bias, pointwise_bias = normal(hidden), normal(case.out_channels)
-    if case.weight_layout == "shared":
-        depthwise_weight = depthwise_weight[:1].expand(depthwise_weight.shape)
-    elif case.weight_layout == "permuted":
-        depthwise_weight = depthwise_weight.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
+    if case.weight_layout == "permuted":
         pointwise_weight = pointwise_weight.transpose(0, 1).contiguous().transpose(0, 1)
     args = (
         arrange(input, case.layout),
-        depthwise_weight,
+        convolution.arrange_weight(depthwise_weight, case.weight_layout),
         pointwise_weight,
         depthwise_bias if case.biases[0] else None,
         pointwise_bias if case.biases[1] else None,
@@ -139,12 +99,6 @@ def sample(case: str | Case, dtype: torch.dtype = torch.float32) -> Sample:
         "pointwise_activation": case.second,
     }
     return Sample(name, case, args, kwargs)
-
-
-def gradient_like(out: Tensor) -> Tensor:
-    """A random gradient of a result, always the same."""
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
 
 
 ACTIVATIONS: dict[str | None, Callable[[float], float]] = {

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import zlib
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from hypothesis import assume, strategies as st
+from inductor_vision.tests.support import convolution
+from inductor_vision.tests.support.convolution import Pair, gradient_like as gradient_like  # for whoever makes samples
 from torch import Tensor
 from torch.nn.modules.utils import _pair
-
-Pair = int | tuple[int, int]
 
 # The order of [B, N, C, H, W] in memory, slowest dimension first.
 _ORDERS = {
@@ -76,13 +75,7 @@ class Case:
 
     @property
     def out_size(self) -> tuple[int, int]:
-        height, width = (
-            (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-            for size, kernel, stride, padding, dilation in zip(
-                self.size, self.kernel, _pair(self.stride), _pair(self.padding), _pair(self.dilation)
-            )
-        )
-        return height, width
+        return convolution.out_size(self)
 
     @property
     def out_shape(self) -> tuple[int, ...]:
@@ -93,8 +86,7 @@ class Case:
 TENSORS = ("input", "weight", "bias")  # in the order of their gradients
 
 
-@dataclasses.dataclass(frozen=True)
-class Sample:
+class Sample(convolution.Sample):
     """One call: ``patch_conv2d(*args, **kwargs)``.
 
     Attributes:
@@ -102,37 +94,13 @@ class Sample:
         kwargs: stride, padding, dilation, groups.
     """
 
-    name: str
-    case: Case
-    args: tuple[Tensor, Tensor, Tensor | None]
-    kwargs: dict[str, Any]
+    names = TENSORS
 
     @property
     def positional(self) -> tuple[Any, ...]:
-        """The arguments in the order of the operator's schema, with a batch, pairs as lists."""
+        """With a batch."""
         input, *others = self.args
-        pairs = (list(_pair(self.kwargs[name])) for name in ("stride", "padding", "dilation"))
-        return (input.unsqueeze(0) if self.case.batch is None else input, *others, *pairs)
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        return {name: tensor for name, tensor in zip(TENSORS, self.args) if tensor is not None}
-
-    def replace(self, **tensors: Tensor) -> Sample:
-        """The same call on other tensors."""
-        args = tuple(tensors.get(name, tensor) for name, tensor in zip(TENSORS, self.args))
-        return dataclasses.replace(self, args=args)
-
-    def to(self, dtype: torch.dtype) -> Sample:
-        """The same values, or their nearest, in another dtype; strides are kept."""
-        return self.replace(**{name: tensor.to(dtype) for name, tensor in self.tensors.items()})
-
-    def requiring_grad(self, *names: str) -> Sample:
-        """The same call on leaves; the named ones, or all, require a gradient."""
-        wanted = names or tuple(self.tensors)
-        return self.replace(
-            **{name: tensor.detach().requires_grad_(name in wanted) for name, tensor in self.tensors.items()}
-        )
+        return (input.unsqueeze(0) if self.case.batch is None else input, *others, *self.geometry)
 
 
 def sample(case: str | Case, dtype: torch.dtype = torch.float32) -> Sample:
@@ -140,29 +108,16 @@ def sample(case: str | Case, dtype: torch.dtype = torch.float32) -> Sample:
     name = case if isinstance(case, str) else "drawn"
     if isinstance(case, str):
         case = CASES[case]
-    generator = torch.Generator().manual_seed(zlib.crc32(repr(case).encode()))
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
+    normal = convolution.normal_of(case, dtype)
     group_channels = case.channels // case.groups
     input = arrange(normal(*case.out_shape[:2], case.channels, *case.size), case.layout)
     weight = normal(case.out_channels, group_channels, *case.kernel)
     weight = weight / math.sqrt(group_channels * math.prod(case.kernel))
+    weight = convolution.arrange_weight(weight, case.weight_layout)
     bias = normal(case.out_channels)
-    if case.weight_layout == "shared":
-        weight = weight[:1].expand(weight.shape)
-    elif case.weight_layout == "permuted":
-        weight = weight.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
     args = (input.squeeze(0) if case.batch is None else input, weight, bias if case.bias else None)
     kwargs = {name: getattr(case, name) for name in ("stride", "padding", "dilation", "groups")}
     return Sample(name, case, args, kwargs)
-
-
-def gradient_like(out: Tensor) -> Tensor:
-    """A random gradient of a result, always the same."""
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
 
 
 CASES = {
