@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -29,6 +30,8 @@ class Way:
     Attributes:
         calls: for how many calls of the first way one call of this one stands.
         low_precision: whether values differ as those of bfloat16 do.
+        has_own_process: whether it computes in another process.
+        prepare_apart: prepares the same in another process, once more if it has its own.
     """
 
     name: str
@@ -36,6 +39,8 @@ class Way:
     threads: int
     calls: int = 1
     low_precision: bool = False
+    has_own_process: bool = False
+    prepare_apart: Callable[[], Prepared] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +97,9 @@ def compare(first: Way, others: Sequence[Way], seconds: float, say: Callable[[st
     with threads_restored():
         torch.set_num_threads(first.threads)
         prepared = first.prepare()
-        base, twin = (Side(name, first.threads, prepared.call, prepared.seconds) for name in (first.name, "itself"))
+        base = Side(first.name, first.threads, prepared.call, prepared.seconds)
         base.calibrate()
+        twin = _twin(first, others, prepared, say)
         sides = [base, twin]
         for way in others:
             say(f"preparing {way.name}")
@@ -109,6 +115,20 @@ def compare(first: Way, others: Sequence[Way], seconds: float, say: Callable[[st
         rows[side.name] = _with_times(rows[side.name], side, base, calls[side.name])
     noise = noise_of(_ratio(twin, base, 1))
     return Comparison(Spread.of(list(base.times.values())), noise, tuple(rows.values()), foreign)
+
+
+def _twin(first: Way, others: Sequence[Way], prepared: Prepared, say: Callable[[str], None]) -> Side:
+    """The first way again, to know what a thing differs from itself.
+
+    Two processes differ by where their memory happens to lie: where others have processes of their own, so has it.
+    """
+    if first.prepare_apart and any(way.has_own_process for way in others):
+        say(f"preparing {first.name}, once more")
+        with contextlib.suppress(Exception):  # then others fail likewise, and are reported
+            prepared = first.prepare_apart()
+    twin = Side("itself", first.threads, prepared.call, prepared.seconds)
+    twin.calibrate()
+    return twin
 
 
 def _check(way: Way, reference: object) -> tuple[Measured, Side | None]:

@@ -150,14 +150,23 @@ def way(variant: Variant, program: Program, target: Target, threads: int) -> Way
     """
     threads = variant.threads or threads
 
-    def prepare() -> Prepared:
-        job = Job(Case("model", variant.name, target.load, 0.0), None, threads)
-        if variant.compiles:
-            return prepare_in_own_process(functools.partial(_prepare, variant), job)
+    job = Job(Case("model", variant.name, target.load, 0.0), None, threads)
+
+    def prepare_here() -> Prepared:
         changes = bool(variant.what_changes() - {"threads"})
         return _prepare(variant, dataclasses.replace(job, inputs=program.copy() if changes else program))
 
-    return Way(variant.name, prepare, threads, low_precision=variant.changes_precision or _is_low(program))
+    def prepare_apart() -> Prepared:
+        return prepare_in_own_process(functools.partial(_prepare, variant), job)
+
+    return Way(
+        variant.name,
+        prepare_apart if variant.compiles else prepare_here,
+        threads,
+        low_precision=variant.changes_precision or _is_low(program),
+        has_own_process=variant.compiles,
+        prepare_apart=prepare_apart,
+    )
 
 
 def _is_low(program: Program) -> bool:

@@ -9,6 +9,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -289,6 +290,21 @@ def test_only_what_is_right_is_timed(quick):
     assert rows["slow"].ratio.rounds == 0 and rows["slow"].ratio.median > 2
     assert rows["five in one"].ratio.median < 0.6
     assert found.noise >= 0.02
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_noise_is_that_of_processes_where_others_have_their_own(quick, apart):
+    """What the first way differs from itself is seen where it is computed once more, in another process."""
+    prepared_apart = []
+
+    def prepare_apart():
+        prepared_apart.append(True)
+        return Prepared(lambda: time.sleep(0.003), [torch.ones(3)])
+
+    first = Way("first", lambda: Prepared(lambda: time.sleep(0.001), [torch.ones(3)]), 1, prepare_apart=prepare_apart)
+    found = compare(first, [dataclasses.replace(first, name="other", has_own_process=apart)], 0.05, lambda text: None)
+    assert bool(prepared_apart) == apart
+    assert (found.noise > 0.5) == apart
 
 
 def test_a_run_from_the_command_line(models, tmp_path):
