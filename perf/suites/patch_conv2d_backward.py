@@ -54,9 +54,11 @@ def _gradients(
     program: Any = backends.Function(functools.partial(_call, function, a))
     if compiled:
         program = torch.compile(program, fullgraph=True)
-    with functorch_config.patch(donated_buffer=False):  # gradients are asked for again and again
+    keeps_graph = functorch_config.patch(donated_buffer=False)  # when compiled and when called
+    with keeps_graph:
         result = program(*leaves)
 
+    @keeps_graph
     def call() -> tuple[Tensor, ...]:
         return torch.autograd.grad(result, leaves, grad, retain_graph=True)
 
