@@ -15,9 +15,10 @@ import torch
 
 from .machine import foreign_seconds
 
-# The thread pools of ONNX Runtime, OpenVINO and OpenMP go on spinning after a run, up to about 4 ms where it was
-# measured, and take the cores from whoever is timed next.
-PAUSE_SECONDS = 0.006
+# Thread pools go on spinning after a run and take the cores from whoever is timed next: where it was measured, OpenMP's
+# for 10 ms, ONNX Runtime's for 55 ms.
+PAUSE_SECONDS = 0.01
+_LONGEST_PAUSE_SECONDS = 0.3
 # Short calls are repeated within a turn, so that a turn is long enough to time.
 _TURN_SECONDS = 0.004
 _MOST_CALLS = 20
@@ -47,7 +48,7 @@ class Side:
     def calibrate(self) -> None:
         """Estimate the time of a call: the best of a few, or the first that takes long."""
         torch.set_num_threads(self.threads)
-        time.sleep(PAUSE_SECONDS)
+        wait_until_idle()
         self.estimate = math.inf
         deadline = time.perf_counter() + _CALIBRATION_SECONDS
         while time.perf_counter() < deadline:
@@ -56,7 +57,7 @@ class Side:
     def take_turn(self, number: int) -> None:
         begin = time.perf_counter()
         torch.set_num_threads(self.threads)
-        time.sleep(PAUSE_SECONDS)
+        wait_until_idle()
         if self.estimate < _WARM_UP_BELOW_SECONDS:
             self.call()
         calls = max(1, min(_MOST_CALLS, int(_TURN_SECONDS / max(self.estimate, 1e-9))))
@@ -65,6 +66,16 @@ class Side:
 
     def _time(self) -> float:
         return self.seconds() if self.seconds else time_call(self.call)
+
+
+def wait_until_idle() -> None:
+    """Wait until no thread of this process computes any more."""
+    begin = time.perf_counter()
+    busy = True
+    while busy and time.perf_counter() - begin < _LONGEST_PAUSE_SECONDS:
+        computed, start = time.process_time(), time.perf_counter()
+        time.sleep(PAUSE_SECONDS)
+        busy = time.process_time() - computed > 0.2 * (time.perf_counter() - start)
 
 
 def time_call(call: Callable[[], Any]) -> float:

@@ -84,7 +84,7 @@ def models(tmp_path):
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(gc, "collect", lambda: 0)  # takes a third of a second beside a loaded torch
-    monkeypatch.setattr(interleaving, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(interleaving, "wait_until_idle", lambda: None)
     monkeypatch.setattr(interleaving, "_CALIBRATION_SECONDS", 0.001)
 
 

@@ -41,7 +41,7 @@ def fake_suite(factor):
 @pytest.fixture
 def command(monkeypatch, capsys):
     monkeypatch.setattr(gc, "collect", lambda: 0)  # takes a third of a second beside a loaded torch
-    monkeypatch.setattr(interleaving, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(interleaving, "wait_until_idle", lambda: None)
     monkeypatch.setattr(interleaving, "_CALIBRATION_SECONDS", 0.002)
     monkeypatch.setattr(machine, "describe_machine", lambda: MACHINE)
 

@@ -147,7 +147,7 @@ def refuses(job):
 def test_isolated_contenders(monkeypatch):
     import os
 
-    monkeypatch.setattr(interleaving, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(interleaving, "wait_until_idle", lambda: None)
     before = machine.foreign_seconds()
     contenders = tuple(
         Contender(prepare.__name__, "ours", prepare, isolated=True) for prepare in (in_another_process, ends, refuses)

@@ -4,12 +4,13 @@ import gc
 import io
 import math
 import sys
+import threading
 import time
 
 import pytest
 import torch
 from inductor_vision.perf import interleaving, runner
-from inductor_vision.perf.interleaving import Side, interleave
+from inductor_vision.perf.interleaving import Side, interleave, wait_until_idle
 from inductor_vision.perf.memory import extra_memory
 from inductor_vision.perf.progress import Progress
 from inductor_vision.perf.results import Report
@@ -54,8 +55,20 @@ def run(*contenders, settings=SETTINGS):
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
     monkeypatch.setattr(gc, "collect", lambda: 0)  # takes a third of a second beside a loaded torch
-    monkeypatch.setattr(interleaving, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(interleaving, "wait_until_idle", lambda: None)
     monkeypatch.setattr(interleaving, "_CALIBRATION_SECONDS", 0.002)
+
+
+def test_threads_that_spin_are_waited_for():
+    end = time.perf_counter() + 0.1
+
+    def spin():
+        while time.perf_counter() < end:
+            pass
+
+    threading.Thread(target=spin).start()
+    wait_until_idle()
+    assert time.perf_counter() >= end
 
 
 def test_every_round_has_every_side_once_in_rotated_order():
