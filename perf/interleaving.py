@@ -24,7 +24,7 @@ _TURN_SECONDS = 0.004
 _MOST_CALLS = 20
 _CALIBRATION_SECONDS = 0.03
 # In a call that is not timed threads wake up that slept through the pause, and memory is mapped again that a virtual
-# machine gave back meanwhile: all are timed as they run when they are called again and again. A long call does not notice.
+# machine gave back meanwhile: who is called again and again has both. A long call does not notice.
 _WARM_UP_BELOW_SECONDS = 0.5
 # Also for contenders that use up their share of the time at once.
 _FEWEST_ROUNDS = 5
