@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
-from torch.nn.modules.utils import _pair
 
 from .registry import check
 
@@ -24,7 +23,9 @@ def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
     """
     if isinstance(value, str):
         raise ValueError(f"{name} must be a number, or one for each of height and width, got {value!r}")
-    return _pair(value)
+    # Not torch.nn's _pair, which Dynamo refuses to trace for a number that may change from call to call.
+    pair: Any = tuple(value) if isinstance(value, Iterable) else (value, value)
+    return pair
 
 
 def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:

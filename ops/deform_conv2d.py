@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
-from torch.nn.modules.utils import _pair
 
-from .convolution import check_convolution, check_dtypes, check_gradient, empty_output, gradient_format
+from .convolution import check_convolution, check_dtypes, check_gradient, empty_output, gradient_format, pair
 from .registry import accumulate_dtype, check, define_op, forbid_double_backward, serves_torchvision
 
 
@@ -56,7 +55,8 @@ def deform_conv2d(
     Raises:
         RuntimeError: shapes, dtypes or devices do not go together. The message says what was expected.
     """
-    return _op(input, offset, weight, bias, _pair(stride), _pair(padding), _pair(dilation), mask)
+    geometry = pair("stride", stride), pair("padding", padding), pair("dilation", dilation)
+    return _op(input, offset, weight, bias, *geometry, mask)
 
 
 class DeformConv2d(nn.Module):
@@ -82,10 +82,10 @@ class DeformConv2d(nn.Module):
                 raise ValueError(f"{name} must be divisible by groups, got {name}={channels}, groups={groups}")
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.kernel_size = _pair(kernel_size)
-        self.stride = _pair(stride)
-        self.padding = _pair(padding)
-        self.dilation = _pair(dilation)
+        self.kernel_size = pair("kernel_size", kernel_size)
+        self.stride = pair("stride", stride)
+        self.padding = pair("padding", padding)
+        self.dilation = pair("dilation", dilation)
         self.groups = groups
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *self.kernel_size))
         self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None

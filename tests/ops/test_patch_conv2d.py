@@ -206,6 +206,10 @@ def test_exported_with_dynamic_shapes():
         assert torch.equal(program.module()(x), model(x))
 
 
+def test_a_stride_that_changes_from_call_to_call():
+    convolution.assert_stride_may_change(patch_conv2d, sample("plain"))
+
+
 # Autocast
 
 

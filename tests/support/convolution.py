@@ -247,6 +247,19 @@ def assert_memory_format_follows(layout: str, out: Tensor) -> None:
     assert out.is_contiguous() != channels_last
 
 
+def assert_stride_may_change(function: Function, s: Sample) -> None:
+    """From call to call, in one graph that was compiled for any."""
+
+    @torch.compile(backend="eager", fullgraph=True, dynamic=True)
+    def strided(stride: int, *tensors: Tensor) -> Tensor:
+        return function(*tensors, **{**s.kwargs, "stride": stride})
+
+    strided(2, *s.args)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for stride in (3, 4):
+            assert torch.equal(strided(stride, *s.args), function(*s.args, **{**s.kwargs, "stride": stride}))
+
+
 # Autocast
 
 
