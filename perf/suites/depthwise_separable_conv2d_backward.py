@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
 
 from ...ops.depthwise_separable_conv2d import Arguments, depthwise_separable_conv2d
 from ...ops.registry import OPS
@@ -59,8 +60,11 @@ def _gradients(
     program: Any = backends.Function(functools.partial(_call, function, a))
     if compiled:
         program = torch.compile(program, fullgraph=True)
-    result = program(*leaves)
+    keeps_graph = functorch_config.patch(donated_buffer=step)  # when compiled and when called
+    with keeps_graph:
+        result = program(*leaves)
 
+    @keeps_graph
     def call() -> tuple[Tensor, ...]:
         out = program(*leaves) if step else result
         return torch.autograd.grad(out, leaves, grad, retain_graph=not step)
