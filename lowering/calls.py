@@ -124,10 +124,10 @@ def convolution_of(node: Node) -> Convolution | None:
         return None
     if not isinstance(a["groups"], int):  # not known when it is compiled
         return None
-    if not isinstance(a["padding"], str):
-        a["padding"] = tuple(_pair(a["padding"]))
-    for name in ("stride", "dilation"):
-        a[name] = tuple(_pair(a[name]))
+    for name in ("stride", "padding", "dilation"):
+        if not isinstance(a[name], str):
+            numbers = tuple(_pair(a[name]))
+            a[name] = numbers * 2 if len(numbers) == 1 else numbers  # [2] is as good as [2, 2]
     return Convolution(node, **a)
 
 

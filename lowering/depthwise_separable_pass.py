@@ -12,6 +12,7 @@ those of ``torch.export``, of aten operators.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -233,6 +234,13 @@ def _multiplied_dtypes() -> list[torch.dtype]:
     return [dtype for dtype, names in _LOW_PRECISION_PRODUCTS.items() if any(map(capabilities.get, names))]
 
 
+def _likely(size: int | torch.SymInt) -> int | None:
+    """A size, or that which a dynamic one has now; None where data decide about it."""
+    if isinstance(size, int):
+        return size
+    return int(size.node.hint) if size.node.has_hint() else None
+
+
 def _test_gain(pair: Pair) -> str | None:
     """Whether it was found to be faster, in a network that Inductor lays out channels_last.
 
@@ -243,14 +251,15 @@ def _test_gain(pair: Pair) -> str | None:
     weight, cache = value_of(pair.pointwise.weight), cache_bytes()
     if out.dtype in _multiplied_dtypes():
         return f"this processor multiplies {out.dtype} by itself, which oneDNN makes use of"
-    if not all(isinstance(size, int) for size in (*input.shape, *out.shape)):
+    sizes = [size for size in map(_likely, (*input.shape, *out.shape)) if size is not None]
+    if len(sizes) < 8:
         return None
     # 1.03 to 1.12: the pointwise weight does not stay in the cache, and each of many tiles reads it anew.
-    pixels = out.shape[0] * out.shape[2] * out.shape[3]
+    pixels = math.prod(sizes[4:]) // out.shape[1]
     if weight.numel() * out.element_size() >= 2 * cache and pixels >= 4 * _TILE:
         return "its pointwise weight is too large to be read for each tile of pixels"
     # 1.05 to 1.5: with a stride less is saved, one hidden number for four that are read, and reading memory is all.
-    bytes_read = input.numel() * input.element_size()
+    bytes_read = math.prod(sizes[:4]) * input.element_size()
     if min(pair.depthwise.stride) > 1 and bytes_read >= 32 * cache:
         return f"with its stride most of the time goes into reading {bytes_read >> 20} MB of memory"
     return None

@@ -157,6 +157,8 @@ class DepthwiseSeparableConv2d(nn.Module):
         bias: bool = True,
         depthwise_activation: str | None = None,
         pointwise_activation: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         _check_activation("depthwise_activation", depthwise_activation)
@@ -171,10 +173,14 @@ class DepthwiseSeparableConv2d(nn.Module):
         self.depthwise_activation = depthwise_activation
         self.pointwise_activation = pointwise_activation
         hidden = in_channels * channel_multiplier
-        self.depthwise_weight = nn.Parameter(torch.empty(hidden, 1, *self.kernel_size))
-        self.depthwise_bias = nn.Parameter(torch.empty(hidden)) if bias else None
-        self.pointwise_weight = nn.Parameter(torch.empty(out_channels, hidden, 1, 1))
-        self.pointwise_bias = nn.Parameter(torch.empty(out_channels)) if bias else None
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.depthwise_weight = parameter(hidden, 1, *self.kernel_size)
+        self.depthwise_bias = parameter(hidden) if bias else None
+        self.pointwise_weight = parameter(out_channels, hidden, 1, 1)
+        self.pointwise_bias = parameter(out_channels) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -227,6 +233,7 @@ class DepthwiseSeparableConv2d(nn.Module):
             bias=False,
             depthwise_activation=depthwise_activation,
             pointwise_activation=pointwise_activation,
+            device="meta",  # its own weights are not needed
         )
         module.depthwise_weight, module.depthwise_bias = depthwise_weight, depthwise_bias
         module.pointwise_weight, module.pointwise_bias = pointwise_weight, pointwise_bias

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import statistics
 import tempfile
@@ -27,7 +28,7 @@ from .target import Program, Target, describe_error
 from .variants import Variant, code, way, whole_model_variants
 
 # Parts of the time for measuring.
-_FOR_CAPTURE, _FOR_LAYERS, _FOR_VARIANTS, _FOR_EACH_COMBINATION, _FOR_THE_LAST_WORD = 0.05, 0.35, 0.25, 0.05, 0.25
+_FOR_CAPTURE, _FOR_LAYERS, _FOR_VARIANTS, _FOR_COMBINATIONS, _FOR_THE_LAST_WORD = 0.05, 0.35, 0.25, 0.1, 0.25
 # A layer that takes less of the model's time is not measured: whatever is chosen for it, nobody would notice.
 _NEGLIGIBLE = 0.002
 _SAME_AGAIN = 1e-3
@@ -130,6 +131,7 @@ class _Session:
     measured: dict[Variant, Measured] = dataclasses.field(default_factory=dict)
     last: Comparison | None = None
     seen: Capture | None = None
+    remarks: list[str] = dataclasses.field(default_factory=list)
     foreign: list[float] = dataclasses.field(default_factory=list)
     prepared: dict[Variant, Prepared] = dataclasses.field(default_factory=dict)  # compiled once, measured several times
 
@@ -154,7 +156,7 @@ class _Session:
             tuple(self.layers),
             tuple(self.measured.values()),
             tuple(self._recommendation(variant, measured) for variant, measured in recommended),
-            tuple(out_of_reach(self.layers)),
+            (*self.remarks, *out_of_reach(self.layers)),
             statistics.fmean(self.foreign) if self.foreign else None,
             interrupted,
         )
@@ -191,7 +193,10 @@ class _Session:
                 Way(c.name, c.prepare, c.threads or self.settings.threads, c.calls, _is_low(c, layer))
                 for c in (as_it_is(layer), *choices)
             )
-            comparison = self._kept(compare(first, others, seconds, say))
+            try:
+                comparison = self._kept(compare(first, others, seconds, say))
+            except Exception as error:  # of the layer as it is: without that nothing can be said about it
+                self.remarks.append(f"{_title(layer)} fails outside of the model: {describe_error(error)}")
         return LayerResult(
             _title(layer),
             layer.names,
@@ -211,7 +216,8 @@ class _Session:
         promising = {measured.name for measured in self.last.promising()}
         promising = {variant: measured for variant, measured in self.measured.items() if measured.name in promising}
         self.prepared = {variant: self.prepared[variant] for variant in (Variant(), *promising)}
-        combinations = combine(promising.items(), self._measure_combination)
+        each = _FOR_COMBINATIONS / max(1, len(promising) - 1)  # as many are tried at most
+        combinations = combine(promising.items(), functools.partial(self._compare, "combinations", part=each))
         again = [*promising, *combinations]
         if not again:
             return []
@@ -244,9 +250,6 @@ class _Session:
         self.last = self._compare(label, Variant(), variants, part)
         rows = {row.name: row for row in self.last.others}
         self.measured |= {variant: rows[variant.name] for variant in variants}
-
-    def _measure_combination(self, first: Variant, others: Sequence[Variant]) -> Comparison:
-        return self._compare("combinations", first, others, _FOR_EACH_COMBINATION)
 
     def _compare(self, label: str, first: Variant, others: Sequence[Variant], part: float) -> Comparison:
         self.progress.say(f"{label}: {', '.join(variant.name for variant in others)}")

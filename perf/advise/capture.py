@@ -35,9 +35,10 @@ class Form:
         return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
     def random(self) -> Tensor:
-        """Normally distributed, the same each time."""
-        values = torch.randn(self.shape, generator=torch.Generator().manual_seed(0))
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype).copy_(values)
+        """Normally distributed, the same each time; elements share memory where those of the model do."""
+        elements = 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.stride))
+        values = torch.randn(max(elements, 0), generator=torch.Generator().manual_seed(0)).to(self.dtype)
+        return values.as_strided(self.shape, self.stride)
 
     @property
     def is_channels_last(self) -> bool:

@@ -57,10 +57,10 @@ def _eager(job: Job, channels_last: bool = False) -> Prepared:
     return backends.eager(*_in_format(job, channels_last))
 
 
-def _compiled(job: Job, *, fused: bool, channels_last: bool = False) -> Prepared:
+def _compiled(job: Job, *, fused: bool, channels_last: bool = False, freezing: bool = True) -> Prepared:
     if fused:
         fuse_depthwise_separable()
-    return backends.compiled(*_in_format(job, channels_last))
+    return backends.compiled(*_in_format(job, channels_last), freezing=freezing)
 
 
 def _packaged(job: Job) -> Prepared:
@@ -89,14 +89,16 @@ _stock = functools.partial(_compiled, fused=False)
 
 SUITE = Suite(
     name="classifiers",
-    description="torchvision's small classifiers with random weights, compiled and frozen, with the fusion and without",
+    description="torchvision's small classifiers with random weights, compiled, with the fusion and without",
     reference=_reference,
     contenders=(
         _contender("ours-frozen", "ours", _fused, compiled=True),
         _contender("ours-channels-last", "ours", functools.partial(_fused, channels_last=True), compiled=True),
         _contender("ours-aoti", "ours", _packaged, compiled=True, default=False),
+        _contender("ours-not-frozen", "ours", functools.partial(_fused, freezing=False), compiled=True),
         _contender("stock-frozen", "peer", _stock, compiled=True),
         _contender("stock-channels-last", "peer", functools.partial(_stock, channels_last=True), compiled=True),
+        _contender("stock-not-frozen", "peer", functools.partial(_stock, freezing=False), compiled=True),
         _contender("eager", "peer", _eager),
         _contender("eager-channels-last", "peer", functools.partial(_eager, channels_last=True)),
     ),

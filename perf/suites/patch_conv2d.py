@@ -184,7 +184,8 @@ def matrix_depth(a: Arguments) -> int:
 
 def _matrix_product(job: Job) -> Prepared:
     """One matrix product of as many multiplications as there are outside the padding, each group by itself; nothing
-    is gathered, and the result has the size of the convolution's."""
+    is gathered, and the result has the size of the convolution's. It reads columns from memory, several times as many
+    bytes as the patches have: no limit where memory is what takes the time."""
     a, depth = job.inputs, matrix_depth(job.inputs)
     out_size = output_size(a.input.shape[3], a.weight.shape[2], a.stride[0], a.padding[0], a.dilation[0])
     columns = torch.randn(a.groups, a.input.shape[1] * out_size**2, depth, dtype=a.input.dtype)
@@ -200,6 +201,12 @@ _CONTENDERS = (
     Contender("conv2d", "peer", _eager),
     Contender("conv2d-channels-last", "peer", functools.partial(_eager, order=CHANNELS_LAST)),
     Contender("conv2d-compiled", "peer", functools.partial(_compiled, function=conv2d_of_the_batch), compiled=True),
+    Contender(
+        "conv2d-compiled-channels-last",
+        "peer",
+        functools.partial(_compiled, function=conv2d_of_the_batch, order=CHANNELS_LAST),
+        compiled=True,
+    ),
     Contender("unfold", "peer", functools.partial(_eager, function=_unfold)),
     Contender("onnxruntime", "peer", _onnxruntime, check=backends.needs("onnx", "onnxruntime")),
     Contender("openvino", "peer", _openvino, check=backends.needs("openvino")),

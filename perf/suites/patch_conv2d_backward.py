@@ -46,10 +46,12 @@ def _gradients(
     compiled: bool = True,
     order: tuple[int, ...] | None = None,
 ) -> Prepared:
-    """By autograd, of a result that was computed before."""
+    """By autograd, of a result that was computed before. ``order`` is that of input and gradient."""
     grad, a = job.inputs
     if order is not None:
         grad, a = arranged(grad, order), forward.in_order(a, order)
+        if order == CHANNELS_LAST and function is not patch_conv2d:
+            a = a._replace(weight=a.weight.contiguous(memory_format=torch.channels_last))
     leaves = [tensor.detach().requires_grad_() for tensor in a.tensors]
     program: Any = backends.Function(functools.partial(_call, function, a))
     if compiled:
@@ -77,6 +79,7 @@ _CONTENDERS = (
     Contender("conv2d", "peer", functools.partial(_conv2d, compiled=False)),
     Contender("conv2d-channels-last", "peer", functools.partial(_conv2d, compiled=False, order=CHANNELS_LAST)),
     Contender("conv2d-compiled", "peer", _conv2d, compiled=True),
+    Contender("conv2d-compiled-channels-last", "peer", functools.partial(_conv2d, order=CHANNELS_LAST), compiled=True),
 )
 
 _vary = dataclasses.replace

@@ -187,6 +187,19 @@ def test_every_choice_computes_what_the_layer_does():
         torch.testing.assert_close(choice.prepare().output.float(), right, **tolerance)
 
 
+@pytest.mark.parametrize("shape", [(5, 1, 7, 6), (5, 1, 1, 6)])
+def test_an_input_whose_elements_share_memory(shape):
+    """As those of a grey image as three channels, or of windows that overlap."""
+    image = torch.randn(shape).expand(-1, 3, 7, -1)
+    layer = only(nn.Conv2d(3, 8, 3, padding=1), image)
+    assert layer.input.stride == image.stride() and 0 in image.stride()
+    assert layer.input.random().stride() == image.stride()
+    right = choices.as_it_is(layer).prepare().output
+    for choice in choices.choices_of(layer, 2, compiling=False):
+        if not choice.changes_precision:
+            torch.testing.assert_close(choice.prepare().output, right)
+
+
 def test_compiled_patches_compute_what_the_layer_does():
     layer = only(nn.Conv2d(4, 8, 3, padding=1, groups=2), torch.randn(256, 4, 4, 5))
     [choice] = [choice for choice in choices.choices_of(layer, 1, compiling=True) if choice.name == "patch_conv2d"]

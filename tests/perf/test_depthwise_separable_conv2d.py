@@ -66,3 +66,13 @@ def test_gradients_agree_with_the_reference(contender, step, monkeypatch):
     prepared = contender.prepare(job(problem))
     assert relative_error(list(prepared.output), backward._reference(problem)) < 1e-5
     assert relative_error(list(prepared.call()), backward._reference(problem)) < 1e-5
+
+
+@pytest.mark.slow
+def test_compiled_gradients_can_be_asked_for_again():
+    """Of which all of the suite's times are."""
+    (contender,) = (contender for contender in backward.SUITE.contenders if contender.name == "ours-channels-last")
+    problem = backward._build(Shape(6, 5, 9, batch=3, stride=2, activation="silu"), False)
+    prepared = contender.prepare(job(problem))
+    for _ in range(2):
+        assert relative_error(list(prepared.call()), backward._reference(problem)) < 1e-5
