@@ -12,7 +12,6 @@ from inductor_vision.ops.torchvision_detection import (
     resize_image_and_masks,
     ssd_detections,
 )
-from inductor_vision.tests.support.compare import relative_error
 from inductor_vision.tests.support.compiled import compile_and_run
 from inductor_vision.tests.support.detectors import agreement, assert_same_detections, small_detector
 from torch import Tensor
@@ -68,6 +67,9 @@ def test_training(kind):
     target = {"boxes": torch.tensor([[10.0, 12, 50, 60], [3, 4, 30, 25]]), "labels": torch.tensor([1, 1])}
     if kind == "KeypointRCNN":
         target["keypoints"] = torch.cat([20 * torch.rand(2, 5, 2) + 10, torch.ones(2, 5, 1)], dim=2)
+        for name, layer in detector.roi_heads.keypoint_head.named_children():
+            if isinstance(layer, torch.nn.ReLU):  # at whose kink a rounding decides about a gradient, eight layers deep
+                detector.roi_heads.keypoint_head.set_submodule(name, torch.nn.SiLU())
     results = []
     for step in (detector, torch.compile(detector, backend="eager")):
         detector.zero_grad()
@@ -78,8 +80,11 @@ def test_training(kind):
     (stock, stock_grads), (ours, grads) = results
     torch.testing.assert_close(ours, stock)
     assert grads.keys() == stock_grads.keys()
-    for name, grad in grads.items():  # long sums in another order: some of a bias's elements are nearly cancelled
-        assert relative_error(grad, stock_grads[name]) <= 1e-4, name
+    largest = max(grad.abs().max() for grad in stock_grads.values())
+    for name, grad in grads.items():
+        # The gradient of a bias in front of a softmax over all pixels is zero but for rounding.
+        allowed = 1e-4 * stock_grads[name].abs().max() + 1e-6 * largest
+        assert (grad - stock_grads[name]).abs().max() <= allowed, name
 
 
 @pytest.mark.slow
