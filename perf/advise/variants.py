@@ -149,7 +149,6 @@ def way(variant: Variant, program: Program, target: Target, threads: int) -> Way
     model share. What does not compile is measured here, on a copy of the model if it changes it.
     """
     threads = variant.threads or threads
-
     job = Job(Case("model", variant.name, target.load, 0.0), None, threads)
 
     def prepare_here() -> Prepared:
