@@ -21,12 +21,11 @@ from .inductor import (
     V,
     config,
     ir,
-    lowerings,
 )
 from .layout import image_and_format, realize_image
 from .panels import MAX_DEPTH, PANEL_BYTES, bf16_dot_products, pack_panels
 from .registry import Template, define_internal_op, template_for
-from .template import BlocksTemplate, KernelTemplate, pointer, splice_header, view
+from .template import BlocksTemplate, ResultsTemplate, pointer, splice_header, view
 from .tuning import cache_bytes, fastest
 
 
@@ -187,33 +186,18 @@ def _lower(*args: Any) -> ir.TensorBox:
 
 
 def _lower_backward(grad: ir.TensorBox, *args: Any) -> list[ir.TensorBox]:
-    call, node = Arguments(*args[:-1]), V.graph.current_node
-    fake = Arguments(*torch.fx.map_arg(node.args[1:-1], lambda argument: argument.meta["val"]))
-    results = [_layout(result) for result in node.meta["val"]]
-    wanted = [want and tensor is not None for want, tensor in zip(args[-1], differentiable(call))]
+    call = Arguments(*args[:-1])
+    fake = Arguments(*torch.fx.map_arg(V.graph.current_node.args[1:-1], lambda argument: argument.meta["val"]))
     realize = ir.ExternKernel.realize_input
-    gradients: dict[str, ir.TensorBox] = {}
-    if any(wanted):
-        gradients = DeformConv2dBackwardTemplate(
-            _convolution(fake, fake.weight.shape),
-            realize(grad),
-            realize_image(call.input),
-            realize(call.offset),
-            realize(call.weight),
-            None if call.mask is None else realize(call.mask),
-            [layout if want else None for layout, want in zip(results, wanted)],
-        ).outputs()
-    names = DeformConv2dBackwardTemplate.gradients
-    return [gradients[name] if name in gradients else _empty(layout) for name, layout in zip(names, results)]
-
-
-def _layout(fake: Tensor) -> ir.FixedLayout:
-    size, stride = (ir.convert_shape_to_inductor(numbers) for numbers in (fake.shape, fake.stride()))
-    return ir.FixedLayout(torch.device("cpu"), fake.dtype, size, stride)
-
-
-def _empty(layout: ir.FixedLayout) -> ir.TensorBox:
-    return lowerings[torch.ops.aten.full.default](layout.size, 0, dtype=layout.dtype, device=layout.device)
+    return DeformConv2dBackwardTemplate(
+        _convolution(fake, fake.weight.shape),
+        realize(grad),
+        realize_image(call.input),
+        realize(call.offset),
+        realize(call.weight),
+        None if call.mask is None else realize(call.mask),
+        [want and tensor is not None for want, tensor in zip(args[-1], differentiable(call))],
+    ).results()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,10 +213,6 @@ class Instance:
         channels_last = str(self.channels_last).lower()
         kind = f"inductor_vision::DeformKernel::{self.kind}"
         return f"inductor_vision::deform_conv2d<{channels_last}, {kind}>(op, {weight}, blocking, store);"
-
-
-def _pointer(kernel: CppTemplateKernel, node: ir.IRNode | None) -> str:
-    return "nullptr" if node is None else pointer(kernel, node)
 
 
 def _view(kernel: CppTemplateKernel, node: ir.IRNode | None) -> str:
@@ -281,12 +261,12 @@ class DeformConv2dTemplate(BlocksTemplate):
     {self.instance.statement(pointer(kernel, weight))}"""
 
 
-class DeformConv2dBackwardTemplate(KernelTemplate):
+class DeformConv2dBackwardTemplate(ResultsTemplate):
     """See cpp/deform_conv2d_backward.h."""
 
     op = "deform_conv2d_backward"
     header = "deform_conv2d_backward.h"
-    gradients = ("input", "offset", "weight", "bias", "mask")  # DeformGradient
+    names = ("grad_input", "grad_offset", "grad_weight", "grad_bias", "grad_mask")  # DeformGradient
 
     def __init__(
         self,
@@ -296,15 +276,10 @@ class DeformConv2dBackwardTemplate(KernelTemplate):
         offset: ir.IRNode,
         weight: ir.IRNode,
         mask: ir.IRNode | None,
-        layouts: Sequence[ir.FixedLayout | None],
+        wanted: Sequence[bool],
     ) -> None:
-        """
-        Args:
-            layouts: of the gradients; None for those that are not wanted.
-        """
-        super().__init__([grad, image, offset, weight, *([] if mask is None else [mask])])
+        super().__init__([grad, image, offset, weight, *([] if mask is None else [mask])], wanted)
         self.convolution = convolution
-        self.layouts = {name: layout for name, layout in zip(self.gradients, layouts) if layout is not None}
         # Where a group has fewer channels than a panel of the matrix product, and there are several.
         panel = PANEL_BYTES // accumulate_dtype(convolution.dtype).itemsize
         vectors = convolution.groups > 1 and convolution.channels // convolution.groups < panel
@@ -314,33 +289,23 @@ class DeformConv2dBackwardTemplate(KernelTemplate):
     @property
     def path(self) -> str:
         kind = "GEMM" if self.kind == "gemm" else "vector"
-        return f"{kind} kernel, gradients of {', '.join(self.layouts)}, {self.blocking}"
+        return f"{kind} kernel, {super().path}, {self.blocking}"
 
-    def outputs(self) -> dict[str, ir.TensorBox]:
-        """Add the kernel to the graph; the gradients."""
-        return dict(zip(self.layouts, self.add_unfused(*self.layouts.values())))
-
-    def render(
-        self, kernel: CppTemplateKernel, buffer: ir.CppTemplateBuffer, epilogue: list[ir.ComputedBuffer], keep: bool
-    ) -> str:
-        results = dict(zip(self.layouts, buffer.outputs or [buffer]))
-        results = {name: result for name, result in results.items() if not self.is_unread(result)}
-
-        def body() -> list[str]:
-            grad, image, offset, weight, *masks = buffer.inputs
-            scalar, c = DTYPE_TO_CPP[self.convolution.dtype], self.convolution
-            fields = [(_pointer if name == "bias" else _view)(kernel, results.get(name)) for name in self.gradients]
-            tensors = [view(kernel, grad), view(kernel, weight), *fields]
-            wanted = " | ".join(f"inductor_vision::kGrad{name.title()}" for name in results)
-            return [
-                _operation(kernel, c, image, offset, masks[0] if masks else None, None),
-                f"const inductor_vision::DeformGradients<{scalar}> gradients{{{', '.join(tensors)}}};",
-                f"const inductor_vision::DeformBackwardBlocking blocking{_fields(self.blocking)};",
-                f"inductor_vision::deform_conv2d_backward<inductor_vision::DeformKernel::{self.kind}, {wanted}>(",
-                "    op, gradients, blocking);",
-            ]
-
-        return self.source(kernel, buffer, {f"grad_{name}": result for name, result in results.items()}, body)
+    def call(
+        self, kernel: CppTemplateKernel, inputs: Sequence[ir.IRNode], results: dict[str, ir.Buffer]
+    ) -> Sequence[str]:
+        grad, image, offset, weight, *masks = inputs
+        scalar, c = DTYPE_TO_CPP[self.convolution.dtype], self.convolution
+        fields = [(pointer if name == "grad_bias" else _view)(kernel, results.get(name)) for name in self.names]
+        tensors = [view(kernel, grad), view(kernel, weight), *fields]
+        wanted = " | ".join(f"inductor_vision::k{name.title().replace('_', '')}" for name in results)
+        return [
+            _operation(kernel, c, image, offset, masks[0] if masks else None, None),
+            f"const inductor_vision::DeformGradients<{scalar}> gradients{{{', '.join(tensors)}}};",
+            f"const inductor_vision::DeformBackwardBlocking blocking{_fields(self.blocking)};",
+            f"inductor_vision::deform_conv2d_backward<inductor_vision::DeformKernel::{self.kind}, {wanted}>(",
+            "    op, gradients, blocking);",
+        ]
 
 
 def _operation(
@@ -351,7 +316,7 @@ def _operation(
     mask: ir.IRNode | None,
     bias: ir.IRNode | None,
 ) -> str:
-    tensors = [*(_view(kernel, node) for node in (image, offset, mask)), _pointer(kernel, bias)]
+    tensors = [*(_view(kernel, node) for node in (image, offset, mask)), pointer(kernel, bias)]
     size, out_size = ([kernel.size(node, d) for d in range(4)] for node in (image, offset))
     return convolution.declare(tensors, size, out_size[2:])
 

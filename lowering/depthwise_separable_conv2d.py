@@ -1,4 +1,7 @@
-"""depthwise_separable_conv2d as one C++ kernel: see cpp/depthwise_separable_conv2d.h."""
+"""depthwise_separable_conv2d as one C++ kernel, and the depthwise half of its gradients as another.
+
+See cpp/depthwise_separable_conv2d.h and depthwise_separable_conv2d_backward.h.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.convolution import empty_output
-from ..ops.depthwise_separable_conv2d import IDENTITY, Arguments, check_arguments
+from ..ops.convolution import empty_output, gradient_format
+from ..ops.depthwise_separable_conv2d import IDENTITY, Arguments, DepthwiseGradients, check_arguments, gradients
 from ..ops.registry import accumulate_dtype
 from .constants import fold_constant
 from .inductor import DTYPE_TO_CPP, CppTemplateKernel, V, ir
 from .layout import image_and_format
 from .panels import MAX_DEPTH, pack_panels
 from .registry import Template, define_internal_op, template_for
-from .template import BlocksTemplate, pointer, view
+from .template import BlocksTemplate, ResultsTemplate, pointer, view
 from .tuning import cache_bytes
 
 # Of an activation's name, the C++ type in cpp/activations.h.
@@ -55,6 +58,21 @@ class Separable:
         """As the internal operator takes it."""
         return [getattr(self, field.name) for field in dataclasses.fields(self)]
 
+    def declare(
+        self, kernel: CppTemplateKernel, image: ir.IRNode, tensors: Sequence[ir.IRNode | None], out_size: Sequence[Any]
+    ) -> str:
+        """C++ that defines `op`; ``tensors`` are depthwise weight and bias, pointwise weight and bias."""
+        size = [kernel.size(image, d) for d in range(4)]
+        pointers = [pointer(kernel, tensor) for tensor in tensors]
+        pairs = [*self.kernel, *self.stride, *self.padding, *self.dilation]
+        fields = [view(kernel, image), *pointers, *size, self.multiplier, self.out_channels, *out_size, *pairs]
+        scalar = DTYPE_TO_CPP[image.get_dtype()]
+        return f"const inductor_vision::DepthwiseSeparableConv2d<{scalar}> op{{{', '.join(map(str, fields))}}};"
+
+    @property
+    def activation_type(self) -> str:
+        return f"inductor_vision::{_ACTIVATIONS[self.activation]}"
+
     def blocking(self, dtype: torch.dtype) -> int:
         """SeparableBlocking: pixels of a tile whose hidden channels and sums take half of the second-level cache."""
         itemsize = accumulate_dtype(dtype).itemsize
@@ -68,30 +86,77 @@ def _refusal(*args: Any) -> str | None:
     return None
 
 
-def _prepack(*args: Any) -> Tensor:
-    call = Arguments(*args)
-    separable = Separable(
+def _refusal_backward(grad: Tensor, *args: Any) -> str | None:
+    return _refusal(*args[:-1])
+
+
+def _separable(call: Arguments) -> Separable:
+    return Separable(
         call.multiplier, call.out_channels, call.kernel, call.stride, call.padding, call.dilation, call.activation
     )
+
+
+def _by_multiplier(call: Arguments, values: Tensor) -> Tensor:
+    """``[C * M, n]`` as ``[M * C, n]``."""
+    return values.reshape(call.channels, call.multiplier, -1).transpose(0, 1).reshape(call.hidden_channels, -1)
+
+
+def _by_channel(call: Arguments, values: Tensor) -> Tensor:
+    """The reverse."""
+    return values.reshape(call.multiplier, call.channels, -1).transpose(0, 1).reshape(call.hidden_channels, -1)
+
+
+def _pack_depthwise(call: Arguments) -> tuple[Tensor, Tensor | None]:
+    """Weight, ``[K, M * C]``, and bias of the depthwise convolution."""
     dtype = accumulate_dtype(call.input.dtype)
+    weight = _by_multiplier(call, call.depthwise_weight.to(dtype)).t().contiguous()
+    if call.depthwise_bias is None:
+        return weight, None
+    return weight, _by_multiplier(call, call.depthwise_bias.to(dtype)).reshape(-1).clone()
 
-    def by_multiplier(values: Tensor) -> Tensor:
-        """[C * M, n] as [M * C, n]."""
-        return values.reshape(call.channels, call.multiplier, -1).transpose(0, 1).reshape(call.hidden_channels, -1)
 
-    depthwise = by_multiplier(call.depthwise_weight.to(dtype)).t().contiguous()  # [K, M * C]
-    bias = None
-    if call.depthwise_bias is not None:
-        bias = by_multiplier(call.depthwise_bias.to(dtype)).reshape(-1).clone()
-    pointwise = by_multiplier(call.pointwise_weight.reshape(call.out_channels, -1).t()).t()  # [O, M * C]
-    packed = pack_panels(pointwise[None, :, :, None])
+def _prepack(*args: Any) -> Tensor:
+    call = Arguments(*args)
+    depthwise, bias = _pack_depthwise(call)
+    dtype = accumulate_dtype(call.input.dtype)
+    pointwise = _by_multiplier(call, call.pointwise_weight.to(dtype).reshape(call.out_channels, -1).t()).t()
+    packed = pack_panels(pointwise[None, :, :, None])  # of [O, M * C]
     return _prepacked(
-        call.input, depthwise, packed, bias, call.pointwise_bias, *separable.arguments, check_arguments(call)
+        call.input, depthwise, packed, bias, call.pointwise_bias, *_separable(call).arguments, check_arguments(call)
+    )
+
+
+def _prepack_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return gradients(grad, *args, depthwise=_depthwise_gradients)
+
+
+def _depthwise_gradients(call: Arguments, grad_hidden: Tensor | None, wanted: DepthwiseGradients) -> DepthwiseGradients:
+    weight, bias = _pack_depthwise(call)
+    if grad_hidden is not None:
+        grad_hidden = _by_multiplier(call, grad_hidden.t()).t()
+    channels_last = gradient_format(call.input) == torch.channels_last
+    grad_input, grad_weight, grad_bias, hidden = _gradients(
+        grad_hidden, call.input, weight, bias, *_separable(call).arguments, check_arguments(call), channels_last, wanted
+    )
+    return DepthwiseGradients(
+        grad_input if wanted.input else None,
+        _by_channel(call, grad_weight.t()) if wanted.weight else None,
+        _by_channel(call, grad_bias).reshape(-1) if wanted.bias else None,
+        _by_channel(call, hidden.t()).t() if wanted.hidden else None,
     )
 
 
 def _fake_prepacked(input: Tensor, *args: Any) -> Tensor:
     return empty_output(input, args[5], args[-1])
+
+
+def _constant(position: int, value: ir.TensorBox | None) -> ir.IRNode | None:
+    """An argument of the node that is lowered, realized; what is made of constants alone is one."""
+    if value is None:
+        return None
+    argument = V.graph.current_node.args[position]
+    assert isinstance(argument, torch.fx.Node)
+    return ir.ExternKernel.realize_input(ir.ExternKernel.require_contiguous(fold_constant(argument, value)))
 
 
 def _lower(
@@ -104,19 +169,11 @@ def _lower(
 ) -> ir.TensorBox:
     node = V.graph.current_node
     image, channels_last = image_and_format(input, node)
-
-    def constant(position: int, value: ir.TensorBox | None) -> ir.IRNode | None:
-        if value is None:
-            return None
-        argument = node.args[position]
-        assert isinstance(argument, torch.fx.Node)
-        return ir.ExternKernel.realize_input(ir.ExternKernel.require_contiguous(fold_constant(argument, value)))
-
     tensors = (depthwise, pointwise, depthwise_bias, pointwise_bias)
     return DepthwiseSeparableConv2dTemplate(
         Separable(*args[:-1]),
         image,
-        [constant(i, tensor) for i, tensor in enumerate(tensors, 1)],
+        [_constant(i, tensor) for i, tensor in enumerate(tensors, 1)],
         ir.convert_shape_to_inductor(node.meta["val"].shape),
         channels_last,
     ).output()
@@ -150,20 +207,87 @@ class DepthwiseSeparableConv2dTemplate(BlocksTemplate):
 
     def call(self, kernel: CppTemplateKernel, inputs: Sequence[ir.IRNode], store: str) -> str:
         image, *tensors = inputs
-        pointers = [pointer(kernel, tensors.pop(0)) if present else "nullptr" for present in self.present]
-        depthwise, pointwise, depthwise_bias, pointwise_bias = pointers
-        c, out_size = self.separable, self.output_size(kernel)
-        pairs = [*c.kernel, *c.stride, *c.padding, *c.dilation]
-        size = [kernel.size(image, d) for d in range(4)]
-        weights = [depthwise, depthwise_bias, pointwise, pointwise_bias]
-        fields = [view(kernel, image), *weights, *size, c.multiplier, c.out_channels, *out_size[2:], *pairs]
-        template = f"{str(self.channels_last).lower()}, inductor_vision::{_ACTIVATIONS[c.activation]}"
-        scalar = DTYPE_TO_CPP[self.dtype]
+        depthwise, pointwise, *biases = (tensors.pop(0) if present else None for present in self.present)
+        out_size = self.output_size(kernel)[2:]
+        instance = f"{str(self.channels_last).lower()}, {self.separable.activation_type}"
         return f"""
-    const inductor_vision::DepthwiseSeparableConv2d<{scalar}> op{{{", ".join(map(str, fields))}}};
-    const inductor_vision::SeparableBlocking blocking{{{c.blocking(self.dtype)}}};
+    {self.separable.declare(kernel, image, [depthwise, biases[0], pointwise, biases[1]], out_size)}
+    const inductor_vision::SeparableBlocking blocking{{{self.separable.blocking(self.dtype)}}};
     const auto store = {store};
-    inductor_vision::depthwise_separable_conv2d<{template}>(op, blocking, store);"""
+    inductor_vision::depthwise_separable_conv2d<{instance}>(op, blocking, store);"""
+
+
+def _fake_gradients(grad_hidden: Tensor | None, input: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    out_size, channels_last, wanted = args[-3:]
+    taps, hidden = weight.shape
+    sizes = [input.shape, [taps, hidden], [hidden], [input.shape[0] * out_size[0] * out_size[1], hidden]]
+    results = [weight.new_empty(size if want else [0]) for size, want in zip(sizes, wanted)]
+    if wanted[0]:
+        format = torch.channels_last if channels_last else torch.contiguous_format
+        results[0] = input.new_empty(input.shape).contiguous(memory_format=format)
+    return tuple(results)
+
+
+def _lower_gradients(
+    grad_hidden: ir.TensorBox | None, input: ir.TensorBox, weight: ir.TensorBox, bias: ir.TensorBox | None, *args: Any
+) -> list[ir.TensorBox]:
+    *separable, out_size, channels_last, wanted = args
+    realize, require_contiguous = ir.ExternKernel.realize_input, ir.ExternKernel.require_contiguous
+    grad = None if grad_hidden is None else realize(require_contiguous(grad_hidden))
+    return DepthwiseGradientsTemplate(
+        Separable(*separable),
+        out_size,
+        channels_last,
+        realize(input),
+        [grad, _constant(2, weight), _constant(3, bias)],
+        wanted,
+    ).results()
+
+
+class DepthwiseGradientsTemplate(ResultsTemplate):
+    """See cpp/depthwise_separable_conv2d_backward.h."""
+
+    op = "depthwise_separable_conv2d_backward"
+    header = "depthwise_separable_conv2d_backward.h"
+    names = ("grad_input", "grad_weight", "grad_bias", "hidden")
+
+    def __init__(
+        self,
+        separable: Separable,
+        out_size: Sequence[Any],
+        channels_last: bool,
+        image: ir.IRNode,
+        tensors: Sequence[ir.IRNode | None],
+        wanted: Sequence[bool],
+    ) -> None:
+        """
+        Args:
+            out_size: height and width.
+            channels_last: memory format of the input's gradient.
+            tensors: gradient of the hidden channels, depthwise weight and bias.
+        """
+        super().__init__([image, *(t for t in tensors if t is not None)], wanted)
+        self.separable = separable
+        self.out_size = out_size
+        self.channels_last = channels_last
+        self.present = [tensor is not None for tensor in tensors]
+
+    def call(
+        self, kernel: CppTemplateKernel, inputs: Sequence[ir.IRNode], results: dict[str, ir.Buffer]
+    ) -> Sequence[str]:
+        image, *tensors = inputs
+        grad, weight, bias = (tensors.pop(0) if present else None for present in self.present)
+        out = ir.Buffer(name=None, layout=ir.FixedLayout(torch.device("cpu"), image.get_dtype(), list(self.out_size)))
+        pointers = [pointer(kernel, results.get(name)) for name in self.names]
+        fields = [pointer(kernel, grad), str(self.channels_last).lower(), *pointers]
+        return [
+            self.separable.declare(kernel, image, [weight, bias, None, None], [kernel.size(out, d) for d in range(2)]),
+            f"const inductor_vision::SeparableGradients<{DTYPE_TO_CPP[image.get_dtype()]}> gradients"
+            f"{{{', '.join(fields)}}};",
+            f"const inductor_vision::SeparableBackwardBlocking blocking{{{cache_bytes() // 2}}};",
+            f"inductor_vision::depthwise_separable_conv2d_backward<{self.separable.activation_type}>"
+            "(op, gradients, blocking);",
+        ]
 
 
 _prepacked = define_internal_op(
@@ -172,4 +296,11 @@ _prepacked = define_internal_op(
     fake=_fake_prepacked,
     lower=_lower,
 )
+_gradients = define_internal_op(
+    "depthwise_separable_conv2d_gradients(Tensor? grad_hidden, Tensor input, Tensor depthwise, Tensor? bias, "
+    f"{Separable.SCHEMA}, SymInt[2] out_size, bool channels_last, bool[4] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake_gradients,
+    lower=_lower_gradients,
+)
 template_for("depthwise_separable_conv2d", Template(_refusal, prepack=_prepack))
+template_for("depthwise_separable_conv2d_backward", Template(_refusal_backward, prepack=_prepack_backward))

@@ -22,7 +22,7 @@ from .constants import fold_constant
 from .inductor import DTYPE_TO_CPP, CppTemplateKernel, V, ir, lowerings
 from .panels import pack_panels
 from .registry import Template, define_internal_op, template_for
-from .template import BlocksTemplate, KernelTemplate, pointer
+from .template import BlocksTemplate, ResultsTemplate, pointer
 from .tuning import cache_bytes
 
 _ORDERS: dict[tuple[int, ...], str] = {
@@ -56,7 +56,7 @@ class Convolution:
         """C++ that defines `op` and `blocking`; ``out_size`` is height and width."""
         size = [kernel.size(input, d) for d in range(5)]
         pairs = [*self.kernel, *self.stride, *self.padding, *self.dilation]
-        tensors = [_view(kernel, input), "nullptr" if bias is None else pointer(kernel, bias)]
+        tensors = [_view(kernel, input), pointer(kernel, bias)]
         fields = [*tensors, *size, self.out_channels, *out_size, *pairs, self.groups]
         return f"""
     const inductor_vision::PatchConv2d<{DTYPE_TO_CPP[input.get_dtype()]}> op{{{", ".join(map(str, fields))}}};
@@ -207,55 +207,31 @@ def _fake_sums(grad: Tensor, input: Tensor, out_channels: int, kernel: Sequence[
 def _lower_sums(grad: ir.TensorBox, input: ir.TensorBox, *args: Any) -> list[ir.TensorBox]:
     *geometry, weight, bias = args
     realize = ir.ExternKernel.realize_input
-    template = PatchSumsTemplate(Convolution(*geometry), weight, bias, realize(grad), realize(input))
-    layouts = [
-        ir.FixedLayout(torch.device("cpu"), fake.dtype, ir.convert_shape_to_inductor(fake.shape))
-        for fake in V.graph.current_node.meta["val"]
-    ]
-    return template.add_unfused(*layouts)
+    return PatchSumsTemplate(Convolution(*geometry), realize(grad), realize(input), [weight, bias]).results()
 
 
-class PatchSumsTemplate(KernelTemplate):
+class PatchSumsTemplate(ResultsTemplate):
     """The gradients of weight and bias, see cpp/patch_conv2d_backward.h."""
 
     op = "patch_conv2d_backward"
     header = "patch_conv2d_backward.h"
+    names = ("grad_weight", "grad_bias")
 
-    def __init__(self, convolution: Convolution, weight: bool, bias: bool, grad: ir.IRNode, input: ir.IRNode) -> None:
-        """
-        Args:
-            weight, bias: which gradients are wanted.
-        """
-        super().__init__([grad, input])
+    def __init__(self, convolution: Convolution, grad: ir.IRNode, input: ir.IRNode, wanted: Sequence[bool]) -> None:
+        super().__init__([grad, input], wanted)
         self.convolution = convolution
-        self.wanted = (weight, bias)
 
-    @property
-    def path(self) -> str:
-        names = [name for name, want in zip(("weight", "bias"), self.wanted) if want]
-        return f"gradients of {', '.join(names)}"
-
-    def render(
-        self, kernel: CppTemplateKernel, buffer: ir.CppTemplateBuffer, epilogue: list[ir.ComputedBuffer], keep: bool
-    ) -> str:
-        results = [
-            result if want and not self.is_unread(result) else None for result, want in zip(buffer.outputs, self.wanted)
+    def call(
+        self, kernel: CppTemplateKernel, inputs: Sequence[ir.IRNode], results: dict[str, ir.Buffer]
+    ) -> Sequence[str]:
+        grad, input = inputs
+        fields = ", ".join([_view(kernel, grad), *(pointer(kernel, results.get(name)) for name in self.names)])
+        scalar = DTYPE_TO_CPP[input.get_dtype()]
+        return [
+            self.convolution.declare(kernel, input, None, [kernel.size(grad, d) for d in (3, 4)]),
+            f"const inductor_vision::PatchGradients<{scalar}> gradients{{{fields}}};",
+            "inductor_vision::patch_conv2d_backward(op, gradients, blocking);",
         ]
-
-        def body() -> list[str]:
-            grad, input = buffer.inputs
-            pointers = ["nullptr" if result is None else pointer(kernel, result) for result in results]
-            scalar = DTYPE_TO_CPP[input.get_dtype()]
-            return [
-                self.convolution.declare(kernel, input, None, [kernel.size(grad, d) for d in (3, 4)]),
-                f"const inductor_vision::PatchGradients<{scalar}> gradients"
-                f"{{{', '.join([_view(kernel, grad), *pointers])}}};",
-                "inductor_vision::patch_conv2d_backward(op, gradients, blocking);",
-            ]
-
-        names = ("grad_weight", "grad_bias")
-        outputs = {name: result for name, result in zip(names, buffer.outputs) if not self.is_unread(result)}
-        return self.source(kernel, buffer, outputs, body)
 
 
 _prepacked = define_internal_op(

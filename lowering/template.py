@@ -29,6 +29,7 @@ from .inductor import (
     gen_2d_view_of_epilogue_buf,
     get_export_declaration,
     ir,
+    lowerings,
     ops,
     parse_expr_with_index_symbols,
 )
@@ -53,8 +54,10 @@ def splice_header(name: str) -> str:
     return splice(name)
 
 
-def pointer(kernel: CppTemplateKernel, node: ir.IRNode) -> str:
-    """To the first element of an input or output, in C++."""
+def pointer(kernel: CppTemplateKernel, node: ir.IRNode | None) -> str:
+    """To the first element of an input or output, in C++; null if there is none."""
+    if node is None:
+        return "nullptr"
     address = f"&{kernel.index(node, [0] * len(node.get_size()))}"
     if node.get_dtype() != V.graph.get_dtype(node.get_name()):  # a view of memory that was declared as another dtype
         address = f"reinterpret_cast<const {DTYPE_TO_CPP[node.get_dtype()]}*>({address})"
@@ -177,9 +180,70 @@ class KernelTemplate(abc.ABC):
             ]
         )
 
+    def prepare(self, kernel: CppTemplateKernel, output: ir.Buffer) -> str:
+        """A statement that makes an output ready to be written."""
+        size = output.get_size()
+        count = " * ".join(f"int64_t({kernel.size(output, d)})" for d in range(len(size)))
+        return f"inductor_vision::prepare_output({pointer(kernel, output)}, {count} * {output.get_dtype().itemsize});"
+
     def is_unread(self, output: ir.Buffer) -> bool:
         """Whether an output, one of several, has no users: it has no memory then."""
         return output.get_name() in V.graph.removed_buffers
+
+
+class ResultsTemplate(KernelTemplate):
+    """A kernel that computes some of several tensors, gradients mostly, with which nothing is fused."""
+
+    names: tuple[str, ...]  # of all that it can compute
+
+    def __init__(self, inputs: Sequence[ir.IRNode], wanted: Sequence[bool]) -> None:
+        """
+        Args:
+            inputs: realized inputs.
+            wanted: which results the node that is lowered wants; the others are empty tensors.
+        """
+        super().__init__(inputs)
+        self.layouts = [_fixed_layout(result) for result in V.graph.current_node.meta["val"]]
+        self.wanted = [name for name, want in zip(self.names, wanted) if want]
+
+    @property
+    def path(self) -> str:
+        return f"gradients of {', '.join(name.removeprefix('grad_') for name in self.wanted)}"
+
+    @abc.abstractmethod
+    def call(
+        self, kernel: CppTemplateKernel, inputs: Sequence[ir.IRNode], results: dict[str, ir.Buffer]
+    ) -> Sequence[str]:
+        """The C++ statements that compute ``results``, which are those that are wanted and have users."""
+
+    def results(self) -> list[ir.TensorBox]:
+        """Add the kernel to the graph; its results."""
+        layouts = dict(zip(self.names, self.layouts))
+        computed = {}
+        if self.wanted:
+            computed = dict(zip(self.wanted, self.add_unfused(*(layouts[name] for name in self.wanted))))
+        return [computed.get(name) or _empty(layout) for name, layout in layouts.items()]
+
+    def render(
+        self, kernel: CppTemplateKernel, buffer: ir.CppTemplateBuffer, epilogue: list[ir.ComputedBuffer], keep: bool
+    ) -> str:
+        results = dict(zip(self.wanted, buffer.outputs or [buffer]))
+        results = {name: result for name, result in results.items() if not self.is_unread(result)}
+
+        def body() -> list[str]:
+            prepared = [self.prepare(kernel, result) for result in results.values()]
+            return [*prepared, *self.call(kernel, buffer.inputs, results)]
+
+        return self.source(kernel, buffer, results, body)
+
+
+def _fixed_layout(fake: torch.Tensor) -> ir.FixedLayout:
+    size, stride = (ir.convert_shape_to_inductor(numbers) for numbers in (fake.shape, fake.stride()))
+    return ir.FixedLayout(torch.device("cpu"), fake.dtype, size, stride)
+
+
+def _empty(layout: ir.FixedLayout) -> ir.TensorBox:
+    return lowerings[torch.ops.aten.full.default](layout.size, 0, dtype=layout.dtype, device=layout.device)
 
 
 class BlocksTemplate(KernelTemplate):
@@ -263,16 +327,10 @@ class BlocksTemplate(KernelTemplate):
             stores = [self._store(kernel, first, epilogue, keep)]
             stores += [self._plain_store(kernel, *store) for store in zip(further, self.store_functions)]
             call = self.call(kernel, buffer.inputs, ", ".join(stores))
-            return [*(self._prepare(kernel, node) for node in outputs.values()), call]
+            return [*(self.prepare(kernel, node) for node in outputs.values()), call]
 
         with patch.object(V.graph, "get_dtype", self._get_dtype(buffer)):
             return self.source(kernel, buffer, outputs, body, aliases)
-
-    def _prepare(self, kernel: CppTemplateKernel, output: ir.Buffer) -> str:
-        """A statement that makes an output ready to be written."""
-        size = output.get_size()
-        count = " * ".join(f"int64_t({kernel.size(output, d)})" for d in range(len(size)))
-        return f"inductor_vision::prepare_output({pointer(kernel, output)}, {count} * {output.get_dtype().itemsize});"
 
     def _store(
         self, kernel: CppTemplateKernel, buffer: ir.Buffer, epilogue: list[ir.ComputedBuffer], keep: bool

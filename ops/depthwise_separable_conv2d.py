@@ -485,53 +485,88 @@ def _fake_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     )
 
 
-def _decomposition_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+class DepthwiseGradients(NamedTuple):
+    """What the depthwise half of the operator contributes to the gradients; or, of each, whether it is wanted.
+
+    Attributes:
+        input, weight, bias: gradients; None if not wanted.
+        hidden: ``[P, C * M]`` with P = B * Ho * Wo, what the pointwise convolution takes; None if not wanted.
+    """
+
+    input: Any
+    weight: Any
+    bias: Any
+    hidden: Any
+
+
+def gradients(grad: Tensor, *args: Any, depthwise: Callable[..., DepthwiseGradients]) -> tuple[Tensor, ...]:
     """Gradients of input, the two weights and the two biases; an empty tensor for each that is not wanted.
 
-    The depthwise convolution is computed again. It and its gradients are channels_last, whatever the input is: torch
-    computes them several times as fast so. The pointwise convolution's are products of matrices, which take the
-    gradient of the output in either format, and biases' are sums: as parts of a convolution's they take longer.
+    The pointwise half of them are products of matrices, which take the gradient of the output in either memory format.
+
+    Args:
+        args: as the backward operator takes them.
+        depthwise: computes the other half, from the arguments; the gradient ``[P, C * M]`` of what the pointwise
+            convolution takes, None if only that itself is wanted; and which of the results are.
     """
     arguments, wanted = Arguments(*args[:-1]), args[-1]
     _check_backward(grad, arguments)
-    dtype, a = arguments.input.dtype, _accumulated(arguments)
-    a = a._replace(input=a.input.contiguous(memory_format=torch.channels_last))
-    depthwise = _depthwise(a).contiguous(memory_format=torch.channels_last)  # [B, K, Ho, Wo] with K = C * M
-    activation = ACTIVATIONS[a.activation]
-    rows = grad.to(depthwise.dtype).transpose(0, 1).flatten(1)  # [O, P] with P = B * Ho * Wo
+    dtype = accumulate_dtype(arguments.input.dtype)
+    wanted = [want and tensor is not None for want, tensor in zip(wanted, arguments.tensors)]
+    rows = grad.to(dtype).transpose(0, 1).flatten(1)  # [O, P]
     results: list[Tensor | None] = [None] * 5
-
-    if wanted[2]:
-        hidden = activation.function(depthwise).permute(0, 2, 3, 1).flatten(0, 2)  # [P, K]
-        results[2] = rows @ hidden
+    if any(wanted[:4]):
+        grad_hidden = None
+        if wanted[0] or wanted[1] or wanted[3]:
+            grad_hidden = rows.t() @ arguments.pointwise_weight.flatten(1).to(dtype)
+        half = depthwise(arguments, grad_hidden, DepthwiseGradients(wanted[0], wanted[1], wanted[3], wanted[2]))
+        results[0], results[1], results[3] = half.input, half.weight, half.bias
+        results[2] = None if half.hidden is None else rows @ half.hidden
     if wanted[4]:
         results[4] = rows.sum(1)
-    if wanted[0] or wanted[1] or wanted[3]:
-        batch, _, height, width = depthwise.shape
-        grad_hidden = rows.t() @ a.pointwise_weight.flatten(1)  # [P, K]
-        grad_hidden = grad_hidden.reshape(batch, height, width, a.hidden_channels).permute(0, 3, 1, 2)  # [B, K, Ho, Wo]
-        grad_depthwise = activation.gradient(grad_hidden, depthwise).contiguous(memory_format=torch.channels_last)
-        if wanted[0] or wanted[1]:
-            results[0], results[1], _ = _aten.convolution_backward(
-                grad_depthwise,
-                a.input,
-                a.depthwise_weight,
-                None,
-                a.stride,
-                a.padding,
-                a.dilation,
-                False,
-                [0, 0],
-                a.channels,
-                [wanted[0], wanted[1], False],
-            )
-        if wanted[3]:
-            results[3] = grad_depthwise.sum((0, 2, 3))
     return tuple(
-        result.reshape(tensor.shape).to(dtype).contiguous(memory_format=gradient_format(tensor))
-        if want and tensor is not None and result is not None
-        else arguments.input.new_empty(0)
-        for result, tensor, want in zip(results, arguments.tensors, wanted)
+        arguments.input.new_empty(0)
+        if result is None or tensor is None
+        else result.reshape(tensor.shape).to(tensor.dtype).contiguous(memory_format=gradient_format(tensor))
+        for result, tensor in zip(results, arguments.tensors)
+    )
+
+
+def _depthwise_gradients(
+    arguments: Arguments, grad_hidden: Tensor | None, wanted: DepthwiseGradients
+) -> DepthwiseGradients:
+    """By aten. The convolution is computed again.
+
+    It and its gradients are channels_last, whatever the input is: torch computes them several times as fast so.
+    """
+    a = _accumulated(arguments)
+    a = a._replace(input=a.input.contiguous(memory_format=torch.channels_last))
+    sums = _depthwise(a).contiguous(memory_format=torch.channels_last)  # [B, C * M, Ho, Wo]
+    activation = ACTIVATIONS[a.activation]
+    hidden = activation.function(sums).permute(0, 2, 3, 1).flatten(0, 2) if wanted.hidden else None
+    if grad_hidden is None:
+        return DepthwiseGradients(None, None, None, hidden)
+    batch, channels, height, width = sums.shape
+    grad_sums = activation.gradient(grad_hidden.reshape(batch, height, width, channels).permute(0, 3, 1, 2), sums)
+    grad_input, grad_weight, grad_bias = None, None, None
+    if wanted.input or wanted.weight:
+        grad_input, grad_weight, _ = _aten.convolution_backward(
+            grad_sums.contiguous(memory_format=torch.channels_last),
+            a.input,
+            a.depthwise_weight,
+            None,
+            a.stride,
+            a.padding,
+            a.dilation,
+            False,
+            [0, 0],
+            a.channels,
+            [wanted.input, wanted.weight, False],
+        )
+    if wanted.bias:
+        grad_bias = grad_sums.sum((0, 2, 3))
+    return DepthwiseGradients(
+        grad_input if wanted.input else None, grad_weight if wanted.weight else None, grad_bias, hidden
     )
 
 
@@ -540,7 +575,7 @@ _op_backward = define_op(
     "Tensor? depthwise_bias, Tensor? pointwise_bias, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, "
     "str activation, bool[5] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     family="depthwise_separable_conv2d",
-    decomposition=_decomposition_backward,
+    decomposition=functools.partial(gradients, depthwise=_depthwise_gradients),
     fake=_fake_backward,
     autocast=False,
 )

@@ -21,7 +21,9 @@
 #include <vector>
 
 #include "activations.h"
+#include "axis.h"
 #include "base.h"
+#include "depthwise.h"
 #include "gemm.h"
 
 namespace inductor_vision {
@@ -45,34 +47,18 @@ struct DepthwiseSeparableConv2d {
   int64_t hidden() const {
     return channels * multiplier;
   }
+  Axis rows() const {
+    return {out_height, height, kernel_height, stride_height, padding_height, dilation_height, false};
+  }
+  Axis columns() const {
+    return {out_width, width, kernel_width, stride_width, padding_width, dilation_width, false};
+  }
 };
 
 // Sizes that are chosen; see lowering/depthwise_separable_conv2d.py.
 struct SeparableBlocking {
   int64_t pixels;  // in a tile, at most, unless a row of the output has fewer than kMicroRows
 };
-
-// Neighbouring places of the output, along one axis, whose taps [first, end) do not fall into the padding.
-struct TapRange {
-  int64_t begin_out, end_out;
-  int64_t first, end;
-};
-
-// All places along one axis.
-inline std::vector<TapRange> tap_ranges(
-    int64_t out_size, int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
-  std::vector<TapRange> ranges;
-  for (int64_t out = 0; out < out_size; ++out) {
-    const int64_t begin = out * stride - padding;  // where tap 0 is
-    const int64_t first = begin >= 0 ? 0 : std::min(kernel, divide_up(-begin, dilation));
-    const int64_t end = begin >= size ? first : std::clamp(divide_up(size - begin, dilation), first, kernel);
-    if (ranges.empty() || ranges.back().first != first || ranges.back().end != end) {
-      ranges.push_back({out, out, first, end});
-    }
-    ranges.back().end_out = out + 1;
-  }
-  return ranges;
-}
 
 // One thread's buffers, and what it does with a tile.
 template <bool kChannelsLast, typename Activation, typename scalar_t>
@@ -81,12 +67,6 @@ class SeparableTile {
   using acc_t = accumulate_t<scalar_t>;
   using Vec = Vectorized<acc_t>;
   static constexpr int64_t kLanes = Vec::size();
-  // Neighbouring pixels, and vectors of channels of each, whose sums are in registers at once.
-#if defined(CPU_CAPABILITY_AVX512)
-  static constexpr int kPixels = 4, kVectors = 4;  // 16 sums and 4 weights of 32 registers
-#else
-  static constexpr int kPixels = 4, kVectors = 2;  // 8 sums and 2 weights of 16 registers
-#endif
 
   SeparableTile(const DepthwiseSeparableConv2d<scalar_t>& op, int64_t rows, int64_t columns)
       : op_(op),
@@ -95,18 +75,13 @@ class SeparableTile {
         distance_(transposed_ ? op.channels + kCacheLine / static_cast<int64_t>(sizeof(scalar_t)) : op.input.column),
         slots_((rows - 1) * op.stride_height + (op.kernel_height - 1) * op.dilation_height + 1),
         sum_distance_(round_up(op.out_channels, kPanel<acc_t>)),
-        rows_(tap_ranges(
-            op.out_height, op.height, op.kernel_height, op.stride_height, op.padding_height, op.dilation_height)),
-        columns_(
-            tap_ranges(op.out_width, op.width, op.kernel_width, op.stride_width, op.padding_width, op.dilation_width)),
+        rows_(op.rows()),
+        list_(op.columns(), rows, op.kernel_height, distance_, op.hidden()),
         ring_(transposed_ ? slots_ * op.width * distance_ : 0),
         hidden_(round_up(rows * columns, kMicroRows) * kRowDistance),
         bias_(sum_distance_),
         sums_(round_up(rows * columns, kMicroRows) * sum_distance_),
         by_channel_(kChannelsLast ? 0 : rows * columns * op.out_channels) {
-    // Lists have all the room that they can need: nothing is allocated while threads are running.
-    spans_.reserve(rows * columns_.size());
-    taps_.reserve(spans_.capacity() * op.kernel_height * op.kernel_width);
     std::fill_n(bias_.get(), sum_distance_, acc_t(0));
     for (int64_t o = 0; op.pointwise_bias != nullptr && o < op.out_channels; ++o) {
       bias_[o] = static_cast<acc_t>(op.pointwise_bias[o]);
@@ -124,7 +99,7 @@ class SeparableTile {
   void run(int64_t y, int64_t y_end, int64_t x, int64_t x_end, const Store& store) {
     const int64_t width = x_end - x, pixels = (y_end - y) * width, rows = round_up(pixels, kRowStep);
     load_rows((y_end - 1) * op_.stride_height - op_.padding_height + (op_.kernel_height - 1) * op_.dilation_height + 1);
-    list_spans(y, y_end, x, x_end);
+    list_taps(y, y_end, x, x_end);
     const OutputBlock block{image_, 0, op_.out_channels, y, y_end - y, x, width};
     acc_t* sums = sums_.get();
     constexpr bool kAsTheyAre = std::is_same_v<Store, DenseStore<kChannelsLast, acc_t>>;  // of the sums
@@ -163,17 +138,6 @@ class SeparableTile {
   }
 
  private:
-  // Where a tap finds the first of some neighbouring pixels, and its weights; of channel 0.
-  struct Tap {
-    const scalar_t* input;
-    const acc_t* weight;
-  };
-  // Neighbouring pixels that have the same taps.
-  struct Span {
-    int64_t first_tap, taps;  // in `taps_`
-    int64_t pixel, pixels;    // in the tile
-  };
-
   // Has the rows up to `end` in the ring; those that are needed after it are the next.
   void load_rows(int64_t end) {
     end = std::min(end, op_.height);
@@ -185,94 +149,31 @@ class SeparableTile {
     }
   }
 
-  // The pixels of a tile into `spans_`.
-  void list_spans(int64_t y, int64_t y_end, int64_t x, int64_t x_end) {
-    taps_.clear();
-    spans_.clear();
-    for (const TapRange& rows : rows_) {
-      for (int64_t row = std::max(y, rows.begin_out); row < std::min(y_end, rows.end_out); ++row) {
-        for (const TapRange& columns : columns_) {
-          const int64_t begin = std::max(x, columns.begin_out), end = std::min(x_end, columns.end_out);
-          if (begin < end) {
-            const auto first = static_cast<int64_t>(taps_.size());
-            list_taps(row, begin, rows, columns);
-            const auto taps = static_cast<int64_t>(taps_.size()) - first;
-            spans_.push_back({first, taps, (row - y) * (x_end - x) + begin - x, end - begin});
-          }
-        }
-      }
-    }
-  }
-
-  // The taps that pixel (y, x) has in the image.
-  void list_taps(int64_t y, int64_t x, const TapRange& rows, const TapRange& columns) {
-    for (int64_t i = rows.first; i < rows.end; ++i) {
-      const int64_t row = y * op_.stride_height - op_.padding_height + i * op_.dilation_height;
-      const scalar_t* from =
-          transposed_ ? ring_.get() + row % slots_ * op_.width * distance_ : op_.input.at(image_, row, 0);
-      for (int64_t j = columns.first; j < columns.end; ++j) {
-        const int64_t column = x * op_.stride_width - op_.padding_width + j * op_.dilation_width;
-        const acc_t* weight = op_.depthwise_weight + (i * op_.kernel_width + j) * op_.hidden();
-        taps_.push_back({from + column * distance_, weight});
-      }
+  void list_taps(int64_t y, int64_t y_end, int64_t x, int64_t x_end) {
+    list_.clear();
+    for (int64_t row = y; row < y_end; ++row) {
+      list_.begin_row();
+      rows_.for_taps(row, [&](const AxisTap& tap) {
+        const scalar_t* from = transposed_ ? ring_.get() + tap.source % slots_ * op_.width * distance_
+                                           : op_.input.at(image_, tap.source, 0);
+        list_.add({from, op_.depthwise_weight + tap.tap * op_.kernel_width * op_.hidden()});
+      });
+      list_.end_row(x, x_end, (row - y) * (x_end - x));
     }
   }
 
   // hidden_[pixel][k] of the listed pixels, for the channels [c, c + depth), which hidden channels from k on read.
   void depthwise(int64_t c, int64_t depth, int64_t k) {
-    for (const Span& span : spans_) {
-      int64_t p = 0;
-      for (; p + kPixels <= span.pixels; p += kPixels) {
-        depthwise_pixels<kPixels>(span, p, c, depth, k);
-      }
-      for (; p + 2 <= span.pixels; p += 2) {
-        depthwise_pixels<2>(span, p, c, depth, k);
-      }
-      if (p < span.pixels) {
-        depthwise_pixels<1>(span, p, c, depth, k);
-      }
+    const auto begin = [&](int64_t i, const auto& load) {
+      return op_.depthwise_bias == nullptr ? Vec(0) : load(op_.depthwise_bias + k + i);
+    };
+    for (const auto& span : list_.spans()) {
+      acc_t* hidden = hidden_.get() + span.pixel * kRowDistance;
+      depthwise_sums(
+          list_, span, 0, span.pixels, c, k, depth, begin, [&](int64_t n, int64_t i, Vec sum, int64_t count) {
+            store_vector(Activation::apply(sum), hidden + n * kRowDistance + i, count);
+          });
     }
-  }
-
-  // Pixels of a span from the p-th on.
-  template <int kCount>
-  void depthwise_pixels(const Span& span, int64_t p, int64_t c, int64_t depth, int64_t k) {
-    const int64_t input = p * op_.stride_width * distance_ + c;
-    acc_t* hidden = hidden_.get() + (span.pixel + p) * kRowDistance;
-    int64_t i = 0;
-    for (; i + kVectors * kLanes <= depth; i += kVectors * kLanes) {
-      depthwise_block<kCount, kVectors>(span, input + i, k + i, hidden + i, kLanes);
-    }
-    for (; i < depth; i += kLanes) {
-      depthwise_block<kCount, 1>(span, input + i, k + i, hidden + i, std::min(kLanes, depth - i));
-    }
-  }
-
-  // Some vectors of channels, or `count` channels of one; sums stay in registers.
-  template <int kCount, int kVec>
-  void depthwise_block(const Span& span, int64_t input, int64_t k, acc_t* hidden, int64_t count) const {
-    const bool part = kVec == 1 && count < kLanes;
-    const auto load = [&](const auto* from) { return part ? load_vector(from, count) : load_vector(from); };
-    auto sum = generate<kCount * kVec>([&](int n) {
-      return op_.depthwise_bias == nullptr ? Vec(0) : load(op_.depthwise_bias + k + n % kVec * kLanes);
-    });
-    const int64_t step = op_.stride_width * distance_;
-    const Tap* tap = taps_.data() + span.first_tap;
-    for (const Tap* end = tap + span.taps; tap < end; ++tap) {
-      const scalar_t* from = tap->input + input;
-      const acc_t* weights = tap->weight + k;
-      const auto weight = generate<kVec>([&](int u) { return load(weights + u * kLanes); });
-      ForcedUnroll<kCount>{}([&](auto p) {
-        ForcedUnroll<kVec>{}([&](auto u) {
-          const Vec value = load(from + p * step + u * kLanes);
-          sum[p * kVec + u] = ::at::vec::fmadd(value, weight[u], sum[p * kVec + u]);
-        });
-      });
-    }
-    ForcedUnroll<kCount * kVec>{}([&](auto n) {
-      const Vec value = Activation::apply(sum[n]);
-      store_vector(value, hidden + n / kVec * kRowDistance + n % kVec * kLanes, part ? count : kLanes);
-    });
   }
 
   const DepthwiseSeparableConv2d<scalar_t>& op_;
@@ -280,11 +181,10 @@ class SeparableTile {
   int64_t distance_;      // elements between neighbouring pixels of a row
   int64_t slots_;         // rows in the ring
   int64_t sum_distance_;  // between the sums of two pixels: whole panels
-  std::vector<TapRange> rows_, columns_;
+  Axis rows_;
+  TapList<scalar_t> list_;
   int64_t image_ = 0;
   int64_t next_row_ = 0;  // that is not in the ring yet
-  std::vector<Tap> taps_;
-  std::vector<Span> spans_;
   Scratch<scalar_t> ring_;
   Scratch<acc_t> hidden_;
   Scratch<acc_t> bias_;

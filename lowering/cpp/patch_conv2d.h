@@ -23,6 +23,7 @@
 
 #include <vector>
 
+#include "axis.h"
 #include "base.h"
 #include "gemm.h"
 
@@ -68,39 +69,22 @@ struct PatchBlocking {
   int64_t group_bytes;  // of a group of patches in cache and its sums, or of some rows and channels of it
 };
 
-// The taps that meet a pixel of the input, along one axis, for each place of the output.
+// The taps that meet each place of the output, along one axis.
 class AxisTaps {
  public:
-  struct Tap {
-    int64_t tap, source;
-  };
-
-  // kTransposed: input and output are those of the gradient.
-  AxisTaps(
-      int64_t out_size, int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation,
-      bool transposed)
-      : taps_(out_size) {
-    for (int64_t out = 0; out < out_size; ++out) {
-      for (int64_t tap = 0; tap < kernel; ++tap) {
-        int64_t source = out * stride - padding + tap * dilation;
-        if (transposed) {
-          const int64_t distance = out + padding - tap * dilation;
-          source = distance >= 0 && distance % stride == 0 ? distance / stride : -1;
-        }
-        if (source >= 0 && source < size) {
-          taps_[out].push_back({tap, source});
-        }
-      }
+  explicit AxisTaps(const Axis& axis) : taps_(axis.out_size) {
+    for (int64_t out = 0; out < axis.out_size; ++out) {
+      axis.for_taps(out, [&](const AxisTap& tap) { taps_[out].push_back(tap); });
     }
   }
-  const std::vector<Tap>& operator[](int64_t out) const {
+  const std::vector<AxisTap>& operator[](int64_t out) const {
     return taps_[out];
   }
   // The sources of the places [begin, end) are in [first, second).
   std::pair<int64_t, int64_t> sources(int64_t begin, int64_t end) const {
     int64_t first = INT64_MAX, last = -1;
     for (int64_t out = begin; out < end; ++out) {
-      for (const Tap& tap : taps_[out]) {
+      for (const AxisTap& tap : taps_[out]) {
         first = std::min(first, tap.source);
         last = std::max(last, tap.source);
       }
@@ -109,7 +93,7 @@ class AxisTaps {
   }
 
  private:
-  std::vector<std::vector<Tap>> taps_;
+  std::vector<std::vector<AxisTap>> taps_;
 };
 
 // For each pixel of the output, the pixels of the input and the taps they are multiplied with.
@@ -121,15 +105,18 @@ struct PatchTaps {
 
   PatchTaps(const PatchConv2d<scalar_t>& op, bool transposed)
       : rows(
-            op.out_height, op.height, op.kernel_height, op.stride_height, op.padding_height, op.dilation_height,
-            transposed),
+            Axis{
+                op.out_height, op.height, op.kernel_height, op.stride_height, op.padding_height, op.dilation_height,
+                transposed}),
         columns(
-            op.out_width, op.width, op.kernel_width, op.stride_width, op.padding_width, op.dilation_width, transposed),
+            Axis{
+                op.out_width, op.width, op.kernel_width, op.stride_width, op.padding_width, op.dilation_width,
+                transposed}),
         first(1, 0) {
     for (int64_t y = 0; y < op.out_height; ++y) {
       for (int64_t x = 0; x < op.out_width; ++x) {
-        for (const AxisTaps::Tap& i : rows[y]) {
-          for (const AxisTaps::Tap& j : columns[x]) {
+        for (const AxisTap& i : rows[y]) {
+          for (const AxisTap& j : columns[x]) {
             runs.push_back({i.source * op.width + j.source, i.tap * op.kernel_width + j.tap});
           }
         }

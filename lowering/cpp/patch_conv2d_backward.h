@@ -45,9 +45,9 @@ struct PatchSources {
 
  private:
   void add_row(const PatchConv2d<scalar_t>& op, const PatchTaps<scalar_t>& taps, int64_t i, int64_t j, int64_t y) {
-    for (const AxisTaps::Tap& row : taps.rows[y]) {
+    for (const AxisTap& row : taps.rows[y]) {
       for (int64_t x = 0; row.tap == i && x < op.out_width; ++x) {
-        for (const AxisTaps::Tap& column : taps.columns[x]) {
+        for (const AxisTap& column : taps.columns[x]) {
           if (column.tap == j) {
             runs.push_back({row.source * op.width + column.source, y * op.out_width + x});
           }
