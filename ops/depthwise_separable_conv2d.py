@@ -523,7 +523,7 @@ def gradients(grad: Tensor, *args: Any, depthwise: Callable[..., DepthwiseGradie
         results[0], results[1], results[3] = half.input, half.weight, half.bias
         results[2] = None if half.hidden is None else rows @ half.hidden
     if wanted[4]:
-        results[4] = rows.sum(1)
+        results[4] = grad.to(dtype).sum(3).sum((0, 2))  # of rows first: threads then read memory from front to back
     return tuple(
         arguments.input.new_empty(0)
         if result is None or tensor is None

@@ -89,14 +89,14 @@ class Scratch {
   std::unique_ptr<T, Free> data_;
 };
 
-// To be called on a large output before it is written.  The allocator has it mapped afresh each time, and faulting it
-// in by pages of 4 KB takes several times as long as writing it: asks for large pages instead, where the system has
-// them.
+// To be called on a large output before it is written.  It may be memory that the allocator has just got from the
+// system, again and again, and faulting that in by pages of 4 KB takes several times as long as writing it: asks for
+// large pages instead, where the system has them.
 inline void prepare_output(const void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr int64_t kAlwaysMapped = int64_t{32} << 20;  // glibc keeps smaller ones when they are freed
+  constexpr int64_t kOftenKept = int64_t{8} << 20;  // when freed: it is mostly there already
   constexpr int64_t kLargePage = int64_t{2} << 20;
-  if (bytes > kAlwaysMapped) {
+  if (bytes > kOftenKept) {
     const int64_t begin = round_up(reinterpret_cast<int64_t>(data), kLargePage);
     const int64_t end = round_down(reinterpret_cast<int64_t>(data) + bytes, kLargePage);
     madvise(reinterpret_cast<void*>(begin), static_cast<size_t>(end - begin), MADV_HUGEPAGE);  // advice: may be ignored
@@ -104,6 +104,18 @@ inline void prepare_output(const void* data, int64_t bytes) {
 #else
   (void)data, (void)bytes;
 #endif
+}
+
+// Has memory on its way into cache that is read, or written, soon: `rows` rows of `columns` elements, `distance` apart.
+// For more streams at once than the hardware follows.
+template <bool kWrite = false, typename T>
+inline void prefetch(const T* p, int64_t distance, int64_t rows, int64_t columns) {
+  constexpr int64_t kLine = kCacheLine / static_cast<int64_t>(sizeof(T));
+  for (int64_t m = 0; m < rows; ++m, p += distance) {
+    for (int64_t n = 0; n < columns; n += kLine) {
+      __builtin_prefetch(p + n, kWrite);
+    }
+  }
 }
 
 // Vectorized<accumulate_t> from `count` consecutive elements of any floating type; the other lanes are zero.

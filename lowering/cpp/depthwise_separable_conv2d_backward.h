@@ -9,12 +9,13 @@
 // `sum` is not kept by the forward pass: computed again, vectorized over channels, it costs less than reading it.  What
 // the weight of the pointwise convolution's gradient needs, activation(sum), is a result too.
 //
-// Some channels of a band of rows are done at a time.  Their input is brought into cache, row by row, in one layout and
-// precision, into a ring; so are rows of grad_sum, and what a row of grad_input is the sum of is then there.  The first
-// rows of a band need some of grad_sum from the band before it, which are computed twice.
+// Some channels of a band of rows are done at a time.  Rows of grad_sum go into a ring that stays in cache, where what
+// a row of grad_input is the sum of is found.  The first rows of a band need some of grad_sum from the band before it,
+// which are computed twice.  An input of which neighbouring channels are not neighbours, or in low precision, is
+// brought into a ring likewise.
 //
-// Bands depend on the shape alone, and their sums are added up in order: the result is the same, to the bit, for any
-// number of threads.
+// Pieces of work depend on the shape alone, and their sums are added up in order: the result is the same, to the bit,
+// for any number of threads.
 #ifndef INDUCTOR_VISION_DEPTHWISE_SEPARABLE_CONV2D_BACKWARD_H
 #define INDUCTOR_VISION_DEPTHWISE_SEPARABLE_CONV2D_BACKWARD_H
 
@@ -40,35 +41,44 @@ struct SeparableBackwardBlocking {
   int64_t bytes;  // of the rows that a thread has in cache
 };
 
-// What is done at a time: some channels of some rows of an image, of which grad_input's and the output's are cut alike.
+// How the work is cut: into chunks of images, bands of rows, of which those of the output and of grad_input are cut
+// alike, and slabs of channels.
 template <typename scalar_t>
-struct SeparableBands {
+struct SeparablePieces {
   using acc_t = accumulate_t<scalar_t>;
 
+  bool in_place;                    // the input is read where it is
+  int64_t rows_at_once;             // of the input, that are brought into the ring
   int64_t input_rows, output_rows;  // in the rings
-  int64_t channels;                 // that are done together, at most
-  int64_t slabs, bands;
+  int64_t channels;                 // of a slab, at most
+  int64_t chunks, bands, slabs;
 
-  SeparableBands(
+  SeparablePieces(
       const DepthwiseSeparableConv2d<scalar_t>& op, const SeparableGradients<scalar_t>& gradients,
-      const SeparableBackwardBlocking& blocking) {
-    constexpr int64_t kFewest = 16, kMost = 256;  // channels: a cache line of floats
-    constexpr int64_t kPieces = 32;               // of work
+      const SeparableBackwardBlocking& blocking)
+      : in_place(std::is_same_v<scalar_t, acc_t> && (op.input.channel == 1 || op.channels == 1)) {
+    constexpr int64_t kPixels = 64;  // that are brought into the ring at once, at least: lines of memory are whole
     const int64_t reach = (op.kernel_height - 1) * op.dilation_height;
-    input_rows = std::min(op.height, reach + 1);
-    output_rows = gradients.input == nullptr ? 1 : std::min(op.out_height, reach / op.stride_height + 1);
-    const int64_t channel_bytes =
-        (input_rows * op.width + output_rows * op.multiplier * op.out_width) * static_cast<int64_t>(sizeof(acc_t));
+    rows_at_once = divide_up(kPixels, op.width);
+    input_rows = round_up(std::min(op.height, reach + 1) + rows_at_once - 1, rows_at_once);
+    const int64_t twice = std::min(op.out_height - 1, reach / op.stride_height);  // rows of a band that are done twice
+    output_rows = gradients.input == nullptr ? 1 : twice + 1;
+    constexpr int64_t kFewest = 16, kMost = 256;  // channels; the fewest are a cache line of floats
+    const int64_t ring_pixels = (in_place ? 0 : input_rows * op.width) + output_rows * op.multiplier * op.out_width;
+    const int64_t channel_bytes = ring_pixels * static_cast<int64_t>(sizeof(acc_t));
     channels = std::clamp(round_down(blocking.bytes / channel_bytes, kFewest), kFewest, kMost);
-    // Fewer channels at a time, down to a number that is as fast, give more pieces; rows that are done twice cost.
-    constexpr int64_t kAsFast = 64;
-    const int64_t wanted = divide_up(kPieces, std::max<int64_t>(op.batch, 1));  // of an image
-    channels = std::min(channels, std::max(kAsFast, divide_up(op.channels, wanted)));
-    channels = round_up(divide_up(op.channels, divide_up(op.channels, channels)), kFewest);  // evenly
+    constexpr int64_t kWanted = 32;  // pieces
+    chunks = std::clamp<int64_t>(op.batch, 1, kWanted);
+    // Bands first: lines of memory that a pixel's channels share are better read by one thread.
+    constexpr int64_t kRows = 4;  // a band has at least so many times as many rows
+    bands = std::clamp<int64_t>(op.out_height / (kRows * std::max<int64_t>(twice, 1)), 1, divide_up(kWanted, chunks));
+    slabs = std::max(divide_up(op.channels, channels), kWanted / (chunks * bands));
+    channels = round_up(divide_up(op.channels, slabs), kFewest);
     slabs = divide_up(op.channels, channels);
-    constexpr int64_t kRows = 4;  // a band has so many times as many rows as are done twice
-    const int64_t most = op.out_height / (kRows * std::max<int64_t>(output_rows - 1, 1));
-    bands = std::clamp<int64_t>(divide_up(wanted, slabs), 1, std::max<int64_t>(most, 1));
+  }
+
+  int64_t count() const {
+    return chunks * bands * slabs;
   }
 };
 
@@ -82,71 +92,41 @@ class SeparableGradientsTile {
 
   SeparableGradientsTile(
       const DepthwiseSeparableConv2d<scalar_t>& op, const SeparableGradients<scalar_t>& gradients,
-      const SeparableBands<scalar_t>& bands)
+      const SeparablePieces<scalar_t>& pieces)
       : op_(op),
         gradients_(gradients),
-        bands_(bands),
+        pieces_(pieces),
         taps_(op.kernel_height * op.kernel_width),
         rows_(op.rows()),
         gradient_rows_(op.rows().of_gradient()),
-        distance_(bands.channels),
+        distance_(pieces.channels),
         weight_distance_(op.multiplier * distance_),
-        input_row_(op.width * distance_ + kApart),
+        input_block_(pieces.rows_at_once * op.width * distance_ + kApart),
         output_row_(op.out_width * distance_ + kApart),
         stored_rows_(divide_up(kStoredPixels, op.width)),
-        list_(op.columns(), 1, op.kernel_height, distance_, weight_distance_),
+        list_(op.columns(), 1, op.kernel_height, pieces.in_place ? op.input.column : distance_, weight_distance_),
         gradient_list_(op.columns().of_gradient(), 1, op.multiplier * op.kernel_height, distance_, weight_distance_),
         weight_(taps_ * weight_distance_),
         grad_weight_(taps_ * weight_distance_),
         grad_bias_(weight_distance_),
-        input_(bands.input_rows * input_row_),
-        grad_sum_(bands.output_rows * op.multiplier * output_row_),
+        input_(pieces.in_place ? 0 : pieces.input_rows / pieces.rows_at_once * input_block_),
+        grad_sum_(pieces.output_rows * op.multiplier * output_row_),
         grad_input_(gradients.input == nullptr ? 0 : stored_rows_ * op.width * distance_),
         converted_(gradients.input == nullptr || gradients.channels_last ? 0 : stored_rows_ * op.width * kLanes) {
   }
 
-  // Channels of the input that a piece has.
-  std::pair<int64_t, int64_t> channels_of(int64_t piece) const {
-    const int64_t first = piece % bands_.slabs * bands_.channels;
-    return {first, std::min(op_.channels, first + bands_.channels)};
-  }
-
-  void run(int64_t piece) {
-    const int64_t band = piece / bands_.slabs % bands_.bands;
-    image_ = piece / (bands_.slabs * bands_.bands);
-    channel_ = channels_of(piece).first;
-    channels_ = channels_of(piece).second - channel_;
-    const int64_t begin = op_.out_height * band / bands_.bands, end = op_.out_height * (band + 1) / bands_.bands;
+  // The sums of a piece are added to `weight` and `bias`, [taps][hidden] and [hidden]: other slabs' are left as they
+  // are.
+  void run(int64_t piece, acc_t* weight, acc_t* bias) {
+    const int64_t slab = piece % pieces_.slabs, band = piece / pieces_.slabs % pieces_.bands;
+    const int64_t chunk = piece / (pieces_.slabs * pieces_.bands);
+    channel_ = slab * pieces_.channels;
+    channels_ = std::min(op_.channels - channel_, pieces_.channels);
     load_weight();
-    // Rows of the gradient of the input, which are stored by the band that has the last row of the output they need.
-    next_stored_ = band == 0 ? 0 : complete(begin);
-    const int64_t stored_end = band + 1 == bands_.bands ? op_.height : complete(end);
-    pending_ = 0;
-    const int64_t first = std::max<int64_t>(0, begin - (bands_.output_rows - 1));
-    next_row_ = std::max<int64_t>(0, first * op_.stride_height - op_.padding_height);
-    for (int64_t y = first; y < end; ++y) {
-      load_rows(y);
-      differentiate(y, y >= begin);
-      if (gradients_.input != nullptr) {
-        store_rows(y + 1 == end ? stored_end : std::min(stored_end, complete(y + 1)));
-      }
+    for (image_ = op_.batch * chunk / pieces_.chunks; image_ < op_.batch * (chunk + 1) / pieces_.chunks; ++image_) {
+      run_band(band);
     }
-    if (gradients_.input != nullptr) {
-      flush(stored_end);
-    }
-  }
-
-  // Adds the piece's sums to [taps][hidden] and [hidden].
-  void add_sums(acc_t* weight, acc_t* bias) const {
-    for (int64_t m = 0; m < op_.multiplier; ++m) {
-      const int64_t k = m * op_.channels + channel_;
-      for (int64_t tap = 0; weight != nullptr && tap < taps_; ++tap) {
-        add_to(weight + tap * op_.hidden() + k, grad_weight_.get() + tap * weight_distance_ + m * distance_, channels_);
-      }
-      if (bias != nullptr) {
-        add_to(bias + k, grad_bias_.get() + m * distance_, channels_);
-      }
-    }
+    store_sums(weight, bias);
   }
 
  private:
@@ -160,6 +140,7 @@ class SeparableGradientsTile {
     return std::clamp<int64_t>(y * op_.stride_height - op_.padding_height, 0, op_.height);
   }
 
+  // The slab's weights, with room for its sums.
   void load_weight() {
     std::fill_n(grad_weight_.get(), taps_ * weight_distance_, acc_t(0));
     std::fill_n(grad_bias_.get(), weight_distance_, acc_t(0));
@@ -171,20 +152,75 @@ class SeparableGradientsTile {
     }
   }
 
+  void store_sums(acc_t* weight, acc_t* bias) const {
+    for (int64_t m = 0; m < op_.multiplier; ++m) {
+      const int64_t k = m * op_.channels + channel_;
+      for (int64_t tap = 0; tap < taps_; ++tap) {
+        std::copy_n(
+            grad_weight_.get() + tap * weight_distance_ + m * distance_, channels_, weight + tap * op_.hidden() + k);
+      }
+      std::copy_n(grad_bias_.get() + m * distance_, channels_, bias + k);
+    }
+  }
+
+  void run_band(int64_t band) {
+    const int64_t begin = op_.out_height * band / pieces_.bands, end = op_.out_height * (band + 1) / pieces_.bands;
+    // Rows of the gradient of the input, which are stored by the band that has the last row of the output they need.
+    next_stored_ = band == 0 ? 0 : complete(begin);
+    const int64_t stored_end = band + 1 == pieces_.bands ? op_.height : complete(end);
+    pending_ = 0;
+    const int64_t first = std::max<int64_t>(0, begin - (pieces_.output_rows - 1));
+    next_row_ = 0;
+    for (int64_t y = first; y < end; ++y) {
+      load_rows(y);
+      differentiate(y, y >= begin);
+      if (gradients_.input != nullptr) {
+        store_rows(y + 1 == end ? stored_end : std::min(stored_end, complete(y + 1)));
+      }
+    }
+    if (gradients_.input != nullptr) {
+      flush(stored_end);
+    }
+  }
+
   // Has the rows of the input that a row of the output looks at in the ring.
   void load_rows(int64_t y) {
     const int64_t begin = y * op_.stride_height - op_.padding_height;
     const int64_t end = std::min(op_.height, begin + (op_.kernel_height - 1) * op_.dilation_height + 1);
-    for (next_row_ = std::max(next_row_, begin); next_row_ < end; ++next_row_) {
-      const scalar_t* from = op_.input.at(image_, next_row_, 0) + channel_ * op_.input.channel;
-      load_block(
-          from, op_.input.column, op_.input.channel, input_.get() + next_row_ % bands_.input_rows * input_row_,
-          distance_, op_.width, channels_);
+    if (pieces_.in_place || begin >= end) {
+      return;
+    }
+    const int64_t at_once = pieces_.rows_at_once;
+    for (next_row_ = std::max(next_row_, round_down(std::max<int64_t>(begin, 0), at_once)); next_row_ < end;
+         next_row_ += at_once) {
+      const int64_t count = std::min(at_once, op_.height - next_row_);
+      const bool flat = op_.input.row == op_.width * op_.input.column;  // rows follow each other
+      const int64_t rows = flat ? 1 : count, columns = flat ? count * op_.width : op_.width;
+      for (int64_t row = 0; row < rows; ++row) {
+        const scalar_t* from = op_.input.at(image_, next_row_ + row, 0) + channel_ * op_.input.channel;
+        acc_t* to = ring_row(next_row_ + row);
+        load_block(from, op_.input.column, op_.input.channel, to, distance_, columns, channels_);
+      }
     }
   }
 
+  // The channels of the first pixel of a row of the input.
+  const acc_t* input_row(int64_t row) const {
+    if constexpr (std::is_same_v<scalar_t, acc_t>) {
+      if (pieces_.in_place) {
+        return op_.input.at(image_, row, 0) + channel_;
+      }
+    }
+    return ring_row(row);
+  }
+
+  acc_t* ring_row(int64_t row) const {
+    const int64_t slot = row % pieces_.input_rows, at_once = pieces_.rows_at_once;
+    return input_.get() + slot / at_once * input_block_ + slot % at_once * op_.width * distance_;
+  }
+
   acc_t* grad_sum(int64_t y, int64_t m) const {
-    return grad_sum_.get() + (y % bands_.output_rows * op_.multiplier + m) * output_row_;
+    return grad_sum_.get() + (y % pieces_.output_rows * op_.multiplier + m) * output_row_;
   }
 
   // A row of grad_sum.  Where it belongs to the band its sums are added up, and `hidden` is stored.
@@ -192,8 +228,7 @@ class SeparableGradientsTile {
     list_.clear();
     list_.begin_row();
     rows_.for_taps(y, [&](const AxisTap& tap) {
-      const acc_t* from = input_.get() + tap.source % bands_.input_rows * input_row_;
-      list_.add({from, weight_.get() + tap.tap * op_.kernel_width * weight_distance_});
+      list_.add({input_row(tap.source), weight_.get() + tap.tap * op_.kernel_width * weight_distance_});
     });
     list_.end_row(0, op_.out_width, 0);
     for (int64_t m = 0; m < op_.multiplier; ++m) {
@@ -205,6 +240,7 @@ class SeparableGradientsTile {
       for (const auto& span : list_.spans()) {
         for (int64_t n = 0; n < span.pixels; n += kPixels) {
           const int64_t end = std::min(n + kPixels, span.pixels);
+          read_ahead(y, span.pixel + end, kPixels, grad, hidden);
           differentiate(span, n, end, m, bias, grad, hidden, grad_sum(y, m));
           if (own && gradients_.weight != nullptr) {
             add_weight(span, n, end, m, grad_sum(y, m));
@@ -217,20 +253,49 @@ class SeparableGradientsTile {
     }
   }
 
+  // Has the memory that `count` pixels from `pixel` on are the first to touch on its way.
+  void read_ahead(int64_t y, int64_t pixel, int64_t count, const acc_t* grad, const acc_t* hidden) const {
+    count = std::min(count, op_.out_width - pixel);
+    if (pieces_.in_place) {  // rows that the row before did not need, but for those that the kernel skips
+      const int64_t end =
+          y * op_.stride_height - op_.padding_height + (op_.kernel_height - 1) * op_.dilation_height + 1;
+      const int64_t column = pixel * op_.stride_width;
+      const int64_t columns = std::min(count * op_.stride_width, op_.width - column);
+      for (int64_t row = std::max<int64_t>(0, end - op_.stride_height); row < std::min(end, op_.height); ++row) {
+        prefetch(input_row(row) + column * op_.input.column, op_.input.column, columns, channels_);
+      }
+    }
+    if (grad != nullptr) {
+      prefetch(grad + pixel * op_.hidden(), op_.hidden(), count, channels_);
+    }
+    if (hidden != nullptr) {
+      prefetch<true>(hidden + pixel * op_.hidden(), op_.hidden(), count, channels_);
+    }
+  }
+
   // The pixels [first, end) of a span.
   void differentiate(
       const TapSpan<acc_t>& span, int64_t first, int64_t end, int64_t m, const acc_t* bias, const acc_t* grad,
       acc_t* hidden, acc_t* grad_sum) const {
     const auto begin = [&](int64_t k, const auto& load) { return bias == nullptr ? Vec(0) : load(bias + k); };
     const auto finish = [&](int64_t n, int64_t k, Vec sum, int64_t count) {
-      const int64_t pixel = span.pixel + n, at = pixel * op_.hidden() + k;
-      const auto result = Activation::both(sum, grad == nullptr ? Vec(0) : load_vector(grad + at, count));
-      store_vector(result.gradient, grad_sum + pixel * distance_ + k, count);
-      if (hidden != nullptr) {
-        store_vector(result.value, hidden + at, count);
-      }
+      store_vector(sum, grad_sum + (span.pixel + n) * distance_ + k, count);
     };
     depthwise_sums(list_, span, first, end, 0, m * distance_, channels_, begin, finish);
+    // Apart from the sums: what calls functions has no registers for them.
+    for (int64_t n = first; n < end; ++n) {
+      acc_t* sums = grad_sum + (span.pixel + n) * distance_;
+      const int64_t at = (span.pixel + n) * op_.hidden();
+      for (int64_t k = 0; k < channels_; k += kLanes) {
+        const int64_t count = std::min(kLanes, channels_ - k);
+        const Vec of_hidden = grad == nullptr ? Vec(0) : load_vector(grad + at + k, count);
+        const auto result = Activation::both(load_vector(sums + k, count), of_hidden);
+        store_vector(result.gradient, sums + k, count);
+        if (hidden != nullptr) {
+          store_vector(result.value, hidden + at + k, count);
+        }
+      }
+    }
   }
 
   void add_weight(const TapSpan<acc_t>& span, int64_t first, int64_t end, int64_t m, const acc_t* grad) const {
@@ -332,12 +397,13 @@ class SeparableGradientsTile {
 
   const DepthwiseSeparableConv2d<scalar_t>& op_;
   const SeparableGradients<scalar_t>& gradients_;
-  const SeparableBands<scalar_t>& bands_;
+  const SeparablePieces<scalar_t>& pieces_;
   int64_t taps_;
   Axis rows_, gradient_rows_;
   int64_t distance_;         // elements between neighbouring pixels in the rings
   int64_t weight_distance_;  // between weights of neighbouring taps
-  int64_t input_row_, output_row_;
+  int64_t input_block_;      // between rows of the input that are brought into the ring at once, and the next
+  int64_t output_row_;       // between rows of grad_sum
   int64_t stored_rows_;
   int64_t image_ = 0, channel_ = 0, channels_ = 0;
   int64_t next_row_ = 0;     // that is not in the ring yet
@@ -357,26 +423,33 @@ inline void depthwise_separable_conv2d_backward(
     const DepthwiseSeparableConv2d<scalar_t>& op, const SeparableGradients<scalar_t>& gradients,
     const SeparableBackwardBlocking& blocking) {
   using acc_t = accumulate_t<scalar_t>;
-  const int64_t sums = op.hidden() * op.kernel_height * op.kernel_width;
-  if (gradients.weight != nullptr) {
-    std::fill_n(gradients.weight, sums, acc_t(0));
-  }
-  if (gradients.bias != nullptr) {
-    std::fill_n(gradients.bias, op.hidden(), acc_t(0));
-  }
-  const SeparableBands<scalar_t> bands(op, gradients, blocking);
+  const SeparablePieces<scalar_t> pieces(op, gradients, blocking);
+  const int64_t weights = op.kernel_height * op.kernel_width * op.hidden();
+  // Of each chunk and band, the sums for all slabs.
+  const Scratch<acc_t> weight(pieces.chunks * pieces.bands * weights);
+  const Scratch<acc_t> bias(pieces.chunks * pieces.bands * op.hidden());
   const int threads = omp_get_max_threads();
   // Allocated here, because no exception may leave the parallel region.
   std::vector<SeparableGradientsTile<Activation, scalar_t>> tiles;
   for (int thread = 0; thread < threads; ++thread) {
-    tiles.emplace_back(op, gradients, bands);
+    tiles.emplace_back(op, gradients, pieces);
   }
-#pragma omp parallel for num_threads(threads) schedule(dynamic) ordered
-  for (int64_t piece = 0; piece < op.batch * bands.bands * bands.slabs; ++piece) {
-    auto& tile = tiles[omp_get_thread_num()];
-    tile.run(piece);
-#pragma omp ordered
-    tile.add_sums(gradients.weight, gradients.bias);
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int64_t piece = 0; piece < pieces.count(); ++piece) {
+    const int64_t part = piece / pieces.slabs;
+    tiles[omp_get_thread_num()].run(piece, weight.get() + part * weights, bias.get() + part * op.hidden());
+  }
+  const auto add_parts = [&](const acc_t* parts, int64_t count, acc_t* total) {
+    std::fill_n(total, count, acc_t(0));
+    for (int64_t part = 0; part < pieces.chunks * pieces.bands; ++part) {
+      add_to(total, parts + part * count, count);
+    }
+  };
+  if (gradients.weight != nullptr) {
+    add_parts(weight.get(), weights, gradients.weight);
+  }
+  if (gradients.bias != nullptr) {
+    add_parts(bias.get(), op.hidden(), gradients.bias);
   }
 }
 

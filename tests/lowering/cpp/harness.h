@@ -9,8 +9,10 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
+#include <algorithm>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -223,6 +225,42 @@ struct Sink {
     results->add(channels_last, block, values, distance);
   }
 };
+
+// Memory for a gradient, filled with what no gradient is: not NaN, which some are.
+template <typename scalar_t>
+class Output {
+ public:
+  explicit Output(int64_t count) : count_(count), data_(new scalar_t[count]) {
+    std::memset(static_cast<void*>(data_.get()), kUnwritten, count * sizeof(scalar_t));
+  }
+  scalar_t* get() const {
+    return data_.get();
+  }
+  // All elements; none, if one was not written.
+  std::vector<scalar_t> numbers() const {
+    for (int64_t i = 0; i < count_; ++i) {
+      unsigned char bytes[sizeof(scalar_t)];
+      std::memcpy(bytes, data_.get() + i, sizeof bytes);
+      if (std::all_of(bytes, bytes + sizeof bytes, [](unsigned char byte) { return byte == kUnwritten; })) {
+        return {};
+      }
+    }
+    return {data_.get(), data_.get() + count_};
+  }
+
+ private:
+  static constexpr unsigned char kUnwritten = 0x5a;
+  int64_t count_;
+  std::unique_ptr<scalar_t[]> data_;
+};
+
+// All NaN are the same: which operand's bits they have is the compiler's choice.
+template <typename T>
+inline bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
+  return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin(), [](const T& x, const T& y) {
+           return std::memcmp(&x, &y, sizeof x) == 0 || (x != x && y != y);
+         });
+}
 
 struct Figures {
   int64_t calls = 0;

@@ -24,9 +24,11 @@ using harness::from_double;
 using harness::kHuge;
 using harness::kInf;
 using harness::kNaN;
+using harness::Output;
 using harness::poison;
 using harness::Random;
 using harness::Results;
+using harness::same_bits;
 using harness::Sink;
 using inductor_vision::accumulate_t;
 using inductor_vision::PatchBlocking;
@@ -54,10 +56,14 @@ struct Layout {
   bool gaps;
 };
 const Layout kLayouts[] = {
-    {"patches_first", {0, 1, 2, 3, 4}, false}, {"channels_first", {0, 2, 1, 3, 4}, false},
-    {"channels_last", {0, 1, 3, 4, 2}, false}, {"transposed", {0, 1, 2, 4, 3}, false},
-    {"patches_last", {0, 2, 3, 4, 1}, false},  {"images_inside", {1, 0, 2, 3, 4}, false},
-    {"sliced", {0, 1, 2, 3, 4}, true},         {"sliced_channels_first", {0, 2, 1, 3, 4}, true},
+    {"patches_first", {0, 1, 2, 3, 4}, false},
+    {"channels_first", {0, 2, 1, 3, 4}, false},
+    {"channels_last", {0, 1, 3, 4, 2}, false},
+    {"transposed", {0, 1, 2, 4, 3}, false},
+    {"patches_last", {0, 2, 3, 4, 1}, false},
+    {"images_inside", {1, 0, 2, 3, 4}, false},
+    {"sliced", {0, 1, 2, 3, 4}, true},
+    {"sliced_channels_first", {0, 2, 1, 3, 4}, true},
     {"sliced_channels_last", {0, 1, 3, 4, 2}, true},
 };
 constexpr int kExpanded = std::size(kLayouts);  // one patch for all
@@ -324,14 +330,6 @@ std::vector<accumulate_t<scalar_t>> run_in_order(
   }
 }
 
-// All NaN are the same: which operand's bits they have is the compiler's choice.
-template <typename T>
-bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
-  return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin(), [](const T& x, const T& y) {
-           return std::memcmp(&x, &y, sizeof x) == 0 || (x != x && y != y);
-         });
-}
-
 template <typename acc_t, typename value_t>
 void compare(
     const Call& call, const std::string& kind, const std::vector<value_t>& numbers, const Numbers& expected,
@@ -350,8 +348,8 @@ void compare(
     bool good = number == want || (std::isnan(number) && std::isnan(want));
     if (!good && std::isfinite(want)) {
       error = std::abs(number - want);
-      allowed = (std::is_same_v<acc_t, double> ? 1e-14 : 2e-6) * expected.magnitude[i] + rounding * std::abs(want) +
-                smallest;
+      allowed =
+          (std::is_same_v<acc_t, double> ? 1e-14 : 2e-6) * expected.magnitude[i] + rounding * std::abs(want) + smallest;
       good = error <= allowed;
     }
     if (!good) {
@@ -383,34 +381,6 @@ void check_results(
     }
   }
 }
-
-// Memory for a gradient, filled with what no gradient is: not NaN, which some are.
-template <typename scalar_t>
-class Output {
- public:
-  explicit Output(int64_t count) : count_(count), data_(new scalar_t[count]) {
-    std::memset(static_cast<void*>(data_.get()), kUnwritten, count * sizeof(scalar_t));
-  }
-  scalar_t* get() const {
-    return data_.get();
-  }
-  // All elements; none, if one was not written.
-  std::vector<scalar_t> numbers() const {
-    for (int64_t i = 0; i < count_; ++i) {
-      unsigned char bytes[sizeof(scalar_t)];
-      std::memcpy(bytes, data_.get() + i, sizeof bytes);
-      if (std::all_of(bytes, bytes + sizeof bytes, [](unsigned char byte) { return byte == kUnwritten; })) {
-        return {};
-      }
-    }
-    return {data_.get(), data_.get() + count_};
-  }
-
- private:
-  static constexpr unsigned char kUnwritten = 0x5a;
-  int64_t count_;
-  std::unique_ptr<scalar_t[]> data_;
-};
 
 // The gradients of weight and bias.
 template <typename scalar_t>
