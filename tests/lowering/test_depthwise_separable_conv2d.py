@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import math
 import pathlib
 import zipfile
@@ -13,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 from inductor_vision import DepthwiseSeparableConv2d, depthwise_separable_conv2d, explain
+from inductor_vision.lowering import depthwise_separable_conv2d as lowering
 from inductor_vision.paths import recorded_paths
 from inductor_vision.tests.support.compare import assert_close
 from inductor_vision.tests.support.compiled import Compiled, compile_and_run, constants_of_package, run_python
-from inductor_vision.tests.support.depthwise_separable_conv2d import CASES, Case, Sample, gradient_like, oracle, sample
+from inductor_vision.tests.support.convolution import gradient_like
+from inductor_vision.tests.support.depthwise_separable_conv2d import CASES, TENSORS, Case, Sample, oracle, sample
 from inductor_vision.tests.support.layouts import strides_of
 from torch import Tensor, nn
 from torch._inductor import config
@@ -24,6 +27,7 @@ from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch.export import Dim
 
 OP = torch.ops.inductor_vision.depthwise_separable_conv2d.default
+BACKWARD = torch.ops.inductor_vision.depthwise_separable_conv2d_backward.default
 NAME = "depthwise_separable_conv2d"
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
@@ -283,34 +287,169 @@ def test_every_number_of_threads_gives_the_same_bits():
         assert all(map(torch.equal, results[0], result))
 
 
-GRADIENTS = [
-    *(sample(name) for name in ("both_activations", "strided_channels_last", "multiplier_3_of_5", "no_biases")),
-    sample("both_activations", BF16),
-]
+# Gradients
 
 
-def gradients(function: Any, samples: Sequence[Sample]) -> list[dict[str, Tensor]]:
-    """Of each sample, the gradient of each of its tensors by a fixed random gradient of its result."""
-    samples = [s.requiring_grad() for s in samples]
-    results = function([(s.args, s.kwargs) for s in samples])
-    wanted = [tensor for s in samples for tensor in s.tensors.values()]
-    computed = iter(torch.autograd.grad(results, wanted, list(map(gradient_like, results))))
-    return [{name: next(computed) for name in s.tensors} for s in samples]
+@dataclasses.dataclass(frozen=True)
+class Backward:
+    """A call of the operator that computes gradients.
+
+    Attributes:
+        wanted: which gradients; those of tensors that there are not are empty.
+    """
+
+    sample: Sample
+    wanted: tuple[str, ...] = TENSORS
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        case = self.sample.case
+        grad = gradient_like(
+            torch.empty(case.batch, case.out_channels, *case.out_size, dtype=self.sample.args[0].dtype)
+        )
+        return (grad, *self.sample.positional, [name in self.wanted for name in TENSORS])
+
+    @property
+    def kernel(self) -> str:
+        """What is said of the kernel: the pointwise convolution's gradients are products of matrices."""
+        computed = {
+            "input": "input",
+            "depthwise_weight": "weight",
+            "depthwise_bias": "bias",
+            "pointwise_weight": "hidden",
+        }
+        names = [short for name, short in computed.items() if name in self.wanted and name in self.sample.tensors]
+        return f"gradients of {', '.join(names)}"
+
+    def assert_right(self, result: Sequence[Tensor]) -> None:
+        """What the decomposition gives in float64, laid out as that in eager mode."""
+        exact = BACKWARD(*Backward(self.sample.to(FP64), self.wanted).args)
+        eager = BACKWARD(*self.args)
+        for name, values, expected, like in zip(TENSORS, result, exact, eager):
+            assert values.dtype == self.sample.args[0].dtype
+            assert values.shape == like.shape and strides_of(values) == strides_of(like), f"{self.sample.name}: {name}"
+            assert (values.numel() > 0) == (name in self.wanted and name in self.sample.tensors) or like.numel() == 0
+            assert_close(values, expected, values.dtype, f"{self.sample.name}: gradient of {name}")
+
+
+def differentiate(calls: Sequence[Backward], **options: Any) -> Compiled:
+    """All calls in one graph; each takes its kernel."""
+
+    def run(arguments: list[Any]) -> list[Any]:
+        return [BACKWARD(*args) for args in arguments]
+
+    with torch.no_grad():
+        compiled = compile_and_run(run, [call.args for call in calls], config={"cpp_wrapper": True, **options})
+    expected = [(f"{NAME}_backward", "template", call.kernel) for call in calls]
+    assert [(path.op, path.kind, path.detail) for path in compiled.paths] == expected
+    assert compiled.templates == len(calls)
+    return compiled
+
+
+def assert_right_gradients(calls: Sequence[Backward], **options: Any) -> None:
+    for call, result in zip(calls, differentiate(calls, **options).result):
+        call.assert_right(result)
+
+
+def test_gradients():
+    names = ["then_silu", "stride_padding_dilation", "multiplier_3_of_5", "strided_channels_last", "no_biases"]
+    assert_right_gradients([*(Backward(sample(name)) for name in names), Backward(sample("both_activations", BF16))])
+
+
+def is_activation(name: str) -> bool:
+    return name.startswith("then_")
+
+
+OTHER_GRADIENTS = {
+    "float32": lambda: [sample(name) for name in CASES],
+    "float64": lambda: [sample(name, FP64) for name in CASES if is_activation(name) or name in FEW],
+    "bfloat16": lambda: [sample(name, BF16) for name in (*FEW, "input_sliced_channels_last", "then_gelu")],
+    "float16": lambda: [sample(name, FP16) for name in FEW],
+}
 
 
 @pytest.mark.slow
-def test_gradients():
-    """The forward pass is the template also where gradients are wanted; those are a program of aten operators."""
-    compiled = compile_and_run(call_all, GRADIENTS, run=gradients)
-    assert compiled.templates == len(GRADIENTS)
-    forward = [path.kind for path in compiled.paths if path.op == NAME]
-    backward = [path.kind for path in compiled.paths if path.op == f"{NAME}_backward"]
-    assert (forward, backward) == (["template"] * len(GRADIENTS), ["decomposition"] * len(GRADIENTS))
-    for s, actual in zip(GRADIENTS, compiled.result):
-        (expected,) = gradients(call_all, [s.to(FP64)])
-        assert actual.keys() == expected.keys()
-        for name, gradient in actual.items():
-            assert_close(gradient, expected[name], s.args[0].dtype, f"{s.name}: gradient of {name}")
+@pytest.mark.parametrize("samples", OTHER_GRADIENTS.values(), ids=OTHER_GRADIENTS)
+def test_gradients_of_all_other_cases_and_dtypes(samples):
+    assert_right_gradients([Backward(s) for s in samples()])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("simdlen,bits", [(256, 256), (1, 0)])
+def test_gradients_with_narrow_or_no_vectors(simdlen, bits):
+    with vectors(simdlen, bits):
+        samples = [*map(sample, FEW), *(sample("then_silu", dtype) for dtype in (FP64, BF16))]
+        assert_right_gradients([Backward(s) for s in samples])
+
+
+@pytest.mark.slow
+def test_gradients_of_few_channels_at_a_time(monkeypatch):
+    """As where images are wide; rows are cut into bands where they are many."""
+    monkeypatch.setattr(lowering, "cache_bytes", lambda: 4096)
+    large = Case(channels=37, size=(45, 20), stride=(2, 1), first="silu")
+    samples = [sample(dataclasses.replace(large, layout=layout)) for layout in ("contiguous", "channels_last")]
+    assert_right_gradients([Backward(s) for s in (*samples, sample("channels_300_to_33"))])
+
+
+@pytest.mark.slow
+def test_only_gradients_that_are_wanted():
+    """Values are those of all together, to the bit."""
+    s = sample("both_activations")
+    wanted = [("input",), ("depthwise_weight",), ("pointwise_weight",), ("depthwise_bias", "pointwise_bias")]
+    calls = [Backward(s, names) for names in (TENSORS, *wanted)]
+    together, *others = differentiate(calls).result
+    for call, result in zip(calls[1:], others):
+        for name, values, of_all in zip(TENSORS, result, together):
+            assert torch.equal(values, of_all) if name in call.wanted else values.numel() == 0
+
+
+def test_gradients_of_the_last_convolutions_bias_alone_take_no_kernel():
+    with torch.no_grad():
+        compiled = compile_and_run(lambda args: BACKWARD(*args), Backward(sample("plain"), ("pointwise_bias",)).args)
+    assert compiled.templates == 0
+    assert [result.numel() for result in compiled.result] == [0, 0, 0, 0, 6]
+
+
+@pytest.mark.slow
+def test_every_number_of_threads_gives_the_same_gradients():
+    """Of the depthwise convolution: the others are products of matrices, whose sums are aten's to cut."""
+    calls = [
+        Backward(sample(Case(batch=batch, channels=48, size=(37, 41), first="silu", layout=layout), dtype))
+        for batch, layout, dtype in ((3, "contiguous", FP32), (1, "channels_last", FP32), (2, "channels_last", BF16))
+    ]
+    results = []
+    for count in (1, 2, 3, 5):
+        torch.set_num_threads(count)
+        results.append(differentiate(calls).result)  # the compiled C++ is the first one's
+    for result in results[1:]:
+        for first, other in zip(results[0], result):
+            assert all(torch.equal(first[i], other[i]) for i in (0, 1, 3))
+
+
+@pytest.mark.slow
+def test_training_compiles_once_for_all_sizes():
+    """Forward and backward pass of a module, with the gradients of its parameters."""
+    network = Network()
+
+    def gradients(module: nn.Module, x: Tensor) -> list[Tensor]:
+        x = x.detach().requires_grad_()
+        loss = sum(result.square().sum() for result in module(x))
+        return list(torch.autograd.grad(loss, [x, *network.parameters()]))
+
+    torch._dynamo.reset()
+    with recorded_paths() as paths:
+        compiled = torch.compile(network, dynamic=True)
+        gradients(compiled, image(4, 7, 11))
+    kernels = [(path.op, path.kind) for path in paths]
+    assert kernels == [(NAME, "template")] * 2 + [(f"{NAME}_backward", "template")] * 2
+    exact = copy.deepcopy(network).double()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for size in [(4, 7, 11), (2, 12, 5), (3, 20, 133)]:
+            actual, x = gradients(compiled, image(*size)), image(*size).double().requires_grad_()
+            loss = sum(result.square().sum() for result in exact(x))
+            expected = torch.autograd.grad(loss, [x, *exact.parameters()])
+            for got, want in zip(actual, expected):
+                assert (got - want).abs().max() <= 1e-5 * want.abs().max(), size
 
 
 @pytest.mark.slow

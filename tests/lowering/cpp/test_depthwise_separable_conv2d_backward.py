@@ -1,5 +1,5 @@
-"""depthwise_separable_conv2d_backward.h by itself, under sanitizers: values, bounds, and bits that depend on nothing but
-the input."""
+"""depthwise_separable_conv2d_backward.h by itself, under sanitizers: values, bounds, and bits that depend on nothing
+but the input."""
 
 from __future__ import annotations
 
