@@ -351,18 +351,25 @@ def assert_right_gradients(calls: Sequence[Backward], **options: Any) -> None:
         call.assert_right(result)
 
 
+QUICK_GRADIENTS = ["then_silu", "multiplier_3_of_5", "strided_channels_last"]
+
+
 def test_gradients():
-    names = ["then_silu", "stride_padding_dilation", "multiplier_3_of_5", "strided_channels_last", "no_biases"]
-    assert_right_gradients([*(Backward(sample(name)) for name in names), Backward(sample("both_activations", BF16))])
+    assert_right_gradients([Backward(sample(name)) for name in QUICK_GRADIENTS])
 
 
-def is_activation(name: str) -> bool:
-    return name.startswith("then_")
-
-
+# Activations, and shapes that make a difference to the depthwise convolution; aten's gradient of hardsigmoid in eager
+# mode has a sixth in float32, so that it is not compared in float64.
+ACTIVATIONS = ["then_relu", "then_relu6", "then_leaky_relu", "then_hardswish", "then_silu", "then_gelu"]
+GEOMETRY = (
+    "plain", "no_biases", "numbers", "stride_3x4", "no_padding", "padding_beyond_the_kernel", "stride_padding_dilation",
+    "kernel_1x1", "kernel_5x5", "kernel_2x3", "kernel_1x4", "channels_1_to_5", "channels_17_to_8", "channels_300_to_33",
+    "multiplier_channels_last", "empty_batch_relu", "batch_5", "one_input_pixel", "one_column", "width_130",
+    "input_sliced", "input_sliced_channels_last", "input_expanded", "weight_shared",
+)  # fmt: skip
 OTHER_GRADIENTS = {
-    "float32": lambda: [sample(name) for name in CASES],
-    "float64": lambda: [sample(name, FP64) for name in CASES if is_activation(name) or name in FEW],
+    "float32": lambda: [sample(name) for name in ("then_hardsigmoid", *GEOMETRY)],
+    "float64": lambda: [sample(name, FP64) for name in (*ACTIVATIONS, "multiplier_3_of_5")],
     "bfloat16": lambda: [sample(name, BF16) for name in (*FEW, "input_sliced_channels_last", "then_gelu")],
     "float16": lambda: [sample(name, FP16) for name in FEW],
 }
@@ -420,7 +427,7 @@ def test_every_number_of_threads_gives_the_same_gradients():
     results = []
     for count in (1, 2, 3, 5):
         torch.set_num_threads(count)
-        results.append(differentiate(calls).result)  # the compiled C++ is the first one's
+        results.append(differentiate(calls, **{"cpp.dynamic_threads": True}).result)  # one compiled C++ for all
     for result in results[1:]:
         for first, other in zip(results[0], result):
             assert all(torch.equal(first[i], other[i]) for i in (0, 1, 3))
