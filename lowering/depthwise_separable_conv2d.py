@@ -20,7 +20,7 @@ from .inductor import DTYPE_TO_CPP, CppTemplateKernel, V, ir
 from .layout import image_and_format
 from .panels import MAX_DEPTH, pack_panels
 from .registry import Template, define_internal_op, template_for
-from .template import BlocksTemplate, ResultsTemplate, pointer, view
+from .template import BlocksTemplate, ResultsTemplate, pointer, size_in_cpp, view
 from .tuning import cache_bytes
 
 # Of an activation's name, the C++ type in cpp/activations.h.
@@ -220,12 +220,12 @@ class DepthwiseSeparableConv2dTemplate(BlocksTemplate):
 def _fake_gradients(grad_hidden: Tensor | None, input: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
     out_size, channels_last, wanted = args[-3:]
     taps, hidden = weight.shape
-    sizes = [input.shape, [taps, hidden], [hidden], [input.shape[0] * out_size[0] * out_size[1], hidden]]
-    results = [weight.new_empty(size if want else [0]) for size, want in zip(sizes, wanted)]
+    grad_input = input.new_empty(0)
     if wanted[0]:
         format = torch.channels_last if channels_last else torch.contiguous_format
-        results[0] = input.new_empty(input.shape).contiguous(memory_format=format)
-    return tuple(results)
+        grad_input = input.new_empty(input.shape).contiguous(memory_format=format)
+    sizes = [[taps, hidden], [hidden], [input.shape[0] * out_size[0] * out_size[1], hidden]]
+    return grad_input, *(weight.new_empty(size if want else [0]) for size, want in zip(sizes, wanted[1:]))
 
 
 def _lower_gradients(
@@ -272,16 +272,21 @@ class DepthwiseGradientsTemplate(ResultsTemplate):
         self.channels_last = channels_last
         self.present = [tensor is not None for tensor in tensors]
 
+    @property
+    def path(self) -> str:
+        names = {"grad_input": "input", "grad_weight": "depthwise_weight", "grad_bias": "depthwise_bias"}
+        gradients = [f"gradient of {names[name]}" for name in self.wanted if name in names]
+        return ", ".join([*gradients, *(["hidden channels"] if "hidden" in self.wanted else [])])
+
     def call(
         self, kernel: CppTemplateKernel, inputs: Sequence[ir.IRNode], results: dict[str, ir.Buffer]
     ) -> Sequence[str]:
         image, *tensors = inputs
         grad, weight, bias = (tensors.pop(0) if present else None for present in self.present)
-        out = ir.Buffer(name=None, layout=ir.FixedLayout(torch.device("cpu"), image.get_dtype(), list(self.out_size)))
         pointers = [pointer(kernel, results.get(name)) for name in self.names]
         fields = [pointer(kernel, grad), str(self.channels_last).lower(), *pointers]
         return [
-            self.separable.declare(kernel, image, [weight, bias, None, None], [kernel.size(out, d) for d in range(2)]),
+            self.separable.declare(kernel, image, [weight, bias, None, None], size_in_cpp(kernel, self.out_size)),
             f"const inductor_vision::SeparableGradients<{DTYPE_TO_CPP[image.get_dtype()]}> gradients"
             f"{{{', '.join(fields)}}};",
             f"const inductor_vision::SeparableBackwardBlocking blocking{{{cache_bytes() // 2}}};",

@@ -22,7 +22,7 @@ from .constants import fold_constant
 from .inductor import DTYPE_TO_CPP, CppTemplateKernel, V, ir, lowerings
 from .panels import pack_panels
 from .registry import Template, define_internal_op, template_for
-from .template import BlocksTemplate, ResultsTemplate, pointer
+from .template import BlocksTemplate, ResultsTemplate, pointer, size_in_cpp
 from .tuning import cache_bytes
 
 _ORDERS: dict[tuple[int, ...], str] = {
@@ -189,8 +189,7 @@ class PatchConv2dTemplate(BlocksTemplate):
 
     def call(self, kernel: CppTemplateKernel, inputs: Sequence[ir.IRNode], store: str) -> str:
         input, weight, *bias = inputs
-        out = ir.Buffer(name=None, layout=ir.FixedLayout(torch.device("cpu"), self.dtype, self.patch_size))
-        out_size = [kernel.size(out, d) for d in (3, 4)]
+        out_size = size_in_cpp(kernel, self.patch_size[3:])
         arguments = f"inductor_vision::PatchOrder::{_ORDERS[self.order]}, {str(self.transposed).lower()}"
         return f"""
     {self.convolution.declare(kernel, input, bias[0] if bias else None, out_size)}

@@ -69,6 +69,12 @@ def view(kernel: CppTemplateKernel, node: ir.IRNode) -> str:
     return f"{{{', '.join([pointer(kernel, node), *(kernel.stride(node, d) for d in range(4))])}}}"
 
 
+def size_in_cpp(kernel: CppTemplateKernel, size: Sequence[Any]) -> list[str]:
+    """The size of a tensor that is no buffer of the graph, in C++."""
+    node = ir.Buffer(name=None, layout=ir.FixedLayout(torch.device("cpu"), torch.float32, list(size)))
+    return [kernel.size(node, d) for d in range(len(size))]
+
+
 def double(value: float) -> str:
     """A number in C++."""
     if math.isfinite(value):
@@ -222,7 +228,7 @@ class ResultsTemplate(KernelTemplate):
         computed = {}
         if self.wanted:
             computed = dict(zip(self.wanted, self.add_unfused(*(layouts[name] for name in self.wanted))))
-        return [computed.get(name) or _empty(layout) for name, layout in layouts.items()]
+        return [computed[name] if name in computed else _empty(layout) for name, layout in layouts.items()]
 
     def render(
         self, kernel: CppTemplateKernel, buffer: ir.CppTemplateBuffer, epilogue: list[ir.ComputedBuffer], keep: bool
@@ -278,8 +284,7 @@ class BlocksTemplate(KernelTemplate):
 
     def output_size(self, kernel: CppTemplateKernel) -> list[str]:
         """The size of the output, [B, C, H, W], in C++."""
-        node = ir.Buffer(name=None, layout=ir.FixedLayout(torch.device("cpu"), self.dtype, self.size))
-        return [kernel.size(node, d) for d in range(4)]
+        return size_in_cpp(kernel, self.size)
 
     def _layout(self, dtype: torch.dtype) -> ir.FixedLayout:
         physical = [self.size[d] for d in (0, 2, 3, 1)] if self.channels_last else self.size

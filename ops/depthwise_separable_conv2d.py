@@ -513,9 +513,9 @@ def gradients(grad: Tensor, *args: Any, depthwise: Callable[..., DepthwiseGradie
     _check_backward(grad, arguments)
     dtype = accumulate_dtype(arguments.input.dtype)
     wanted = [want and tensor is not None for want, tensor in zip(wanted, arguments.tensors)]
-    rows = grad.to(dtype).transpose(0, 1).flatten(1)  # [O, P]
     results: list[Tensor | None] = [None] * 5
     if any(wanted[:4]):
+        rows = grad.to(dtype).transpose(0, 1).flatten(1)  # [O, P]
         grad_hidden = None
         if wanted[0] or wanted[1] or wanted[3]:
             grad_hidden = rows.t() @ arguments.pointwise_weight.flatten(1).to(dtype)

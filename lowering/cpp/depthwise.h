@@ -24,13 +24,6 @@ struct TapSpan {
   int64_t pixels;
 };
 
-// A row of what is read, and the weights of the first tap that looks at it.
-template <typename value_t>
-struct TapRow {
-  const value_t* source;
-  const accumulate_t<value_t>* weight;
-};
-
 // Lists the pixels of some rows of the result with their taps.  Taps outside of what is read are left out.
 template <typename value_t>
 class TapList {
@@ -59,7 +52,8 @@ class TapList {
   void begin_row() {
     rows_.clear();
   }
-  void add(const TapRow<value_t>& row) {
+  // A row of what is read, from its first column on, and the first tap that looks at it.
+  void add(const Tap<value_t>& row) {
     rows_.push_back(row);
   }
   // Lists the columns [begin, end) of the row; `pixel` is the number of the first.
@@ -69,7 +63,7 @@ class TapList {
       const int64_t last = std::min(span.count, divide_up(end - span.begin, step_));
       if (first < last) {
         const auto first_tap = static_cast<int64_t>(taps_.size());
-        for (const TapRow<value_t>& row : rows_) {
+        for (const Tap<value_t>& row : rows_) {
           for (const AxisTap& tap : span.taps) {
             const int64_t column = tap.source + first * source_step_;
             taps_.push_back({row.source + column * distance_, row.weight + tap.tap * weight_distance_});
@@ -96,7 +90,7 @@ class TapList {
   int64_t step_, source_step_;
   int64_t distance_, weight_distance_;
   std::vector<AxisSpan> columns_;
-  std::vector<TapRow<value_t>> rows_;  // of the row that was begun
+  std::vector<Tap<value_t>> rows_;  // of the row that was begun
   std::vector<Tap<value_t>> taps_;
   std::vector<TapSpan<value_t>> spans_;
 };

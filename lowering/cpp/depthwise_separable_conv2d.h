@@ -31,7 +31,7 @@ namespace inductor_vision {
 template <typename scalar_t>
 struct DepthwiseSeparableConv2d {
   using acc_t = accumulate_t<scalar_t>;
-  View4d<scalar_t> input;          // its channels or its columns are neighbours
+  View4d<scalar_t> input;          // forward, its channels or its columns are neighbours
   const acc_t* depthwise_weight;   // [taps][hidden]
   const acc_t* depthwise_bias;     // [hidden]; null: none
   const acc_t* pointwise_weight;   // [panels][hidden][kPanel]

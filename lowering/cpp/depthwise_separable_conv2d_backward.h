@@ -14,8 +14,8 @@
 // which are computed twice.  An input of which neighbouring channels are not neighbours, or in low precision, is
 // brought into a ring likewise.
 //
-// Pieces of work depend on the shape alone, and their sums are added up in order: the result is the same, to the bit,
-// for any number of threads.
+// Pieces of work depend on the shape alone, but for slabs of channels, which share no sums, and sums are added up in
+// order: the result is the same, to the bit, for any number of threads.
 #ifndef INDUCTOR_VISION_DEPTHWISE_SEPARABLE_CONV2D_BACKWARD_H
 #define INDUCTOR_VISION_DEPTHWISE_SEPARABLE_CONV2D_BACKWARD_H
 
@@ -57,9 +57,10 @@ struct SeparablePieces {
       const DepthwiseSeparableConv2d<scalar_t>& op, const SeparableGradients<scalar_t>& gradients,
       const SeparableBackwardBlocking& blocking)
       : in_place(std::is_same_v<scalar_t, acc_t> && (op.input.channel == 1 || op.channels == 1)) {
-    constexpr int64_t kPixels = 64;  // that are brought into the ring at once, at least: lines of memory are whole
+    constexpr int64_t kLoaded =
+        64;  // pixels that are brought into the ring at once, at least: lines of memory are whole
     const int64_t reach = (op.kernel_height - 1) * op.dilation_height;
-    rows_at_once = divide_up(kPixels, op.width);
+    rows_at_once = divide_up(kLoaded, op.width);
     input_rows = round_up(std::min(op.height, reach + 1) + rows_at_once - 1, rows_at_once);
     const int64_t twice = std::min(op.out_height - 1, reach / op.stride_height);  // rows of a band that are done twice
     output_rows = gradients.input == nullptr ? 1 : twice + 1;
@@ -112,7 +113,10 @@ class SeparableGradientsTile {
         input_(pieces.in_place ? 0 : pieces.input_rows / pieces.rows_at_once * input_block_),
         grad_sum_(pieces.output_rows * op.multiplier * output_row_),
         grad_input_(gradients.input == nullptr ? 0 : stored_rows_ * op.width * distance_),
-        converted_(gradients.input == nullptr || gradients.channels_last ? 0 : stored_rows_ * op.width * kLanes) {
+        converted_(
+            gradients.input == nullptr || gradients.channels_last || std::is_same_v<scalar_t, acc_t>
+                ? 0
+                : stored_rows_ * op.width * kLanes) {
   }
 
   // The sums of a piece are added to `weight` and `bias`, [taps][hidden] and [hidden]: other slabs' are left as they
@@ -132,7 +136,7 @@ class SeparableGradientsTile {
  private:
   static constexpr int64_t kApart = kCacheLine / static_cast<int64_t>(sizeof(acc_t));  // rows: not a power of two
   // Pixels that are summed, differentiated and added up before the next: what they need is in the first-level cache.
-  static constexpr int64_t kPixels = 16;
+  static constexpr int64_t kBlock = 16;
   static constexpr int64_t kStoredPixels = 64;  // of whole rows of the gradient of the input, at least
 
   // How many rows of the gradient of the input need no row of the output from `y` on.
@@ -238,10 +242,10 @@ class SeparableGradientsTile {
       acc_t* hidden = own && gradients_.hidden != nullptr ? gradients_.hidden + row : nullptr;
       const acc_t* grad = gradients_.grad_hidden == nullptr ? nullptr : gradients_.grad_hidden + row;
       for (const auto& span : list_.spans()) {
-        for (int64_t n = 0; n < span.pixels; n += kPixels) {
-          const int64_t end = std::min(n + kPixels, span.pixels);
-          read_ahead(y, span.pixel + end, kPixels, grad, hidden);
-          differentiate(span, n, end, m, bias, grad, hidden, grad_sum(y, m));
+        for (int64_t n = 0; n < span.pixels; n += kBlock) {
+          const int64_t end = std::min(n + kBlock, span.pixels);
+          read_ahead(y, span.pixel + end, kBlock, grad, hidden);
+          differentiate_block(span, n, end, m, bias, grad, hidden, grad_sum(y, m));
           if (own && gradients_.weight != nullptr) {
             add_weight(span, n, end, m, grad_sum(y, m));
           }
@@ -274,17 +278,17 @@ class SeparableGradientsTile {
   }
 
   // The pixels [first, end) of a span.
-  void differentiate(
+  void differentiate_block(
       const TapSpan<acc_t>& span, int64_t first, int64_t end, int64_t m, const acc_t* bias, const acc_t* grad,
-      acc_t* hidden, acc_t* grad_sum) const {
+      acc_t* hidden, acc_t* row) const {
     const auto begin = [&](int64_t k, const auto& load) { return bias == nullptr ? Vec(0) : load(bias + k); };
     const auto finish = [&](int64_t n, int64_t k, Vec sum, int64_t count) {
-      store_vector(sum, grad_sum + (span.pixel + n) * distance_ + k, count);
+      store_vector(sum, row + (span.pixel + n) * distance_ + k, count);
     };
     depthwise_sums(list_, span, first, end, 0, m * distance_, channels_, begin, finish);
     // Apart from the sums: what calls functions has no registers for them.
     for (int64_t n = first; n < end; ++n) {
-      acc_t* sums = grad_sum + (span.pixel + n) * distance_;
+      acc_t* sums = row + (span.pixel + n) * distance_;
       const int64_t at = (span.pixel + n) * op_.hidden();
       for (int64_t k = 0; k < channels_; k += kLanes) {
         const int64_t count = std::min(kLanes, channels_ - k);
@@ -325,24 +329,24 @@ class SeparableGradientsTile {
     const auto weights = generate<kTaps>(
         [&](int t) { return grad_weight_.get() + (taps[t].weight - weight_.get()) + m * distance_ + k; });
     const auto sources = generate<kTaps>([&](int t) { return taps[t].source + k; });
-    auto sum = generate<kTaps>([&](int t) { return load(weights[t]); });
+    auto sum = generate<kTaps>([&](int) { return Vec(0); });  // in parts, which loses less than one long chain
     for (int64_t n = first; n < end; ++n) {
       const Vec value = load(grad + (span.pixel + n) * distance_ + k);
       ForcedUnroll<kTaps>{}(
           [&](auto t) { sum[t] = ::at::vec::fmadd(value, load(sources[t] + n * list_.distance()), sum[t]); });
     }
-    ForcedUnroll<kTaps>{}([&](auto t) { store_vector(sum[t], weights[t], count); });
+    ForcedUnroll<kTaps>{}([&](auto t) { store_vector(load(weights[t]) + sum[t], weights[t], count); });
   }
 
   void add_bias(const TapSpan<acc_t>& span, int64_t first, int64_t end, int64_t m, const acc_t* grad) const {
     for (int64_t k = 0; k < channels_; k += kLanes) {
       const int64_t count = std::min(kLanes, channels_ - k);
       acc_t* bias = grad_bias_.get() + m * distance_ + k;
-      Vec sum = load_vector(bias, count);
+      Vec sum(0);
       for (int64_t n = first; n < end; ++n) {
         sum = sum + load_vector(grad + (span.pixel + n) * distance_ + k, count);
       }
-      store_vector(sum, bias, count);
+      store_vector(load_vector(bias, count) + sum, bias, count);
     }
   }
 

@@ -233,6 +233,17 @@ void check(const Call& call, const char* type, uint64_t seed, Figures& figures) 
   }
 }
 
+// Several bands, and several images in a chunk.
+const Call kLargeCalls[] = {
+    {1, 5, 1, 1, 45, 70, {3, 3}, {1, 1}, {1, 1}, {1, 1}, true, false, Layout::channels_last, false},
+    {1, 40, 2, 1, 50, 7, {3, 5}, {2, 2}, {1, 2}, {1, 1}, true, false, Layout::contiguous, true},
+    {1, 20, 1, 1, 70, 9, {3, 3}, {1, 1}, {4, 1}, {3, 1}, true, false, Layout::transposed, true},
+    {1, 18, 1, 1, 90, 66, {2, 2}, {5, 4}, {1, 0}, {1, 1}, false, false, Layout::sliced, true},
+    {75, 3, 2, 1, 5, 4, {3, 3}, {1, 1}, {1, 1}, {1, 1}, true, false, Layout::contiguous, false},
+    {70, 17, 1, 1, 3, 4, {2, 2}, {1, 1}, {0, 1}, {1, 1}, true, false, Layout::sliced, true},
+    {2, 20, 1, 1, 6, 7, {3, 3}, {1, 1}, {1, 1}, {1, 1}, true, false, Layout::transposed, true},
+};
+
 // All calls, each with the next of the activations.
 template <typename scalar_t, typename... Activations>
 void check_type(const char* type, int random_calls, Figures& figures) {
@@ -244,10 +255,10 @@ void check_type(const char* type, int random_calls, Figures& figures) {
     checks[seed % kChecks](call, type, seed, figures);
     ++seed;
   }
-  const Call banded{1, 5, 1, 1, 45, 70, {3, 3}, {1, 1}, {1, 1}, {1, 1}, true, false, Layout::channels_last, false};
-  const Call steps{1, 40, 2, 1, 50, 7, {3, 5}, {2, 2}, {1, 2}, {1, 1}, true, false, Layout::contiguous, false};
-  checks[0](banded, type, seed, figures);
-  checks[0](steps, type, seed + 1, figures);
+  for (const Call& call : kLargeCalls) {
+    checks[seed % kChecks](call, type, seed, figures);
+    ++seed;
+  }
   Random random(sizeof(scalar_t));
   for (int i = 0; i < random_calls; ++i, ++seed) {
     checks[seed % kChecks](random_call(random), type, seed, figures);
