@@ -209,7 +209,6 @@ class ResultsTemplate(KernelTemplate):
             wanted: which results the node that is lowered wants; the others are empty tensors.
         """
         super().__init__(inputs)
-        self.layouts = [_fixed_layout(result) for result in V.graph.current_node.meta["val"]]
         self.wanted = [name for name, want in zip(self.names, wanted) if want]
 
     @property
@@ -224,7 +223,7 @@ class ResultsTemplate(KernelTemplate):
 
     def results(self) -> list[ir.TensorBox]:
         """Add the kernel to the graph; its results."""
-        layouts = dict(zip(self.names, self.layouts))
+        layouts = dict(zip(self.names, map(_fixed_layout, V.graph.current_node.meta["val"])))
         computed = {}
         if self.wanted:
             computed = dict(zip(self.wanted, self.add_unfused(*(layouts[name] for name in self.wanted))))

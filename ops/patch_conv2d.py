@@ -105,6 +105,7 @@ class PatchConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """See :func:`patch_conv2d`."""
         geometry = self.stride, self.padding, self.dilation
+        # To mypy nn.Conv2d's padding may be a word, which __init__ refuses.
         return patch_conv2d(input, self.weight, self.bias, *geometry, self.groups)  # type: ignore[arg-type]
 
 

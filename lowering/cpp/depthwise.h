@@ -17,7 +17,6 @@ struct Tap {
 };
 
 // Pixels that have the same taps.
-template <typename value_t>
 struct TapSpan {
   int64_t first_tap, taps;  // in the list
   int64_t pixel, step;      // the number of the first, the difference between the numbers of neighbours
@@ -75,10 +74,10 @@ class TapList {
     }
   }
 
-  const std::vector<TapSpan<value_t>>& spans() const {
+  const std::vector<TapSpan>& spans() const {
     return spans_;
   }
-  const Tap<value_t>* taps(const TapSpan<value_t>& span) const {
+  const Tap<value_t>* taps(const TapSpan& span) const {
     return taps_.data() + span.first_tap;
   }
   // Elements between what neighbouring pixels of a span look at.
@@ -92,13 +91,13 @@ class TapList {
   std::vector<AxisSpan> columns_;
   std::vector<Tap<value_t>> rows_;  // of the row that was begun
   std::vector<Tap<value_t>> taps_;
-  std::vector<TapSpan<value_t>> spans_;
+  std::vector<TapSpan> spans_;
 };
 
 // Sums of some pixels of a span and some channels of each, in registers: see depthwise_sums.
 template <int kPixels, int kVectors, typename value_t, typename Begin, typename Finish>
 inline void depthwise_block(
-    const TapList<value_t>& list, const TapSpan<value_t>& span, int64_t n, int64_t source, int64_t weight, int64_t k,
+    const TapList<value_t>& list, const TapSpan& span, int64_t n, int64_t source, int64_t weight, int64_t k,
     int64_t count, const Begin& begin, const Finish& finish) {
   using Vec = Vectorized<accumulate_t<value_t>>;
   constexpr int64_t kLanes = Vec::size();
@@ -130,8 +129,8 @@ inline void depthwise_block(
 // another, which loads so many channels of what it is given.
 template <typename value_t, typename Begin, typename Finish>
 inline void depthwise_sums(
-    const TapList<value_t>& list, const TapSpan<value_t>& span, int64_t first, int64_t end, int64_t source,
-    int64_t weight, int64_t depth, const Begin& begin, const Finish& finish) {
+    const TapList<value_t>& list, const TapSpan& span, int64_t first, int64_t end, int64_t source, int64_t weight,
+    int64_t depth, const Begin& begin, const Finish& finish) {
   constexpr int64_t kLanes = Vectorized<accumulate_t<value_t>>::size();
   // Neighbouring pixels, and vectors of channels of each, whose sums are in registers at once.
 #if defined(CPU_CAPABILITY_AVX512)

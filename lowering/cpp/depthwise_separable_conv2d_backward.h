@@ -119,8 +119,7 @@ class SeparableGradientsTile {
                 : stored_rows_ * op.width * kLanes) {
   }
 
-  // The sums of a piece are added to `weight` and `bias`, [taps][hidden] and [hidden]: other slabs' are left as they
-  // are.
+  // The sums of a piece go into `weight` and `bias`, [taps][hidden] and [hidden], beside those of other slabs.
   void run(int64_t piece, acc_t* weight, acc_t* bias) {
     const int64_t slab = piece % pieces_.slabs, band = piece / pieces_.slabs % pieces_.bands;
     const int64_t chunk = piece / (pieces_.slabs * pieces_.bands);
@@ -144,7 +143,7 @@ class SeparableGradientsTile {
     return std::clamp<int64_t>(y * op_.stride_height - op_.padding_height, 0, op_.height);
   }
 
-  // The slab's weights, with room for its sums.
+  // The slab's weights, and no sums yet.
   void load_weight() {
     std::fill_n(grad_weight_.get(), taps_ * weight_distance_, acc_t(0));
     std::fill_n(grad_bias_.get(), weight_distance_, acc_t(0));
@@ -279,8 +278,8 @@ class SeparableGradientsTile {
 
   // The pixels [first, end) of a span.
   void differentiate_block(
-      const TapSpan<acc_t>& span, int64_t first, int64_t end, int64_t m, const acc_t* bias, const acc_t* grad,
-      acc_t* hidden, acc_t* row) const {
+      const TapSpan& span, int64_t first, int64_t end, int64_t m, const acc_t* bias, const acc_t* grad, acc_t* hidden,
+      acc_t* row) const {
     const auto begin = [&](int64_t k, const auto& load) { return bias == nullptr ? Vec(0) : load(bias + k); };
     const auto finish = [&](int64_t n, int64_t k, Vec sum, int64_t count) {
       store_vector(sum, row + (span.pixel + n) * distance_ + k, count);
@@ -302,7 +301,7 @@ class SeparableGradientsTile {
     }
   }
 
-  void add_weight(const TapSpan<acc_t>& span, int64_t first, int64_t end, int64_t m, const acc_t* grad) const {
+  void add_weight(const TapSpan& span, int64_t first, int64_t end, int64_t m, const acc_t* grad) const {
     for (int64_t k = 0; k < channels_; k += kLanes) {
       int64_t tap = 0;
       for (; tap + 9 <= span.taps; tap += 9) {
@@ -320,8 +319,7 @@ class SeparableGradientsTile {
   // The weights of some taps and a vector of channels; sums stay in registers.
   template <int kTaps>
   void add_taps(
-      const TapSpan<acc_t>& span, int64_t first, int64_t end, int64_t tap, int64_t m, int64_t k,
-      const acc_t* grad) const {
+      const TapSpan& span, int64_t first, int64_t end, int64_t tap, int64_t m, int64_t k, const acc_t* grad) const {
     const int64_t count = std::min(kLanes, channels_ - k);
     const bool part = count < kLanes;
     const auto load = [&](const acc_t* from) { return part ? load_vector(from, count) : load_vector(from); };
@@ -338,7 +336,7 @@ class SeparableGradientsTile {
     ForcedUnroll<kTaps>{}([&](auto t) { store_vector(load(weights[t]) + sum[t], weights[t], count); });
   }
 
-  void add_bias(const TapSpan<acc_t>& span, int64_t first, int64_t end, int64_t m, const acc_t* grad) const {
+  void add_bias(const TapSpan& span, int64_t first, int64_t end, int64_t m, const acc_t* grad) const {
     for (int64_t k = 0; k < channels_; k += kLanes) {
       const int64_t count = std::min(kLanes, channels_ - k);
       acc_t* bias = grad_bias_.get() + m * distance_ + k;

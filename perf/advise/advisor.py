@@ -109,7 +109,7 @@ def advise(target: Target, settings: Settings, progress: Progress) -> Advice:
 def _check_runs(program: Program, target: Target) -> None:
     try:
         first, second = program.run(), program.run()
-    except Exception as error:
+    except Exception as error:  # the model is the user's: whatever it raises is what is to be said
         raise UserError(f"the model fails on {target.describe_inputs()}: {describe_error(error)}") from error
     if not first:
         raise UserError("the model returns no tensor, so that no choice can be checked")

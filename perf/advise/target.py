@@ -142,7 +142,7 @@ def load_model(path: str) -> nn.Module:
             )
         try:
             model = factory()
-        except Exception as error:
+        except Exception as error:  # the factory is the user's: whatever it raises is what is to be said
             raise UserError(f"{path}() failed: {describe_error(error)}") from error
         if not isinstance(model, nn.Module):
             raise UserError(f"{path}() returned an object of type {_type_name(model)}, not an nn.Module")

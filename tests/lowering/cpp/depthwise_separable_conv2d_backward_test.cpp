@@ -110,14 +110,13 @@ struct Gradients {
   std::vector<acc_t> weight, bias, hidden;
 };
 
-// Of [..., M, C] with `inner` numbers each, [..., C, M].
+// Of [..., M, C], [..., C, M].
 template <typename T>
-std::vector<T> by_channel(const Call& call, const std::vector<T>& values, int64_t inner) {
+std::vector<T> by_channel(const Call& call, const std::vector<T>& values) {
   std::vector<T> result(values.size());
   for (int64_t i = 0; i < static_cast<int64_t>(values.size()); ++i) {
-    const int64_t k = i / inner % call.hidden(), outer = i / inner / call.hidden();
-    const int64_t to = k % call.channels * call.multiplier + k / call.channels;
-    result[(outer * call.hidden() + to) * inner + i % inner] = values[i];
+    const int64_t k = i % call.hidden();
+    result[i - k + k % call.channels * call.multiplier + k / call.channels] = values[i];
   }
   return result;
 }
@@ -157,11 +156,11 @@ Gradients<scalar_t> run(
       results.input[(b * call.channels + c) * pixels + pixel] = values[i];
     }
   }
-  results.bias = by_channel(call, taken("the gradient of the bias", setting.bias, bias, call.hidden()), 1);
+  results.bias = by_channel(call, taken("the gradient of the bias", setting.bias, bias, call.hidden()));
   const int64_t count = call.batch * call.out_pixels() * call.hidden();
-  results.hidden = by_channel(call, taken("hidden", setting.hidden, hidden, count), 1);
+  results.hidden = by_channel(call, taken("hidden", setting.hidden, hidden, count));
   const auto by_tap =
-      by_channel(call, taken("the gradient of the weight", setting.weight, weight, call.taps() * call.hidden()), 1);
+      by_channel(call, taken("the gradient of the weight", setting.weight, weight, call.taps() * call.hidden()));
   results.weight.resize(by_tap.size());
   for (int64_t i = 0; i < static_cast<int64_t>(by_tap.size()); ++i) {
     results.weight[i % call.hidden() * call.taps() + i / call.hidden()] = by_tap[i];
@@ -210,7 +209,7 @@ void check(const Call& call, const char* type, uint64_t seed, Figures& figures) 
     const bool spoiled = call.hostile && random.integer(0, 300) == 0;
     value = static_cast<acc_t>(spoiled ? random.pick(bad) : random.uniform(-2, 2));
   }
-  const Expected expected(call, activation, tensors, by_channel(call, grad_hidden, 1));
+  const Expected expected(call, activation, tensors, by_channel(call, grad_hidden));
 
   const Gradients<scalar_t> first = run<Activation>(call, kind, op, grad_hidden, kSettings[0]);
   compare<acc_t>(call, kind + ", gradient of the input", first.input, expected.input, figures);
