@@ -17,18 +17,6 @@ using namespace harness;
 using inductor_vision::SeparableBackwardBlocking;
 using inductor_vision::SeparableGradients;
 
-// Numbers, and for each a bound of the magnitudes that were added.
-struct Numbers {
-  std::vector<double> sum, magnitude;
-
-  explicit Numbers(int64_t count) : sum(count, 0), magnitude(count, 0) {
-  }
-  void add(int64_t i, double term, double bound) {
-    sum[i] += term;
-    magnitude[i] += std::isfinite(bound) ? bound : 0;
-  }
-};
-
 // What the results are, in double, channels in the order of the operator, [C * M].
 struct Expected {
   Numbers input, weight, bias, hidden;
@@ -172,23 +160,9 @@ template <typename acc_t, typename value_t>
 void compare(
     const Call& call, const std::string& kind, const std::vector<value_t>& numbers, const Numbers& expected,
     Figures& figures) {
-  double rounding = 0, smallest = 0;
-  if constexpr (!std::is_same_v<acc_t, value_t>) {
-    rounding = static_cast<double>(std::numeric_limits<value_t>::epsilon()) / 2;
-    smallest = static_cast<double>(std::numeric_limits<value_t>::denorm_min());
-  }
-  for (size_t i = 0; i < numbers.size(); ++i) {
-    const double number = static_cast<double>(numbers[i]), want = expected.sum[i];
-    const double allowed =
-        (std::is_same_v<acc_t, double> ? 1e-14 : 4e-6) * expected.magnitude[i] + rounding * std::abs(want) + smallest;
-    if (!right(number, want, allowed)) {
-      fail(
-          call, kind,
-          "number " + std::to_string(i) + " is " + std::to_string(number) + ", expected " + std::to_string(want));
-    }
-    if (std::isfinite(want) && allowed > 0) {
-      figures.error = std::max(figures.error, std::abs(number - want) / allowed);
-    }
+  const std::string complaint = harness::complaint_of<acc_t>(numbers, expected, 4e-6, figures);
+  if (!complaint.empty()) {
+    fail(call, kind, complaint);
   }
 }
 

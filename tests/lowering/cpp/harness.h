@@ -10,6 +10,7 @@
 #include <c10/util/Half.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <memory>
@@ -268,6 +269,52 @@ struct Figures {
   int64_t rejected = 0;  // calls that were an error, as they should
   double error = 0;      // the largest, as a part of what is allowed
 };
+
+// Sums in double, and for each a bound of the magnitudes that were added.
+struct Numbers {
+  std::vector<double> sum, magnitude;
+
+  explicit Numbers(int64_t count) : sum(count, 0), magnitude(count, 0) {
+  }
+  void add(int64_t at, double term) {
+    add(at, term, std::abs(term));
+  }
+  void add(int64_t at, double term, double bound) {
+    sum[at] += term;
+    magnitude[at] += std::isfinite(bound) ? bound : 0;
+  }
+};
+
+// What is wrong with numbers that a kernel summed in acc_t; empty: nothing.  `tolerance`: of float, relative to what
+// was added.
+template <typename acc_t, typename value_t>
+std::string complaint_of(
+    const std::vector<value_t>& numbers, const Numbers& expected, double tolerance, Figures& figures) {
+  double rounding = 0, smallest = 0;
+  if constexpr (!std::is_same_v<acc_t, value_t>) {
+    rounding = static_cast<double>(std::numeric_limits<value_t>::epsilon()) / 2;
+    smallest = static_cast<double>(std::numeric_limits<value_t>::denorm_min());
+  }
+  if (numbers.size() != expected.sum.size()) {
+    return "there are " + std::to_string(numbers.size()) + " numbers";
+  }
+  for (size_t i = 0; i < numbers.size(); ++i) {
+    const double number = static_cast<double>(numbers[i]), want = expected.sum[i];
+    double error = 0, allowed = 1;
+    bool good = number == want || (std::isnan(number) && std::isnan(want));
+    if (!good && std::isfinite(want)) {
+      error = std::abs(number - want);
+      allowed = (std::is_same_v<acc_t, double> ? 1e-14 : tolerance) * expected.magnitude[i] +
+                rounding * std::abs(want) + smallest;
+      good = error <= allowed;
+    }
+    if (!good) {
+      return "number " + std::to_string(i) + " is " + std::to_string(number) + ", expected " + std::to_string(want);
+    }
+    figures.error = std::max(figures.error, error / allowed);
+  }
+  return {};
+}
 
 }  // namespace harness
 

@@ -24,6 +24,7 @@ using harness::from_double;
 using harness::kHuge;
 using harness::kInf;
 using harness::kNaN;
+using harness::Numbers;
 using harness::Output;
 using harness::poison;
 using harness::Random;
@@ -186,18 +187,6 @@ struct Tensors {
   }
 };
 
-// What is summed in one place, in double, and what is added to it by magnitude.
-struct Numbers {
-  std::vector<double> sum, magnitude;
-
-  explicit Numbers(int64_t count) : sum(count, 0), magnitude(count, 0) {
-  }
-  void add(int64_t at, double term) {
-    sum[at] += term;
-    magnitude[at] += std::abs(term);
-  }
-};
-
 // The results and the gradients: out[b][n][o][y][x], likewise the others.
 struct Expected {
   Numbers out, input, weight, bias;
@@ -334,30 +323,9 @@ template <typename acc_t, typename value_t>
 void compare(
     const Call& call, const std::string& kind, const std::vector<value_t>& numbers, const Numbers& expected,
     Figures& figures) {
-  double rounding = 0, smallest = 0;
-  if constexpr (!std::is_same_v<acc_t, value_t>) {
-    rounding = static_cast<double>(std::numeric_limits<value_t>::epsilon()) / 2;
-    smallest = static_cast<double>(std::numeric_limits<value_t>::denorm_min());
-  }
-  if (numbers.size() != expected.sum.size()) {
-    fail(call, kind, "there are " + std::to_string(numbers.size()) + " numbers");
-  }
-  for (size_t i = 0; i < numbers.size(); ++i) {
-    const double number = static_cast<double>(numbers[i]), want = expected.sum[i];
-    double error = 0, allowed = 1;
-    bool good = number == want || (std::isnan(number) && std::isnan(want));
-    if (!good && std::isfinite(want)) {
-      error = std::abs(number - want);
-      allowed =
-          (std::is_same_v<acc_t, double> ? 1e-14 : 2e-6) * expected.magnitude[i] + rounding * std::abs(want) + smallest;
-      good = error <= allowed;
-    }
-    if (!good) {
-      fail(
-          call, kind,
-          "number " + std::to_string(i) + " is " + std::to_string(number) + ", expected " + std::to_string(want));
-    }
-    figures.error = std::max(figures.error, error / allowed);
+  const std::string complaint = harness::complaint_of<acc_t>(numbers, expected, 2e-6, figures);
+  if (!complaint.empty()) {
+    fail(call, kind, complaint);
   }
 }
 
