@@ -20,6 +20,7 @@ using harness::kInf;
 using harness::kNaN;
 using harness::Layout;
 using harness::Random;
+using harness::same_bits;
 using harness::Tensor;
 using harness::Tensors;
 using inductor_vision::accumulate_t;
@@ -295,14 +296,6 @@ Numbers<scalar_t> run(
     }
   }
   return numbers;
-}
-
-// All NaN are the same: which operand's bits they have is the compiler's choice.
-template <typename scalar_t>
-bool same_bits(const std::vector<scalar_t>& a, const std::vector<scalar_t>& b) {
-  return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin(), [](const scalar_t& x, const scalar_t& y) {
-           return std::memcmp(&x, &y, sizeof x) == 0 || (x != x && y != y);
-         });
 }
 
 // A run whose results must be those of another.

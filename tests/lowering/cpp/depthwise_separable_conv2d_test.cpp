@@ -151,21 +151,9 @@ void check(const Call& call, const char* type, uint64_t seed, Figures& figures) 
   }
 }
 
-// All calls, each with the next of the activations.
 template <typename scalar_t, typename... Activations>
 void check_type(const char* type, int random_calls, Figures& figures) {
-  using Check = void (*)(const Call&, const char*, uint64_t, Figures&);
-  const Check checks[] = {check<Activations, scalar_t>...};
-  constexpr size_t kChecks = sizeof...(Activations);
-  uint64_t seed = 1;
-  for (const Call& call : kCalls) {
-    checks[seed % kChecks](call, type, seed, figures);
-    ++seed;
-  }
-  Random random(sizeof(scalar_t));
-  for (int i = 0; i < random_calls; ++i, ++seed) {
-    checks[seed % kChecks](random_call(random), type, seed, figures);
-  }
+  check_all({check<Activations, scalar_t>...}, kCalls, type, sizeof(scalar_t), random_calls, figures);
 }
 
 }  // namespace

@@ -56,7 +56,7 @@ struct Call {
 };
 
 // Calls whose shapes sit at the edges of blocks of depth, panels, vectors and tiles.
-inline const Call kCalls[] = {
+inline const std::vector<Call> kCalls = {
     {2, 64, 1, 40, 6, 7, {3, 3}, {1, 1}, {1, 1}, {1, 1}, true, true, Layout::contiguous, false},
     {1, 300, 1, 8, 4, 5, {3, 3}, {1, 1}, {1, 1}, {1, 1}, true, true, Layout::channels_last, false},
     {1, 257, 2, 3, 3, 3, {2, 2}, {1, 1}, {0, 1}, {1, 1}, true, false, Layout::contiguous, false},
@@ -250,6 +250,23 @@ inline bool right(double value, double expected, double allowed) {
     return std::abs(value - expected) <= allowed;
   }
   return std::isnan(expected) ? std::isnan(value) : value == expected;
+}
+
+using Check = void (*)(const Call&, const char* type, uint64_t seed, Figures&);
+
+// The calls and some of random shape, each with the next of the checks, of which there is one for each activation.
+inline void check_all(
+    const std::vector<Check>& checks, const std::vector<Call>& calls, const char* type, uint64_t random_seed,
+    int random_calls, Figures& figures) {
+  uint64_t seed = 1;
+  for (const Call& call : calls) {
+    checks[seed % checks.size()](call, type, seed, figures);
+    ++seed;
+  }
+  Random random(random_seed);
+  for (int i = 0; i < random_calls; ++i, ++seed) {
+    checks[seed % checks.size()](random_call(random), type, seed, figures);
+  }
 }
 
 }  // namespace harness
