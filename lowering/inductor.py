@@ -7,6 +7,7 @@ being imported, when this file cannot be.
 from __future__ import annotations
 
 import torch._inductor.lowering  # noqa: F401  (first: the modules below import it, and it them)
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_functional
 from torch._inductor import config, ir
 from torch._inductor.codecache import CppCodeCache
 from torch._inductor.codegen.cpp import get_export_declaration
@@ -19,6 +20,7 @@ from torch._inductor.lowering import lowerings
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._inductor.utils import Placeholder
 from torch._inductor.virtualized import V, ops
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 __all__ = [
     "DTYPE_TO_CPP",
@@ -33,9 +35,12 @@ __all__ = [
     "get_cpp_compiler",
     "get_export_declaration",
     "ir",
+    "kernel_side_table",
     "lowerings",
     "ops",
     "parse_expr_with_index_symbols",
     "pick_vec_isa",
+    "statically_known_true",
+    "triton_kernel_wrapper_functional",
     "valid_vec_isa_list",
 ]

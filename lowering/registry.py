@@ -1,12 +1,14 @@
 """Tells Inductor about this package's operators.
 
 Each operator has an entry among Inductor's decompositions. While a graph is traced for Inductor it decides, call by
-call: the operator stays as it is where a template takes the call, and is replaced by its decomposition everywhere
-else. What stays has an entry among Inductor's lowerings, which makes the template. A call that no template takes and
+call. Where Inductor generates C++, the operator stays as it is if a template takes the call; what stays has an entry
+among Inductor's lowerings, which makes the template. Where it generates Triton code, the operator is replaced by an
+aten program with Triton kernels in it, if there is one. Everywhere else it is replaced by its decomposition. A call
 whose decomposition cannot be traced, because it loops over data, stays too, and is run as it is eagerly.
 
-A family's templates are in ``lowering/<family>.py``, which is imported when the first call needs it, and declares them
-with :func:`template_for`.
+A family's templates are in ``lowering/<family>.py`` and its programs with Triton kernels in
+``lowering/triton/<family>.py``, which are imported when the first call needs them, and declare them with
+:func:`template_for` and :func:`triton_program_for`.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Any
 
 import torch
 import torch.compiler.config
+from torch.utils._pytree import tree_leaves
 
 from ..ops.registry import NAMESPACE, OPS, TORCHVISION, VisionOp
 from ..paths import record_path
@@ -52,7 +55,21 @@ def serve_all(*args: Any) -> str | None:
     return None
 
 
+@dataclasses.dataclass(frozen=True)
+class TritonProgram:
+    """An operator as an aten program with Triton kernels.
+
+    Attributes:
+        program: takes the operator's arguments, and computes what its decomposition does.
+        refusal: from the operator's arguments (fake tensors), why the program cannot take them; None if it can.
+    """
+
+    program: Callable[..., Any]
+    refusal: Callable[..., str | None] = serve_all
+
+
 _templates: dict[str, Template] = {}
+_triton_programs: dict[str, TritonProgram] = {}
 _internal = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
@@ -62,11 +79,24 @@ def template_for(op: str, template: Template) -> None:
     Raises:
         ValueError: the operator has one, or there is no such operator.
     """
-    if op in _templates:
-        raise ValueError(f"operator {op!r} has two templates")
+    _declare(_templates, "template", op, template)
+
+
+def triton_program_for(op: str, program: TritonProgram) -> None:
+    """Declare the program with Triton kernels of an operator.
+
+    Raises:
+        ValueError: the operator has one, or there is no such operator.
+    """
+    _declare(_triton_programs, "Triton program", op, program)
+
+
+def _declare(declared: dict[str, Any], kind: str, op: str, what: Any) -> None:
+    if op in declared:
+        raise ValueError(f"operator {op!r} has two {kind}s")
     if op not in OPS:
         raise ValueError(f"no operator {op!r}; defined are: {', '.join(sorted(OPS))}")
-    _templates[op] = template
+    declared[op] = what
 
 
 def define_internal_op(schema: str, *, fake: Callable[..., Any], lower: Callable[..., Any]) -> torch._ops.OpOverload:
@@ -87,22 +117,41 @@ def define_internal_op(schema: str, *, fake: Callable[..., Any], lower: Callable
 
 
 def _template(op: VisionOp) -> Template | None:
-    module = f"{__package__}.{op.family}"
+    _import_if_there(op.family)
+    return _templates.get(op.name)
+
+
+def _triton_program(op: VisionOp) -> TritonProgram | None:
+    _import_if_there(f"triton.{op.family}")
+    return _triton_programs.get(op.name)
+
+
+def _import_if_there(name: str) -> None:
+    module = f"{__package__}.{name}"
     if importlib.util.find_spec(module) is not None:
         importlib.import_module(module)
-    return _templates.get(op.name)
 
 
 def _decompose_or_keep(op: VisionOp) -> Callable[..., Any]:
     def decompose(*args: Any, **kwargs: Any) -> Any:
-        template, refused = _template(op), refusal(op, *args, **kwargs)
-        if refused is None and template is not None:
-            return template.prepack(*args, **kwargs) if template.prepack else NotImplemented
+        refused = refusal(op, *args, **kwargs)
+        if refused is None:
+            template = _template(op)
+            return template.prepack(*args, **kwargs) if template and template.prepack else NotImplemented
+        generated = ""
+        if _generates(_device(args)) == "triton":
+            program = _triton_program(op)
+            cannot = "no kernel of its own" if program is None else program.refusal(*args, **kwargs)
+            if program is not None and cannot is None:
+                record_path(op.name, "triton", f"an aten program with Triton kernels of its own; {refused}")
+                return program.program(*args, **kwargs)
+            generated = f"Triton code, {cannot}; "
         untraceable = op.untraceable(*args, **kwargs)
         if untraceable is not None:
-            record_path(op.name, "eager", f"{refused}; {untraceable}: the compiled graph runs the aten decomposition")
+            detail = f"{generated}{refused}; {untraceable}: the compiled graph runs the aten decomposition"
+            record_path(op.name, "eager", detail)
             return NotImplemented
-        record_path(op.name, "decomposition", str(refused))
+        record_path(op.name, "decomposition", f"{generated}{refused}")
         return op.decomposition(*args, **kwargs)
 
     return decompose
@@ -117,12 +166,25 @@ def refusal(op: VisionOp, *args: Any, **kwargs: Any) -> str | None:
 def _refusal(template: Template, *args: Any, **kwargs: Any) -> str | None:
     from torch._inductor import config
 
-    device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+    device = _device(args)
     if device.type != "cpu":
         return f"the templates are C++ for the CPU, the tensors are on {device}"
     if config.cpu_backend != "cpp":
         return f"torch._inductor.config.cpu_backend is {config.cpu_backend!r}, not 'cpp'"
     return template.refusal(*args, **kwargs)
+
+
+def _device(args: Any) -> torch.device:
+    return next(arg.device for arg in tree_leaves(args) if isinstance(arg, torch.Tensor))
+
+
+def _generates(device: torch.device) -> str:
+    """What language Inductor generates for a device."""
+    from torch._inductor import config
+
+    if device.type == "cpu":
+        return config.cpu_backend
+    return config.cuda_backend if device.type == "cuda" else "triton"
 
 
 def _lower(op: VisionOp) -> Callable[..., Any]:
@@ -205,7 +267,12 @@ def source_digest() -> str:
     """Of all sources that decide what is compiled: a changed kernel must not be answered from a cache."""
     package = pathlib.Path(__file__).parent.parent
     digest = hashlib.sha256()
-    for folder, pattern in (("ops", "*.py"), ("lowering", "*.py"), ("lowering/cpp", "*.h")):
+    for folder, pattern in (
+        ("ops", "*.py"),
+        ("lowering", "*.py"),
+        ("lowering/triton", "*.py"),
+        ("lowering/cpp", "*.h"),
+    ):
         for path in sorted((package / folder).glob(pattern)):
             digest.update(path.name.encode())
             digest.update(path.read_bytes())

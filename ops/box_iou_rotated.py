@@ -90,8 +90,8 @@ def iou_rotated(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     qx, qy = dx * cos2 - dy * sin2, dx * sin2 + dy * cos2
     extent1, extent2 = _extents(w1, h1, cos1, sin1), _extents(w2, h2, cos2, sin2)
     meet = (dx.abs() < extent1[0] + extent2[0]) & (dy.abs() < extent1[1] + extent2[1])
-    meet &= (px.abs() < w1 + ux.abs() + vx.abs()) & (py.abs() < h1 + uy.abs() + vy.abs())
-    meet &= (qx.abs() < w2 + w1 * cos.abs() + h1 * sin.abs()) & (qy.abs() < h2 + w1 * sin.abs() + h1 * cos.abs())
+    meet = meet & (px.abs() < w1 + ux.abs() + vx.abs()) & (py.abs() < h1 + uy.abs() + vy.abs())
+    meet = meet & (qx.abs() < w2 + w1 * cos.abs() + h1 * sin.abs()) & (qy.abs() < h2 + w1 * sin.abs() + h1 * cos.abs())
     ratio = intersection / (area1 + area2 - intersection)
     return ratio.where(proper1 & proper2 & meet & (ratio > 0), 0)
 

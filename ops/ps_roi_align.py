@@ -15,10 +15,7 @@ from .regions import (
     Pixels,
     SampledAxis,
     adaptive_grid,
-    bilinear_samples,
     channel_mapping,
-    channels_first,
-    channels_last,
     check_grad,
     check_position_sensitive,
     empty_regions,
@@ -86,11 +83,11 @@ class PSRoIAlign(nn.Module):
 def _axes(
     rois: Tensor, spatial_scale: float, bins: Sequence[int], sampling_ratio: int, size: MapSize
 ) -> tuple[SampledAxis, SampledAxis, Tensor]:
-    """Where bins sample rows and columns, and by what the sum of the samples is divided, ``[K, 1, 1, 1]``."""
+    """Where bins sample rows and columns, and by what the sum of the samples is divided, ``[K]``."""
     x1, y1, x2, y2 = (rois[:, 1:] * spatial_scale - 0.5).unbind(1)
     y = SampledAxis(y1, y2 - y1, bins[0], sampling_ratio, size.height)
     x = SampledAxis(x1, x2 - x1, bins[1], sampling_ratio, size.width)
-    return y, x, (y.count * x.count)[:, None, None, None]
+    return y, x, y.count * x.count
 
 
 def _fake(
@@ -100,27 +97,32 @@ def _fake(
     return empty_regions(input, shape)
 
 
-def _decomposition(
-    input: Tensor, rois: Tensor, spatial_scale: float, pooled_height: int, pooled_width: int, sampling_ratio: int
+def forward(
+    input: Tensor,
+    rois: Tensor,
+    spatial_scale: float,
+    pooled_height: int,
+    pooled_width: int,
+    sampling_ratio: int,
+    *,
+    pixels: type[Pixels] = Pixels,
 ) -> Tensor:
-    regions, channels, *bins = check_position_sensitive("ps_roi_align", input, rois, (pooled_height, pooled_width))
+    """The operator, with its loops over samples as they are in ``pixels``."""
+    _, _, *bins = check_position_sensitive("ps_roi_align", input, rois, (pooled_height, pooled_width))
     dtype, memory_format = input.dtype, suggest_memory_format(input)
     rois = rois.to(accumulate_dtype(dtype))
     size = MapSize(*input.shape)
-    pixels = Pixels(images_of("ps_roi_align", rois, size.batch), size, bins, position_sensitive=True)
-    table = pixels.table(input.to(rois.dtype))
     y, x, count = _axes(rois, spatial_scale, bins, sampling_ratio, size)
-    total = rois.new_zeros(regions, *bins, channels)  # [K, PH, PW, C]
-    for row, column, weight, inside in bilinear_samples(y, x):
-        total = total + (weight * pixels.read(table, row, column)).where(inside, 0)
-    return channels_first(total / count).to(dtype).contiguous(memory_format=memory_format)
+    image = images_of("ps_roi_align", rois, size.batch)
+    out = pixels(image, size, bins, position_sensitive=True).mean_of_samples(input, y, x, count)
+    return out.to(dtype).contiguous(memory_format=memory_format)
 
 
 _op = define_op(
     "ps_roi_align(Tensor input, Tensor rois, float spatial_scale, SymInt pooled_height, SymInt pooled_width, "
     "int sampling_ratio) -> Tensor",
     family="ps_roi_align",
-    decomposition=_decomposition,
+    decomposition=forward,
     fake=_fake,
     autocast=False,  # the low precisions are computed in float32 as it is, and the boxes are never converted
     untraceable=lambda *args: adaptive_grid(args[-1]),
@@ -134,27 +136,31 @@ def _fake_backward(
     return empty_regions(grad, size)
 
 
-def _decomposition_backward(
-    grad: Tensor, rois: Tensor, spatial_scale: float, size: Sequence[Any], sampling_ratio: int
+def backward(
+    grad: Tensor,
+    rois: Tensor,
+    spatial_scale: float,
+    size: Sequence[Any],
+    sampling_ratio: int,
+    *,
+    pixels: type[Pixels] = Pixels,
 ) -> Tensor:
+    """The gradient of the input."""
     check_grad("ps_roi_align", grad, rois, size)
     size = MapSize(*size)
     bins = grad.shape[2:]
     dtype, memory_format = grad.dtype, suggest_memory_format(grad)
     rois = rois.to(accumulate_dtype(dtype))
-    pixels = Pixels(images_of("ps_roi_align", rois, size.batch), size, bins, position_sensitive=True)
     y, x, count = _axes(rois, spatial_scale, bins, sampling_ratio, size)
-    share = channels_last(grad.to(rois.dtype)) / count  # [K, PH, PW, C]
-    table = pixels.table(rois.new_zeros(size)).contiguous()
-    for row, column, weight, inside in bilinear_samples(y, x):
-        table = pixels.add(table, row, column, (weight * share).where(inside, 0))
-    return pixels.untable(table).to(dtype).contiguous(memory_format=memory_format)
+    image = images_of("ps_roi_align", rois, size.batch)
+    total = pixels(image, size, bins, position_sensitive=True).spread_to_samples(grad, y, x, count)
+    return total.to(dtype).contiguous(memory_format=memory_format)
 
 
 _op_backward = define_op(
     "ps_roi_align_backward(Tensor grad, Tensor rois, float spatial_scale, SymInt[] size, int sampling_ratio) -> Tensor",
     family="ps_roi_align",
-    decomposition=_decomposition_backward,
+    decomposition=backward,
     fake=_fake_backward,
     autocast=False,
     untraceable=lambda *args: adaptive_grid(args[-1]),

@@ -15,14 +15,11 @@ from .regions import (
     Pixels,
     PooledAxis,
     channel_mapping,
-    channels_first,
-    channels_last,
     check_grad,
     check_position_sensitive,
     empty_regions,
     images_of,
     pooled_bins,
-    pooled_pixels,
     regions_of,
 )
 from .registry import accumulate_dtype, define_op, forbid_double_backward, serves_torchvision
@@ -84,35 +81,41 @@ def _axes(
     rois: Tensor, spatial_scale: float, bins: Sequence[int], height: Any, width: Any
 ) -> tuple[PooledAxis, PooledAxis, Tensor]:
     """The rows and columns of bins that are cut off at height and width, and how many pixels each bin has, at least 1,
-    ``[K, PH, PW, 1]``."""
+    in the dtype of the boxes, ``[K, PH, PW]``."""
     x1, y1, x2, y2 = (rois[:, 1:] * spatial_scale).unbind(1)
     y = PooledAxis(y1, y2, bins[0], inclusive=False, limit=height)
     x = PooledAxis(x1, x2, bins[1], inclusive=False, limit=width)
-    return y, x, (y.size[:, :, None] * x.size[:, None, :]).clamp(min=1)[..., None]
+    return y, x, (y.size[:, :, None] * x.size[:, None, :]).clamp(min=1).to(rois.dtype)
 
 
 def _fake(input: Tensor, rois: Tensor, spatial_scale: float, pooled_height: int, pooled_width: int) -> Tensor:
     return empty_regions(input, check_position_sensitive("ps_roi_pool", input, rois, (pooled_height, pooled_width)))
 
 
-def _decomposition(input: Tensor, rois: Tensor, spatial_scale: float, pooled_height: int, pooled_width: int) -> Tensor:
-    regions, channels, *bins = check_position_sensitive("ps_roi_pool", input, rois, (pooled_height, pooled_width))
+def forward(
+    input: Tensor,
+    rois: Tensor,
+    spatial_scale: float,
+    pooled_height: int,
+    pooled_width: int,
+    *,
+    pixels: type[Pixels] = Pixels,
+) -> Tensor:
+    """The operator, with its loop over pixels as it is in ``pixels``."""
+    _, _, *bins = check_position_sensitive("ps_roi_pool", input, rois, (pooled_height, pooled_width))
     dtype, memory_format = input.dtype, suggest_memory_format(input)
     rois = rois.to(accumulate_dtype(dtype))
     size = MapSize(*input.shape)
-    pixels = Pixels(images_of("ps_roi_pool", rois, size.batch), size, bins, position_sensitive=True)
-    table = pixels.table(input.to(rois.dtype))
     y, x, area = _axes(rois, spatial_scale, bins, size.height - 1, size.width - 1)
-    total = rois.new_zeros(regions, *bins, channels)  # [K, PH, PW, C]
-    for row, column, inside in pooled_pixels(y, x):
-        total = total + pixels.read(table, row, column).where(inside, 0)
-    return channels_first(total / area).to(dtype).contiguous(memory_format=memory_format)
+    image = images_of("ps_roi_pool", rois, size.batch)
+    out = pixels(image, size, bins, position_sensitive=True).mean_of_pixels(input, y, x, area)
+    return out.to(dtype).contiguous(memory_format=memory_format)
 
 
 _op = define_op(
     "ps_roi_pool(Tensor input, Tensor rois, float spatial_scale, SymInt pooled_height, SymInt pooled_width) -> Tensor",
     family="ps_roi_pool",
-    decomposition=_decomposition,
+    decomposition=forward,
     fake=_fake,
     autocast=False,  # the low precisions are computed in float32 as it is, and the boxes are never converted
     untraceable=pooled_bins,
@@ -124,25 +127,25 @@ def _fake_backward(grad: Tensor, rois: Tensor, spatial_scale: float, size: Seque
     return empty_regions(grad, size)
 
 
-def _decomposition_backward(grad: Tensor, rois: Tensor, spatial_scale: float, size: Sequence[Any]) -> Tensor:
+def backward(
+    grad: Tensor, rois: Tensor, spatial_scale: float, size: Sequence[Any], *, pixels: type[Pixels] = Pixels
+) -> Tensor:
+    """The gradient of the input."""
     check_grad("ps_roi_pool", grad, rois, size)
     size = MapSize(*size)
     bins = grad.shape[2:]
     dtype, memory_format = grad.dtype, suggest_memory_format(grad)
     rois = rois.to(accumulate_dtype(dtype))
-    pixels = Pixels(images_of("ps_roi_pool", rois, size.batch), size, bins, position_sensitive=True)
     y, x, area = _axes(rois, spatial_scale, bins, size.height, size.width)
-    share = channels_last(grad.to(rois.dtype)) / area  # [K, PH, PW, C]
-    table = pixels.table(rois.new_zeros(size)).contiguous()
-    for row, column, inside in pooled_pixels(y, x):
-        table = pixels.add(table, row, column, share.where(inside, 0))
-    return pixels.untable(table).to(dtype).contiguous(memory_format=memory_format)
+    image = images_of("ps_roi_pool", rois, size.batch)
+    total = pixels(image, size, bins, position_sensitive=True).spread_to_pixels(grad, y, x, area)
+    return total.to(dtype).contiguous(memory_format=memory_format)
 
 
 _op_backward = define_op(
     "ps_roi_pool_backward(Tensor grad, Tensor rois, float spatial_scale, SymInt[] size) -> Tensor",
     family="ps_roi_pool",
-    decomposition=_decomposition_backward,
+    decomposition=backward,
     fake=_fake_backward,
     autocast=False,
     untraceable=pooled_bins,

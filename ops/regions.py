@@ -153,7 +153,7 @@ def images_of(op: str, rois: Tensor, batch: Any) -> Tensor:
     image = rois[:, 0].double()
     exists = (image > -1) & (image.trunc() < batch)  # NaN fails
     torch._assert_async(exists.all(), f"{op}: boxes name an image that does not exist")
-    return image.long()
+    return image.where(exists, 0).long()  # a GPU may read before it finds out
 
 
 class Pixels:
@@ -203,6 +203,86 @@ class Pixels:
         split = table.reshape(batch, height, width, *self.split, table.shape[1])
         return split.permute(0, 5, 3, 4, 1, 2).reshape(batch, channels, height, width)
 
+    # What operators do with the pixels of their bins, in loops over these. Of ``input`` they take maps, of ``grad``
+    # gradients ``[K, channels of a bin, PH, PW]``, of any dtype, and compute in that of the boxes.
+
+    def mean_of_samples(
+        self,
+        input: Tensor,
+        y: SampledAxis,
+        x: SampledAxis,
+        count: Tensor,
+        here: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """The sum over the samples of each bin divided by ``count``, ``[K]``: ``[K, channels of a bin, PH, PW]``.
+
+        Args:
+            here: ``[K]``, which regions are meant; none means all.
+            out: what is returned of the others.
+        """
+        table = self.table(input.to(count.dtype))
+        total = table.new_zeros(*count.shape, y.bins, x.bins, table.shape[1])  # [K, PH, PW, C]
+        for row, column, weight, inside in bilinear_samples(y, x):
+            total = total + (weight * self.read(table, row, column)).where(inside, 0)
+        mean = channels_first(total / _each(count))
+        return mean if here is None or out is None else mean.where(_each(here), out)
+
+    def spread_to_samples(
+        self, grad: Tensor, y: SampledAxis, x: SampledAxis, count: Tensor, here: Tensor | None = None
+    ) -> Tensor:
+        """The gradient ``[B, C, H, W]`` of what :meth:`mean_of_samples` takes, by the regions that are meant."""
+        share = channels_last(grad.to(count.dtype)) / _each(count)  # [K, PH, PW, C]
+        table = self.table(count.new_zeros(self.size)).contiguous()
+        for row, column, weight, inside in bilinear_samples(y, x):
+            counts = inside if here is None else inside & _each(here)
+            table = self.add(table, row, column, (weight * share).where(counts, 0))
+        return self.untable(table)
+
+    def mean_of_pixels(self, input: Tensor, y: PooledAxis, x: PooledAxis, area: Tensor) -> Tensor:
+        """The sum over the pixels of each bin divided by ``area``, ``[K, PH, PW]``.
+
+        Returns:
+            ``[K, channels of a bin, PH, PW]``
+        """
+        table = self.table(input.to(area.dtype))
+        total = table.new_zeros(*area.shape, table.shape[1])  # [K, PH, PW, C]
+        for row, column, inside in pooled_pixels(y, x):
+            total = total + self.read(table, row, column).where(inside, 0)
+        return channels_first(total / area[..., None])
+
+    def spread_to_pixels(self, grad: Tensor, y: PooledAxis, x: PooledAxis, area: Tensor) -> Tensor:
+        """The gradient ``[B, C, H, W]`` of what :meth:`mean_of_pixels` takes."""
+        share = channels_last(grad.to(area.dtype)) / area[..., None]  # [K, PH, PW, C]
+        table = self.table(area.new_zeros(self.size)).contiguous()
+        for row, column, inside in pooled_pixels(y, x):
+            table = self.add(table, row, column, share.where(inside, 0))
+        return self.untable(table)
+
+    def maximum_of_pixels(self, input: Tensor, y: PooledAxis, x: PooledAxis, lowest: float) -> tuple[Tensor, Tensor]:
+        """The first maximum of the pixels of each bin, and where in its plane it is, int32, row by row.
+
+        Where none is greater than ``lowest`` it is that, and -1; in a bin without pixels 0 and -1.
+
+        Returns:
+            ``[K, C, PH, PW]`` each.
+        """
+        table = self.table(input)
+        empty = ((y.size == 0)[:, :, None] | (x.size == 0)[:, None, :])[..., None]  # [K, PH, PW, 1]
+        best = table.new_full((*empty.shape[:3], table.shape[1]), lowest).where(~empty, 0)  # [K, PH, PW, C]
+        argmax = torch.full_like(best, -1, dtype=torch.int32)
+        for row, column, inside in pooled_pixels(y, x):
+            value = self.read(table, row, column)
+            greater = inside & (value > best)
+            best = value.where(greater, best)
+            argmax = (row * self.size.width + column)[..., None].int().where(greater, argmax)
+        return channels_first(best), channels_first(argmax)
+
+
+def _each(values: Tensor) -> Tensor:
+    """Of each region, ``[K]``, for all that it has: ``[K, 1, 1, 1]``."""
+    return values[:, None, None, None]
+
 
 def channels_first(values: Tensor) -> Tensor:
     """``[K, C, PH, PW]`` from ``[K, PH, PW, C]``."""
@@ -221,8 +301,11 @@ class SampledAxis:
     beyond the outermost pixel centre, the outermost pixel is read.
 
     Attributes:
+        first: where bins begin, ``[K, bins]``.
+        bin_size: their length, ``[K]``.
         count: points of a bin, float ``[K]``; it can be zero or less.
-        steps: how many times :meth:`sample` is to be called.
+        skipped: how many points of a bin are not looked at because they are before the map, float ``[K, bins]``.
+        needed: how many are, from there on, float ``[K, bins]``.
     """
 
     def __init__(self, begin: Tensor, size: Tensor, bins: int, sampling_ratio: int, length: Any) -> None:
@@ -234,12 +317,12 @@ class SampledAxis:
             sampling_ratio: points of a bin; if it is not positive, as many as the bin is long in pixels, rounded up.
             length: of the axis.
         """
-        self.length = length
+        self.length, self.bins, self.sampling_ratio = length, bins, sampling_ratio
         self.bin_size = size / bins
         self.first = begin[:, None] + torch.arange(bins, device=begin.device) * self.bin_size[:, None]  # [K, bins]
         if sampling_ratio > 0:
             self.count = torch.full_like(size, sampling_ratio)
-            self.skipped, self.steps = torch.zeros_like(self.first), sampling_ratio
+            self.skipped, self.needed = torch.zeros_like(self.first), torch.full_like(self.first, sampling_ratio)
         else:
             # Points before the map are skipped, and those behind it never reached, however large a region is.
             self.count = self.bin_size.ceil()
@@ -247,7 +330,15 @@ class SampledAxis:
             self.skipped = ((-1 - self.first) / spacing - 1).floor().nan_to_num(0).clamp(min=0)
             behind = ((length - self.first) / spacing + 1).ceil().nan_to_num(0)
             needed = torch.minimum(behind, self.count[:, None]) - self.skipped
-            self.steps = 0 if needed.numel() == 0 else max(0, int(needed.nan_to_num(0).max()))
+            self.needed = needed.nan_to_num(0).clamp(min=0)
+
+    @property
+    def steps(self) -> int:
+        """How many times :meth:`sample` is to be called for all points, which depends on data where they are as many as
+        a bin is long."""
+        if self.sampling_ratio > 0:
+            return self.sampling_ratio
+        return 0 if self.needed.numel() == 0 else int(self.needed.max())
 
     def sample(self, step: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """One point of each bin: whether it counts, and the two pixels that it lies between with their weights."""
@@ -255,7 +346,7 @@ class SampledAxis:
         point = self.first + (i + 0.5) * self.bin_size[:, None] / self.count[:, None]
         inside = (point >= -1) & (point <= self.length) & (i < self.count[:, None])  # NaN fails
         point = point.where(inside, 0).clamp(min=0)
-        low = point.long().clamp(max=self.length - 1)
+        low = point.long().clamp(0, self.length - 1)
         high = (low + 1).clamp(max=self.length - 1)
         fraction = (point - low).where(low < self.length - 1, 0)
         return inside, [low, high], [1 - fraction, fraction]
@@ -289,7 +380,8 @@ class PooledAxis:
     A region with a coordinate that is NaN or infinite covers none.
 
     Attributes:
-        steps: how many pixels the longest bin covers.
+        begin: the first pixel of a bin, int64 ``[K, bins]``.
+        size: how many pixels a bin covers, int64 ``[K, bins]``.
     """
 
     def __init__(self, begin: Tensor, end: Tensor, bins: int, inclusive: bool, limit: Any) -> None:
@@ -306,9 +398,13 @@ class PooledAxis:
         edges = torch.arange(bins + 1, device=begin.device) * (size / bins)[:, None]  # [K, bins + 1]
         start = begin[:, None].long()
         self.begin = (edges[:, :-1].floor().long() + start).clamp(0, limit)
-        self.end = (edges[:, 1:].ceil().long() + start).clamp(0, limit).where(finite, self.begin)
-        self.size = (self.end - self.begin).clamp(min=0)
-        self.steps = 0 if self.size.numel() == 0 else int(self.size.max())
+        end = (edges[:, 1:].ceil().long() + start).clamp(0, limit).where(finite, self.begin)
+        self.size = (end - self.begin).clamp(min=0)
+
+    @property
+    def steps(self) -> int:
+        """How many pixels the longest bin covers."""
+        return 0 if self.size.numel() == 0 else int(self.size.max())
 
     def pixel(self, step: int) -> tuple[Tensor, Tensor]:
         """One pixel of each bin: whether there is one, and where."""

@@ -15,9 +15,6 @@ from .regions import (
     Pixels,
     SampledAxis,
     adaptive_grid,
-    bilinear_samples,
-    channels_first,
-    channels_last,
     check_grad,
     check_regions,
     empty_regions,
@@ -143,7 +140,7 @@ class BackwardArguments(NamedTuple):
 def _axes(
     call: Arguments | BackwardArguments, rois: Tensor, spatial_scale: float, bins: Sequence[int], size: MapSize
 ) -> tuple[SampledAxis, SampledAxis, Tensor]:
-    """Where bins sample rows and columns, and by what the sum of the samples is divided, ``[K, 1, 1, 1]``."""
+    """Where bins sample rows and columns, and by what the sum of the samples is divided, ``[K]``."""
     x1, y1, x2, y2 = (rois[:, 1:] * spatial_scale - (0.5 if call.aligned else 0)).unbind(1)
     height, width = y2 - y1, x2 - x1
     if not call.aligned:
@@ -151,7 +148,7 @@ def _axes(
     y = SampledAxis(y1, height, bins[0], call.sampling_ratio, size.height)
     x = SampledAxis(x1, width, bins[1], call.sampling_ratio, size.width)
     count = y.count * x.count
-    return y, x, count.where(count > 1, 1)[:, None, None, None]
+    return y, x, count.where(count > 1, 1)
 
 
 def _check(call: Arguments) -> tuple[Any, ...]:
@@ -184,31 +181,28 @@ def _fake(*args: Any) -> Tensor:
     return empty_regions(call.inputs[0], _check(call))
 
 
-def _decomposition(*args: Any) -> Tensor:
+def forward(*args: Any, pixels: type[Pixels] = Pixels) -> Tensor:
+    """The operator, with its loops over samples as they are in ``pixels``."""
     call = Arguments(*args)
-    regions, channels, *bins = _check(call)
+    shape = _check(call)
     dtype, memory_format = call.inputs[0].dtype, suggest_memory_format(call.inputs[0])
     rois = call.rois.to(accumulate_dtype(dtype))
     image = images_of("roi_align", rois, call.inputs[0].shape[0])
-    out = rois.new_zeros(regions, *bins, channels)  # a region on none of the maps stays zero
+    out = None if call.levels is None else rois.new_zeros(shape)  # a region on none of the maps stays zero
     for level, (input, spatial_scale) in enumerate(zip(call.inputs, call.spatial_scales)):
         size = MapSize(*input.shape)
-        pixels = Pixels(image, size, bins)
-        table = pixels.table(input.to(rois.dtype))
-        y, x, count = _axes(call, rois, spatial_scale, bins, size)
-        total = torch.zeros_like(out)  # [K, PH, PW, C]
-        for row, column, weight, inside in bilinear_samples(y, x):
-            total = total + (weight * pixels.read(table, row, column)).where(inside, 0)
-        mean = total / count
-        out = mean if call.levels is None else mean.where((call.levels == level)[:, None, None, None], out)
-    return channels_first(out).to(dtype).contiguous(memory_format=memory_format)
+        y, x, count = _axes(call, rois, spatial_scale, call.bins, size)
+        here = None if call.levels is None else call.levels == level
+        out = pixels(image, size, call.bins).mean_of_samples(input, y, x, count, here, out)
+    assert out is not None
+    return out.to(dtype).contiguous(memory_format=memory_format)
 
 
 _op = define_op(
     "roi_align(Tensor[] inputs, Tensor rois, Tensor? levels, float[] spatial_scales, SymInt pooled_height, "
     "SymInt pooled_width, int sampling_ratio, bool aligned) -> Tensor",
     family="roi_align",
-    decomposition=_decomposition,
+    decomposition=forward,
     fake=_fake,
     autocast=False,  # the low precisions are computed in float32 as it is, and the boxes are never converted
     untraceable=lambda *args: adaptive_grid(args[-2]),
@@ -221,7 +215,7 @@ def _fake_backward(*args: Any) -> Tensor:
     return empty_regions(call.grad, call.size)
 
 
-def _decomposition_backward(*args: Any) -> Tensor:
+def backward(*args: Any, pixels: type[Pixels] = Pixels) -> Tensor:
     """The gradient of one of the feature maps, by the regions that are on it; ``levels=None``: by all."""
     call = BackwardArguments(*args)
     check_grad("roi_align", call.grad, call.rois, call.size)
@@ -229,21 +223,18 @@ def _decomposition_backward(*args: Any) -> Tensor:
     bins = call.grad.shape[2:]
     dtype, memory_format = call.grad.dtype, suggest_memory_format(call.grad)
     rois = call.rois.to(accumulate_dtype(dtype))
-    pixels = Pixels(images_of("roi_align", rois, size.batch), size, bins)
     y, x, count = _axes(call, rois, call.spatial_scale, bins, size)
-    share = channels_last(call.grad.to(rois.dtype)) / count  # [K, PH, PW, C]
-    here = True if call.levels is None else (call.levels == call.level)[:, None, None, None]
-    table = rois.new_zeros(size.batch * size.height * size.width, size.channels)
-    for row, column, weight, inside in bilinear_samples(y, x):
-        table = pixels.add(table, row, column, (weight * share).where(inside & here, 0))
-    return pixels.untable(table).to(dtype).contiguous(memory_format=memory_format)
+    here = None if call.levels is None else call.levels == call.level
+    image = images_of("roi_align", rois, size.batch)
+    grad = pixels(image, size, bins).spread_to_samples(call.grad, y, x, count, here)
+    return grad.to(dtype).contiguous(memory_format=memory_format)
 
 
 _op_backward = define_op(
     "roi_align_backward(Tensor grad, Tensor rois, Tensor? levels, int level, float spatial_scale, SymInt[] size, "
     "int sampling_ratio, bool aligned) -> Tensor",
     family="roi_align",
-    decomposition=_decomposition_backward,
+    decomposition=backward,
     fake=_fake_backward,
     autocast=False,
     untraceable=lambda *args: adaptive_grid(args[-2]),

@@ -13,13 +13,11 @@ from torch.nn.modules.utils import _pair
 from .regions import (
     Pixels,
     PooledAxis,
-    channels_first,
     check_grad,
     check_regions,
     empty_regions,
     images_of,
     pooled_bins,
-    pooled_pixels,
     regions_of,
 )
 from .registry import accumulate_dtype, check, define_op, forbid_double_backward, serves_torchvision
@@ -87,39 +85,34 @@ def _fake(
     return out, torch.empty_like(out, dtype=torch.int32)
 
 
-def _decomposition(
-    input: Tensor, rois: Tensor, spatial_scale: float, pooled_height: int, pooled_width: int
+def forward(
+    input: Tensor,
+    rois: Tensor,
+    spatial_scale: float,
+    pooled_height: int,
+    pooled_width: int,
+    *,
+    pixels: type[Pixels] = Pixels,
 ) -> tuple[Tensor, Tensor]:
-    """The maxima, and where in its plane of the input each is: int32, row by row, -1 where there is none."""
+    """The maxima, and where in its plane of the input each is: int32, row by row, -1 where there is none. The loop over
+    pixels is as it is in ``pixels``."""
     bins = int(pooled_height), int(pooled_width)
     size = check_regions("roi_pool", [input], rois, bins)
     dtype, memory_format = input.dtype, suggest_memory_format(input)
     rois = rois.to(accumulate_dtype(dtype))
-    pixels = Pixels(images_of("roi_pool", rois, size.batch), size, bins)
-    table = pixels.table(input.to(rois.dtype))
     x1, y1, x2, y2 = (rois[:, 1:] * spatial_scale).unbind(1)
     y = PooledAxis(y1, y2, bins[0], inclusive=True, limit=size.height)
     x = PooledAxis(x1, x2, bins[1], inclusive=True, limit=size.width)
-
-    empty = ((y.size == 0)[:, :, None] | (x.size == 0)[:, None, :])[..., None]  # [K, PH, PW, 1]
-    best = rois.new_full((rois.shape[0], *bins, size.channels), _LOWEST).where(~empty, 0)  # [K, PH, PW, C]
-    argmax = torch.full_like(best, -1, dtype=torch.int32)
-    for row, column, inside in pooled_pixels(y, x):
-        value = pixels.read(table, row, column)
-        greater = inside & (value > best)
-        best = value.where(greater, best)
-        argmax = (row * size.width + column)[..., None].int().where(greater, argmax)
-    return (
-        channels_first(best).to(dtype).contiguous(memory_format=memory_format),
-        channels_first(argmax).contiguous(memory_format=memory_format),
-    )
+    image = images_of("roi_pool", rois, size.batch)
+    best, argmax = pixels(image, size, bins).maximum_of_pixels(input.to(rois.dtype), y, x, _LOWEST)
+    return best.to(dtype).contiguous(memory_format=memory_format), argmax.contiguous(memory_format=memory_format)
 
 
 _op = define_op(
     "roi_pool(Tensor input, Tensor rois, float spatial_scale, SymInt pooled_height, SymInt pooled_width) "
     "-> (Tensor, Tensor)",
     family="roi_pool",
-    decomposition=_decomposition,
+    decomposition=forward,
     fake=_fake,
     autocast=False,  # a maximum is the same in every precision
     untraceable=pooled_bins,

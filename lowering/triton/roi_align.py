@@ -1,0 +1,10 @@
+"""roi_align with Triton kernels for its loops: see regions.py."""
+
+from __future__ import annotations
+
+from ...ops import roi_align
+from ..registry import triton_program_for
+from .regions import region_program
+
+triton_program_for("roi_align", region_program(roi_align.forward))
+triton_program_for("roi_align_backward", region_program(roi_align.backward))

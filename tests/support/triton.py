@@ -1,0 +1,212 @@
+"""A Triton for the CPU that interprets: the Triton code that Inductor generates runs where nothing compiles it.
+
+Triton compiles for GPUs; its fork Triton-CPU has a backend named "cpu", which Inductor uses for tensors on the CPU
+under ``torch._inductor.config.cpu_backend = "triton"``. Where that is missing, :func:`install_interpreter` puts one of
+its own in its place: kernels are compiled as far as Triton's own representation, which checks their types, and are
+launched in Triton's interpreter, which computes them with numpy.
+
+The interpreter's own switch, ``TRITON_INTERPRET``, is not used. It is for a whole process, and kernels that are
+imported while it is on are of a kind that Inductor cannot take into a graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """What Triton and Inductor ask of a backend's options."""
+
+    backend_name: str = "cpu"
+    arch: str = ""
+    num_warps: int = 4
+    num_stages: int = 1
+    num_ctas: int = 1
+    maxnreg: int | None = None
+    cluster_dims: tuple[int, int, int] = (1, 1, 1)
+    extern_libs: dict[str, str] | None = None
+    debug: bool = False
+    sanitize_overflow: bool = False
+    enable_fp_fusion: bool = False
+    launch_cooperative_grid: bool = False
+    supported_fp8_dtypes: tuple[str, ...] = ()
+    deprecated_fp8_dot_operand_dtypes: tuple[str, ...] = ()
+    default_dot_input_precision: str = "ieee"
+    allowed_dot_input_precisions: tuple[str, ...] = ("ieee", "tf32", "tf32x3")
+    max_num_imprecise_acc_default: int = 0
+    instrumentation_mode: str = ""
+
+    def hash(self) -> str:
+        return hashlib.sha256(repr(self).encode()).hexdigest()
+
+
+def is_compiled_for_cpu() -> bool:
+    """Whether there is a Triton that compiles for the CPU."""
+    from triton.backends import backends
+
+    return "cpu" in backends and not hasattr(backends["cpu"].compiler, "interprets")
+
+
+@functools.cache
+def install_interpreter() -> None:
+    """Have Triton take its interpreter for a backend named "cpu", for the rest of this process."""
+    import triton
+    from triton._C.libtriton import ir, passes
+    from triton.backends import Backend, backends
+    from triton.backends.compiler import BaseBackend, GPUTarget
+    from triton.backends.driver import DriverBase
+
+    class InterpreterDriver(DriverBase):
+        utils = _Utils()
+        launcher_cls = _Launcher
+
+        @classmethod
+        def is_active(cls) -> bool:
+            return True
+
+        def map_python_to_cpp_type(self, ty: str) -> str:
+            return ty
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cpu", 0, 0)
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+        def get_active_torch_device(self) -> torch.device:
+            return torch.device("cpu")
+
+        def get_benchmarker(self) -> Callable[..., Any]:
+            raise NotImplementedError("nothing is measured in an interpreter")
+
+    class InterpreterBackend(BaseBackend):
+        interprets = True
+
+        def __init__(self, target: GPUTarget) -> None:
+            super().__init__(target)
+            self.binary_ext = "ttir"
+
+        @staticmethod
+        def supports_target(target: GPUTarget) -> bool:
+            return target.backend == "cpu"
+
+        def hash(self) -> str:
+            return "interpreter"
+
+        def parse_options(self, options: dict[str, Any]) -> _Options:
+            names = {field.name for field in dataclasses.fields(_Options)}
+            return _Options(**{name: value for name, value in options.items() if name in names})
+
+        def add_stages(self, stages: dict[str, Any], options: _Options, language: Any = None) -> None:
+            def make_ttir(module: Any, metadata: dict[str, Any]) -> Any:
+                manager = ir.pass_manager(module.context)
+                passes.common.add_inliner(manager)
+                manager.run(module, "make_ttir")
+                metadata.update(shared=0, name=module.get_entry_func_name())
+                return module
+
+            stages["ttir"] = make_ttir
+
+        def load_dialects(self, context: Any) -> None:
+            pass
+
+        def get_module_map(self) -> dict[str, Any]:
+            from triton.language.extra.cuda import libdevice
+
+            return {"triton.language.extra.libdevice": libdevice}
+
+        def get_codegen_implementation(self, options: _Options) -> dict[str, Any]:
+            return {"min_dot_size": lambda left, right: (1, 1, 1)}
+
+        def pack_metadata(self, metadata: Any) -> Any:
+            return metadata
+
+    backends["cpu"] = Backend(InterpreterBackend, InterpreterDriver)
+    triton.runtime.driver.set_active(InterpreterDriver())
+
+
+class _Utils:
+    """Of a driver: there is nothing to load."""
+
+    def load_binary(self, *args: Any) -> tuple[None, None, int, int, int]:
+        return None, None, 0, 0, 1024
+
+    def unload_module(self, module: Any) -> None:
+        pass
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 0}
+
+
+class _Launcher:
+    """Runs a compiled kernel: its Python, in the interpreter."""
+
+    def __init__(self, source: Any, metadata: Any) -> None:
+        self.function = source.fn
+        self.constants = {self.function.arg_names[index]: value for (index,), value in source.constants.items()}
+
+    def __call__(self, x: int, y: int, z: int, *args: Any) -> None:
+        from triton.runtime.interpreter import InterpretedFunction
+
+        stream_and_hooks = 6
+        values = dict(zip(self.function.arg_names, args[stream_and_hooks:]))
+        with _interpreting():
+            InterpretedFunction(self.function.fn)[x, y, z](**{**values, **self.constants})
+
+
+@contextlib.contextmanager
+def _interpreting() -> Iterator[None]:
+    """Kernels may call other functions of Triton, and those of libdevice."""
+    from triton.language.extra import libdevice
+    from triton.runtime.interpreter import InterpretedFunction, _patch_lang
+    from triton.runtime.jit import JITFunction
+
+    def call(function: JITFunction, *args: Any, **kwargs: Any) -> Any:
+        scope = _patch_lang(function.fn)
+        try:
+            return InterpretedFunction(function.fn).rewrite()(*args, **kwargs)
+        finally:
+            scope.restore()
+
+    with patch.object(JITFunction, "__call__", call), patch.multiple(libdevice, **_libdevice()):
+        yield
+
+
+# What Inductor's code calls of libdevice, of which the interpreter has nothing, and what torch calls the same.
+_LIBDEVICE = {
+    **{name: name for name in ("ceil", "cos", "exp", "exp2", "floor", "fmod", "log", "log2", "pow", "rsqrt", "sin")},
+    **{name: name for name in ("erf", "isinf", "isnan", "sqrt", "tanh", "trunc")},
+    "nearbyint": "round",
+}
+
+
+@functools.cache
+def _libdevice() -> dict[str, Callable[..., Any]]:
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle, interpreter_semantic
+
+    def interpreted(function: Callable[..., torch.Tensor]) -> Callable[..., Any]:
+        def call(*args: Any) -> tl.tensor:
+            operands = [interpreter_semantic.to_tensor(arg) for arg in args]
+            values = function(*(torch.from_numpy(operand.handle.data) for operand in operands))
+            dtype = operands[0].dtype
+            if values.dtype == torch.bool:  # libdevice has integers
+                values, dtype = values.int(), tl.int32
+            shape = list(values.shape)
+            return tl.tensor(TensorHandle(values.numpy(), dtype), tl.block_type(dtype, shape) if shape else dtype)
+
+        return call
+
+    return {name: interpreted(getattr(torch, same)) for name, same in _LIBDEVICE.items()}
