@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 from ..ops.registry import NAMESPACE, OPS, TORCHVISION, VisionOp
 from ..paths import record_path
 from ..version import __version__
-from . import convolution
+from . import assertions, convolution
 from .hook import INDUCTOR_LOWERING
 
 
@@ -211,6 +211,7 @@ def install() -> None:
         decompositions[op.overload] = _decompose_or_keep(op)
         register_lowering(op.overload, type_promotion_kind=None)(_lower(op))
     convolution.install()
+    assertions.install()
     _serve_torchvision()
     _add_fusion_pass()
     fast_random_decomps.cache_clear()  # it holds a copy of the table

@@ -54,18 +54,18 @@ def _fake(boxes1: Tensor, boxes2: Tensor) -> Tensor:
 
 def _decomposition(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     _check(boxes1, boxes2)
-    return iou_rotated(boxes1, boxes2).to(boxes1.dtype)
+    return iou_rotated(boxes1[:, None], boxes2).to(boxes1.dtype)  # [N, M]
 
 
 def iou_rotated(boxes1: Tensor, boxes2: Tensor) -> Tensor:
-    """The same in float64.
+    """The overlap of boxes, ``[..., 5]``, with others, in float64.
 
     In the frame of the first box, of half sides w and h, the intersection is an integral along the second box's edges:
     the integral of clamp(y, -h, h) dx, where x is clamped to [-w, w].
     """
-    x1, y1, w1, h1, cos1, sin1, area1, proper1 = (column[:, None] for column in _columns(boxes1))  # [N, 1] each
-    x2, y2, w2, h2, cos2, sin2, area2, proper2 = _columns(boxes2)  # [M] each
-    dx, dy = x2 - x1, y2 - y1  # [N, M], and so are all below
+    x1, y1, w1, h1, cos1, sin1, area1, proper1 = _columns(boxes1)
+    x2, y2, w2, h2, cos2, sin2, area2, proper2 = _columns(boxes2)
+    dx, dy = x2 - x1, y2 - y1
     px, py = dx * cos1 - dy * sin1, dx * sin1 + dy * cos1
     cos, sin = cos2 * cos1 + sin2 * sin1, sin2 * cos1 - cos2 * sin1
     ux, uy, vx, vy = w2 * cos, -w2 * sin, h2 * sin, h2 * cos  # half of the sides
@@ -97,8 +97,8 @@ def iou_rotated(boxes1: Tensor, boxes2: Tensor) -> Tensor:
 
 
 def _columns(boxes: Tensor) -> tuple[Tensor, ...]:
-    """Centres, half sides, cosines, sines, areas, and whether the boxes can overlap any, ``[N]`` each."""
-    x, y, width, height, degrees = boxes.double().unbind(1)
+    """Centres, half sides, cosines, sines, areas, and whether the boxes can overlap any."""
+    x, y, width, height, degrees = boxes.double().unbind(-1)
     half_width, half_height, area = width.abs() / 2, height.abs() / 2, width * height
     turn = degrees.fmod(360)
     quarters = (turn / 90).round()

@@ -53,14 +53,14 @@ def _check_each(op: str, name: str, values: Tensor, boxes: Tensor) -> None:
     check(op, values.device == boxes.device, f"{name} must be on {boxes.device}, got {values.device}")
 
 
-def iou(box: Tensor, others: Tensor) -> Tensor:
-    """The overlap of a box, ``[4]``, with others, ``[n, 4]``, in their dtype: intersection over union."""
-    x1, y1, x2, y2 = others.unbind(1)
-    left, top, right, bottom = box
+def iou(box: Tensor, others: Tensor, divide: Callable[[Tensor, Tensor], Tensor] = torch.div) -> Tensor:
+    """The overlap of boxes, ``[..., 4]``, with others, in their dtype: intersection over union."""
+    x1, y1, x2, y2 = others.unbind(-1)
+    left, top, right, bottom = box.unbind(-1)
     width = _min(right, x2) - _max(left, x1)
     height = _min(bottom, y2) - _max(top, y1)
     intersection = _max(torch.zeros_like(width), width) * _max(torch.zeros_like(height), height)
-    return intersection / ((right - left) * (bottom - top) + (x2 - x1) * (y2 - y1) - intersection)
+    return divide(intersection, (right - left) * (bottom - top) + (x2 - x1) * (y2 - y1) - intersection)
 
 
 def _max(a: Tensor, b: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ def heatmaps_to_keypoints(maps: Tensor, rois: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([peaks[..., :2], torch.ones_like(peaks[..., 2:])], dim=2), peaks[..., 2]
 
 
-def _check(maps: Tensor, rois: Tensor) -> None:
+def check_arguments(maps: Tensor, rois: Tensor) -> None:
     name = "heatmaps_to_keypoints"
     shape = tuple(maps.shape)
     check(name, maps.dim() == 4, f"maps must be [K, N, H, W], got {shape}")
@@ -48,20 +48,29 @@ def _check(maps: Tensor, rois: Tensor) -> None:
 
 
 def _fake(maps: Tensor, rois: Tensor) -> Tensor:
-    _check(maps, rois)
+    check_arguments(maps, rois)
     return maps.new_empty((*maps.shape[:2], 3), dtype=torch.float32)
+
+
+TOO_LARGE = "rois must be finite and of less than 2^31 pixels"
+
+
+def sizes_of(rois: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Where boxes begin, how long they are, and the pixels that maps are resized to, ``[K, (x, y)]`` each; and whether
+    these are few enough, ``[K]``."""
+    begin, end = rois.split(2, dim=1)
+    lengths = (end - begin).clamp(min=1)
+    pixels = lengths.ceil()
+    return begin, lengths, pixels, rois.isfinite().all(1) & (pixels.double().prod(1) < 2**31)
 
 
 def _decomposition(maps: Tensor, rois: Tensor) -> Tensor:
     """Float32 ``[K, N, 3]``, rows of (x, y, value)."""
-    _check(maps, rois)
+    check_arguments(maps, rois)
     rois = rois.to(accumulate_dtype(rois.dtype))
-    begin, end = rois.split(2, dim=1)  # [K, (x, y)]
-    lengths = (end - begin).clamp(min=1)
-    pixels = lengths.ceil()
-    fits = rois.isfinite().all(1) & (pixels.double().prod(1) < 2**31)
+    begin, lengths, pixels, fits = sizes_of(rois)
     for k in (~fits).nonzero().flatten().tolist():
-        check("heatmaps_to_keypoints", False, f"rois must be finite and of less than 2^31 pixels, rois[{k}] is not")
+        check("heatmaps_to_keypoints", False, f"{TOO_LARGE}, rois[{k}] is not")
 
     peaks = maps.new_empty((*maps.shape[:2], 3), dtype=torch.float32)
     for k, (width, height) in enumerate(pixels.long().tolist()):

@@ -57,9 +57,7 @@ def _fake(boxes: Tensor, scores: Tensor, classes: Tensor | None, iou_threshold: 
 def _decomposition(boxes: Tensor, scores: Tensor, classes: Tensor | None, iou_threshold: float) -> Tensor:
     """The indices of the boxes that are kept, best first, and then -1 up to the number of boxes."""
     check_scored_boxes("nms_rotated", boxes, scores, classes, COLUMNS)
-    return suppress_greedily(
-        boxes, scores, classes, iou_threshold, lambda box, others: iou_rotated(box[None], others)[0]
-    )
+    return suppress_greedily(boxes, scores, classes, iou_threshold, iou_rotated)
 
 
 _op = define_op(

@@ -83,7 +83,7 @@ def _taken(boxes: Tensor, scores: Tensor, classes: Tensor | None, *rule: float |
     return indices[taken], lowered[taken]
 
 
-def _check(boxes: Tensor, scores: Tensor, classes: Tensor | None, sigma: float, method: str) -> None:
+def check_arguments(boxes: Tensor, scores: Tensor, classes: Tensor | None, sigma: float, method: str) -> None:
     check_scored_boxes("soft_nms", boxes, scores, classes)
     check("soft_nms", sigma > 0, f"sigma must be greater than 0, got {sigma}")
     check("soft_nms", method in METHODS, f"method must be one of {', '.join(METHODS)}; got {method!r}")
@@ -98,7 +98,7 @@ def _fake(
     min_score: float,
     method: str,
 ) -> tuple[Tensor, Tensor]:
-    _check(boxes, scores, classes, sigma, method)
+    check_arguments(boxes, scores, classes, sigma, method)
     count = boxes.shape[0]
     return boxes.new_empty(count, dtype=torch.int64), scores.new_empty(count)
 
@@ -113,7 +113,7 @@ def _decomposition(
     method: str,
 ) -> tuple[Tensor, Tensor]:
     """Indices, and then -1, and scores, and then 0, up to the number of boxes."""
-    _check(boxes, scores, classes, sigma, method)
+    check_arguments(boxes, scores, classes, sigma, method)
     dtype = accumulate_dtype(torch.promote_types(boxes.dtype, scores.dtype))
     boxes, current = boxes.to(dtype), scores.to(dtype, copy=True)
     left = torch.arange(len(boxes), device=boxes.device)

@@ -188,7 +188,10 @@ def test_triton_gets_the_decomposition():
     with config.patch(cpu_backend="triton"), recorded_paths() as paths:
         graph = make_fx(call, decomposition_table=select_decomp_table())(*tensors_of(s))
     (path,) = paths
-    assert str(path) == "deform_conv2d: decomposition (Triton code, no kernel of its own; torch._inductor.config.cpu_backend is 'triton', not 'cpp')"
+    assert (
+        str(path)
+        == "deform_conv2d: decomposition (Triton code, no kernel of its own; torch._inductor.config.cpu_backend is 'triton', not 'cpp')"
+    )
     targets = [node.target for node in graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
     assert targets and not [target for target in targets if target.namespace not in ("aten", "prims")]
     assert_close(graph(*tensors_of(s)), oracle(*s.args, **s.kwargs), torch.float32)
