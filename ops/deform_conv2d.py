@@ -134,7 +134,7 @@ class Arguments(NamedTuple):
         return int(self.offset.shape[1]) // (2 * self.taps)
 
 
-def _check(arguments: Arguments) -> tuple[int, int]:
+def check_arguments(arguments: Arguments) -> tuple[int, int]:
     """Raise RuntimeError unless the arguments go together; the output's height and width."""
     input, offset, weight, bias, stride, padding, dilation, mask = arguments
 
@@ -169,7 +169,7 @@ def _check(arguments: Arguments) -> tuple[int, int]:
 
 def _fake(*args: Any) -> Tensor:
     arguments = Arguments(*args)
-    return empty_output(arguments.input, arguments.weight.shape[0], _check(arguments))
+    return empty_output(arguments.input, arguments.weight.shape[0], check_arguments(arguments))
 
 
 class _Sampling:
@@ -243,7 +243,7 @@ class _Sampling:
 
 def _decomposition(*args: Any) -> Tensor:
     input, offset, weight, bias, stride, padding, dilation, mask = arguments = Arguments(*args)
-    out_height, out_width = _check(arguments)
+    out_height, out_width = check_arguments(arguments)
     dtype, memory_format = input.dtype, suggest_memory_format(input)
     input, offset, weight = (t.to(accumulate_dtype(dtype)) for t in (input, offset, weight))
     batch = input.shape[0]
@@ -276,16 +276,16 @@ def differentiable(arguments: Arguments) -> tuple[Tensor | None, ...]:
     return arguments.input, arguments.offset, arguments.weight, arguments.bias, arguments.mask
 
 
-def _check_backward(grad: Tensor, arguments: Arguments) -> tuple[int, int]:
-    """As :func:`_check`, and that the gradient is that of the output."""
-    size, input = _check(arguments), arguments.input
+def check_backward(grad: Tensor, arguments: Arguments) -> tuple[int, int]:
+    """As :func:`check_arguments`, and that the gradient is that of the output."""
+    size, input = check_arguments(arguments), arguments.input
     check_gradient("deform_conv2d_backward", grad, input, (input.shape[0], int(arguments.weight.shape[0]), *size))
     return size
 
 
 def _fake_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     arguments, wanted = Arguments(*args[:-1]), args[-1]
-    _check_backward(grad, arguments)
+    check_backward(grad, arguments)
     return tuple(
         tensor.new_empty(tensor.shape).contiguous(memory_format=gradient_format(tensor))
         if want and tensor is not None
@@ -301,7 +301,7 @@ def _decomposition_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     torchvision; at exactly -1 too, where the sample itself is still zero.
     """
     arguments, wanted = Arguments(*args[:-1]), args[-1]
-    out_height, out_width = _check_backward(grad, arguments)
+    out_height, out_width = check_backward(grad, arguments)
     input, offset, weight, bias, stride, padding, dilation, mask = arguments
     dtype = input.dtype
     grad, input, offset, weight = (t.to(accumulate_dtype(dtype)) for t in (grad, input, offset, weight))

@@ -197,7 +197,7 @@ _op = define_op(
 )
 
 
-def _check_backward(grad: Tensor, arguments: Arguments) -> None:
+def check_backward(grad: Tensor, arguments: Arguments) -> None:
     """As :func:`check_arguments`, and that the gradient is that of the output."""
     input, weight = arguments.input, arguments.weight
     shape = (*input.shape[:2], int(weight.shape[0]), *check_arguments(arguments))
@@ -206,7 +206,7 @@ def _check_backward(grad: Tensor, arguments: Arguments) -> None:
 
 def _fake_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     arguments, wanted = Arguments(*args[:-1]), args[-1]
-    _check_backward(grad, arguments)
+    check_backward(grad, arguments)
     input, weight, bias = arguments.tensors
     assert input is not None and weight is not None
     return (
@@ -219,7 +219,7 @@ def _fake_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
 def _decomposition_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """Gradients of input, weight and bias; an empty tensor for each that is not wanted."""
     input, weight, _bias, stride, padding, dilation = arguments = Arguments(*args[:-1])
-    _check_backward(grad, arguments)
+    check_backward(grad, arguments)
     wanted = [want and tensor is not None for want, tensor in zip(args[-1], arguments.tensors)]
     dtype, empty = accumulate_dtype(input.dtype), input.new_empty(0)
     if not any(wanted):

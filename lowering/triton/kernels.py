@@ -7,8 +7,10 @@ bits by ``WIDE``, see :func:`wide`.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import SymInt, Tensor
@@ -67,3 +69,65 @@ def power_of_two(size: int, most: int) -> int:
 def positions(WIDE: tl.constexpr, like):  # type: ignore[no-untyped-def]
     """Numbers from which positions in memory are computed, in as many bits as these may need."""
     return like.to(tl.int64) if WIDE else like
+
+
+@kernel
+def block_of_pixels(first, BLOCK: tl.constexpr, pixels, image_pixels, width):  # type: ignore[no-untyped-def]
+    """Of a block of the pixels of all images: which exist, in which image they are, and their row and column."""
+    pixel = first + tl.arange(0, BLOCK)
+    exists = pixel < pixels
+    pixel = tl.where(exists, pixel, 0)
+    place = (pixel % image_pixels).to(tl.int32)
+    return exists, pixel // image_pixels, place // width, place % width
+
+
+@kernel
+def load_block(at, rows, columns, rows_exist, columns_exist, DOUBLE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """``[rows, columns]`` from positions of both, zero where there is none, in the dtype that is computed in."""
+    mask = rows_exist[:, None] & columns_exist[None, :]
+    values = tl.load(at + rows[:, None] + columns[None, :], mask=mask, other=0.0)
+    return values.to(tl.float64 if DOUBLE else tl.float32)
+
+
+def strides(**tensors: Tensor) -> dict[str, int | SymInt]:
+    """Those of tensors ``[image, channel, row, column]``, by the names that kernels have for them; of five dimensions
+    the second is ``patch``."""
+    steps = {}
+    for name, tensor in tensors.items():
+        axes = ("image", "patch", "channel", "row", "column") if tensor.dim() == 5 else _AXES
+        steps.update({f"{name}_{axis}": step for axis, step in zip(axes, tensor.stride())})
+    return steps
+
+
+_AXES = ("image", "channel", "row", "column")
+
+
+def in_format_of(like: Tensor, shape: Sequence[Any], make: Callable[..., Tensor], dtype: torch.dtype) -> Tensor:
+    """A tensor of that shape that lies in memory as another, without a copy to bring it there.
+
+    Args:
+        make: ``like.new_empty`` or such.
+    """
+    if suggest_memory_format(like) != torch.channels_last:
+        return make(tuple(shape), dtype=dtype)
+    batch, channels, height, width = shape
+    return make((batch, height, width, channels), dtype=dtype).permute(0, 3, 1, 2)
+
+
+def dot_precision() -> str:
+    """How products of float32 matrices are computed: as torch's own."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def geometry_of(weight: Tensor, *pairs: Sequence[int]) -> dict[str, int]:
+    """The taps of a kernel and its stride, padding and dilation, as constants of a compilation."""
+    names = (f"{what}_{axis}" for what in ("STRIDE", "PADDING", "DILATION") for axis in "YX")
+    numbers = dict(zip(names, (int(number) for pair in pairs for number in pair)))
+    height, width = map(int, weight.shape[2:])
+    return {"K": height * width, "KERNEL_WIDTH": width, **numbers}
+
+
+def constant_geometry(*pairs: Sequence[int]) -> str | None:
+    """Why kernels cannot take this stride, padding and dilation, if they cannot."""
+    symbolic = any(isinstance(number, SymInt) for pair in pairs for number in pair)
+    return "stride, padding and dilation must be constants" if symbolic else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch._prims_common import suggest_memory_format
 
 from ...ops.regions import MapSize, Pixels, PooledAxis, SampledAxis
 from ..registry import TritonProgram
-from .kernels import dense, kernel, launch, positions, power_of_two, wide
+from .kernels import dense, in_format_of, kernel, launch, positions, power_of_two, wide
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -257,11 +257,11 @@ class TritonPixels(Pixels):
 
     def _empty(self, like: Tensor, dtype: torch.dtype) -> Tensor:
         """``[K, channels of a bin, PH, PW]`` in the memory format of the maps."""
-        return _in_format_of(like, (self.image.shape[0], self._channels, *self.bins), like.new_empty, dtype)
+        return in_format_of(like, (self.image.shape[0], self._channels, *self.bins), like.new_empty, dtype)
 
     def _zeros(self, grad: Tensor, like: Tensor) -> Tensor:
         """``[B, C, H, W]`` in the memory format of the gradient, and the dtype of what is computed in."""
-        return _in_format_of(grad, self.size, grad.new_zeros, like.dtype)
+        return in_format_of(grad, self.size, grad.new_zeros, like.dtype)
 
     @property
     def _channels(self) -> int:
@@ -322,14 +322,6 @@ class TritonPixels(Pixels):
             N=block_bins,
             C=block_channels,
         )
-
-
-def _in_format_of(like: Tensor, shape: Sequence[Any], make: Callable[..., Tensor], dtype: torch.dtype) -> Tensor:
-    """A tensor of that shape that lies in memory as another, without a copy to bring it there."""
-    if suggest_memory_format(like) != torch.channels_last:
-        return make(tuple(shape), dtype=dtype)
-    batch, channels, height, width = shape
-    return make((batch, height, width, channels), dtype=dtype).permute(0, 3, 1, 2)
 
 
 def region_program(program: Any) -> TritonProgram:

@@ -170,7 +170,7 @@ class _Launcher:
 def _interpreting() -> Iterator[None]:
     """Kernels may call other functions of Triton, and those of libdevice."""
     from triton.language.extra import libdevice
-    from triton.runtime.interpreter import InterpretedFunction, _patch_lang
+    from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, _patch_lang
     from triton.runtime.jit import JITFunction
 
     def call(function: JITFunction, *args: Any, **kwargs: Any) -> Any:
@@ -180,8 +180,22 @@ def _interpreting() -> Iterator[None]:
         finally:
             scope.restore()
 
-    with patch.object(JITFunction, "__call__", call), patch.multiple(libdevice, **_libdevice()):
+    dot = functools.partialmethod(_dot, InterpreterBuilder.create_dot)
+    with (
+        patch.object(JITFunction, "__call__", call),
+        patch.object(InterpreterBuilder, "create_dot", dot),
+        patch.multiple(libdevice, **_libdevice()),
+    ):
         yield
+
+
+def _dot(builder: Any, original: Callable[..., Any], a: Any, b: Any, *rest: Any) -> Any:
+    """A product of matrices; the interpreter takes the bits of bfloat16 for integers."""
+    import triton.language as tl
+
+    if a.dtype == tl.bfloat16:
+        a, b = (builder.cast_impl(matrix, tl.float32) for matrix in (a, b))
+    return original(builder, a, b, *rest)
 
 
 # What Inductor's code calls of libdevice, of which the interpreter has nothing, and what torch calls the same.

@@ -1,0 +1,595 @@
+"""deform_conv2d and its gradients as Triton kernels: what is sampled is multiplied at once, and never stored.
+
+Pixels of the output, of all images, are the rows of a product of matrices; a program has a block of them. Channels come
+in segments, of one group and one offset group. A depthwise convolution has no product: there the channels of an offset
+group are a segment, and outputs take the place of channels.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...ops import deform_conv2d
+from ...ops.convolution import gradient_format
+from ...ops.deform_conv2d import Arguments
+from ...ops.registry import accumulate_dtype
+from ..registry import TritonProgram, triton_program_for
+from .kernels import (
+    block_of_pixels,
+    constant_geometry,
+    dense,
+    dot_precision,
+    geometry_of,
+    in_format_of,
+    kernel,
+    launch,
+    load_block,
+    positions,
+    power_of_two,
+    strides,
+    wide,
+)
+
+# mypy: disable-error-code="no-untyped-def"
+
+
+@kernel
+def sampling_point(offset, at, channel_stride, tap, pixel, size, geometry, DOUBLE: tl.constexpr):
+    """Where a tap samples for each pixel of a block.
+
+    Returns:
+        Whether the point is in the image, or near enough for a derivative; row and column of the corner above and to the
+        left; and how far the point lies below and beside it.
+    """
+    exists, row, column = pixel
+    height, width = size
+    kernel_width, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x = geometry
+    dtype = tl.float64 if DOUBLE else tl.float32
+    offset_y = tl.load(offset + at + 2 * tap * channel_stride, mask=exists, other=0.0).to(dtype)
+    offset_x = tl.load(offset + at + (2 * tap + 1) * channel_stride, mask=exists, other=0.0).to(dtype)
+    y = offset_y + (row * stride_y + ((tap // kernel_width) * dilation_y - padding_y)).to(dtype)
+    x = offset_x + (column * stride_x + ((tap % kernel_width) * dilation_x - padding_x)).to(dtype)
+    # NaN fails the tests, and the tests come before the conversion to an integer.
+    inside = exists & (y > -1) & (y < height) & (x > -1) & (x < width)
+    near = exists & (y >= -1) & (y <= height) & (x >= -1) & (x <= width)
+    y = tl.where(near, y, -2.0)
+    x = tl.where(near, x, -2.0)
+    top = tl.floor(y)
+    left = tl.floor(x)
+    return inside, near, top.to(tl.int32), left.to(tl.int32), y - top, x - left
+
+
+@kernel
+def corner(point, DOWN: tl.constexpr, RIGHT: tl.constexpr, size, map_strides, WIDE: tl.constexpr):
+    """Position in its plane of a corner of a point, whether there is such a pixel, and its weight."""
+    _, near, top, left, below, beside = point
+    height, width = size
+    row_stride, column_stride = map_strides
+    row = top + DOWN
+    column = left + RIGHT
+    exists = near & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    at = positions(WIDE, row) * row_stride + positions(WIDE, column) * column_stride
+    weight = (below if DOWN else 1 - below) * (beside if RIGHT else 1 - beside)
+    return tl.where(exists, at, 0), exists, weight
+
+
+@kernel
+def samples_of(input, point, channel, size, map_strides, DOUBLE: tl.constexpr, WIDE: tl.constexpr):
+    """``[pixels, channels]``, where the input is at the image of each pixel and ``channel`` has positions in it."""
+    inside, _, _, _, _, _ = point
+    channel_at, channel_exists = channel
+    at, exists, weight = corner(point, 0, 0, size, map_strides, WIDE)
+    total = weight[:, None] * load_block(input, at, channel_at, exists, channel_exists, DOUBLE)
+    at, exists, weight = corner(point, 0, 1, size, map_strides, WIDE)
+    total += weight[:, None] * load_block(input, at, channel_at, exists, channel_exists, DOUBLE)
+    at, exists, weight = corner(point, 1, 0, size, map_strides, WIDE)
+    total += weight[:, None] * load_block(input, at, channel_at, exists, channel_exists, DOUBLE)
+    at, exists, weight = corner(point, 1, 1, size, map_strides, WIDE)
+    total += weight[:, None] * load_block(input, at, channel_at, exists, channel_exists, DOUBLE)
+    return tl.where(inside[:, None], total, 0.0)
+
+
+@kernel
+def mask_of(mask, at, exists, MASK: tl.constexpr, DOUBLE: tl.constexpr, PIXELS: tl.constexpr):
+    """What samples are multiplied with, by pixel."""
+    dtype = tl.float64 if DOUBLE else tl.float32
+    if MASK:
+        return tl.load(mask + at, mask=exists, other=0.0).to(dtype)
+    return tl.full([PIXELS], 1, dtype)
+
+
+@kernel
+def convolve(
+    input,
+    offset,
+    mask,
+    weight,  # [K, group channels, outputs]
+    bias,
+    out,
+    pixels,
+    out_pixels,
+    out_width,
+    height,
+    width,
+    input_image,
+    input_channel,
+    input_row,
+    input_column,
+    offset_image,
+    offset_channel,
+    offset_row,
+    offset_column,
+    mask_image,
+    mask_channel,
+    mask_row,
+    mask_column,
+    out_image,
+    out_channel,
+    out_row,
+    out_column,
+    K: tl.constexpr,
+    KERNEL_WIDTH: tl.constexpr,
+    STRIDE_Y: tl.constexpr,
+    STRIDE_X: tl.constexpr,
+    PADDING_Y: tl.constexpr,
+    PADDING_X: tl.constexpr,
+    DILATION_Y: tl.constexpr,
+    DILATION_X: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr,
+    GROUP_OUTPUTS: tl.constexpr,
+    OFFSET_GROUP_CHANNELS: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    MASK: tl.constexpr,
+    BIAS: tl.constexpr,
+    DEPTHWISE: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr,
+):
+    """A block of pixels by outputs: the sum over taps and channels of samples times weights."""
+    dtype = tl.float64 if DOUBLE else tl.float32
+    geometry = (KERNEL_WIDTH, STRIDE_Y, STRIDE_X, PADDING_Y, PADDING_X, DILATION_Y, DILATION_X)
+    size = (height, width)
+    map_strides = (input_row, input_column)
+    first = positions(WIDE, tl.program_id(0)) * BLOCK_PIXELS
+    exists, image, row, column = block_of_pixels(first, BLOCK_PIXELS, pixels, out_pixels, out_width)
+    offset_at = image * offset_image + positions(WIDE, row) * offset_row + positions(WIDE, column) * offset_column
+    mask_at = image * mask_image + positions(WIDE, row) * mask_row + positions(WIDE, column) * mask_column
+    image_input = (input + image * input_image)[:, None]
+    pixel = (exists, row, column)
+
+    # Of the outputs of a group, or of those of a depthwise convolution's offset group, a block.
+    part_channels = SEGMENT if DEPTHWISE else GROUP_CHANNELS
+    part_outputs = SEGMENT * GROUP_OUTPUTS if DEPTHWISE else GROUP_OUTPUTS
+    blocks = tl.cdiv(part_outputs, BLOCK_OUTPUTS)
+    part = tl.program_id(1) // blocks
+    in_part = (tl.program_id(1) % blocks) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
+    output = part * part_outputs + in_part
+    output_exists = in_part < part_outputs
+
+    total = tl.zeros([BLOCK_PIXELS, BLOCK_OUTPUTS], dtype)
+    for segment in range(part * part_channels, (part + 1) * part_channels, SEGMENT):
+        offset_group = segment // OFFSET_GROUP_CHANNELS
+        for tap in range(K):
+            point_at = offset_at + offset_group * 2 * K * offset_channel
+            point = sampling_point(offset, point_at, offset_channel, tap, pixel, size, geometry, DOUBLE)
+            scale_at = mask_at + (offset_group * K + tap) * mask_channel
+            scale = mask_of(mask, scale_at, exists, MASK, DOUBLE, BLOCK_PIXELS)
+            if DEPTHWISE:
+                channel = (positions(WIDE, output // GROUP_OUTPUTS) * input_channel, output_exists)
+                samples = samples_of(image_input, point, channel, size, map_strides, DOUBLE, WIDE) * scale[:, None]
+                filters = tl.load(weight + tap * OUTPUTS + output, mask=output_exists, other=0.0).to(dtype)
+                total += samples * filters[None, :]
+            else:
+                for begin in range(segment, segment + SEGMENT, BLOCK_CHANNELS):
+                    of_block = begin + tl.arange(0, BLOCK_CHANNELS)
+                    channel = (positions(WIDE, of_block) * input_channel, of_block < segment + SEGMENT)
+                    samples = samples_of(image_input, point, channel, size, map_strides, DOUBLE, WIDE) * scale[:, None]
+                    filters_at = (tap * GROUP_CHANNELS + of_block - part * GROUP_CHANNELS) * OUTPUTS
+                    there = (of_block < segment + SEGMENT)[:, None] & output_exists[None, :]
+                    filters = tl.load(weight + filters_at[:, None] + output[None, :], mask=there, other=0.0)
+                    total = tl.dot(samples.to(filters.dtype), filters, total, input_precision=PRECISION, out_dtype=dtype)
+    if BIAS:
+        total += tl.load(bias + output, mask=output_exists, other=0.0).to(dtype)[None, :]
+    out_at = image * out_image + positions(WIDE, row) * out_row + positions(WIDE, column) * out_column
+    to = out + out_at[:, None] + (positions(WIDE, output) * out_channel)[None, :]
+    tl.store(to, total.to(out.dtype.element_ty), mask=exists[:, None] & output_exists[None, :])
+
+
+@kernel
+def spread(
+    grad,
+    input,
+    offset,
+    mask,
+    weight,  # [K, group channels, outputs]
+    grad_input,  # written if INPUT, as are the others
+    grad_offset,
+    grad_mask,
+    pixels,
+    out_pixels,
+    out_width,
+    height,
+    width,
+    grad_image,
+    grad_channel,
+    grad_row,
+    grad_column,
+    input_image,
+    input_channel,
+    input_row,
+    input_column,
+    offset_image,
+    offset_channel,
+    offset_row,
+    offset_column,
+    mask_image,
+    mask_channel,
+    mask_row,
+    mask_column,
+    K: tl.constexpr,
+    KERNEL_WIDTH: tl.constexpr,
+    STRIDE_Y: tl.constexpr,
+    STRIDE_X: tl.constexpr,
+    PADDING_Y: tl.constexpr,
+    PADDING_X: tl.constexpr,
+    DILATION_Y: tl.constexpr,
+    DILATION_X: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr,
+    GROUP_OUTPUTS: tl.constexpr,
+    OFFSET_GROUP_CHANNELS: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    MASK: tl.constexpr,
+    INPUT: tl.constexpr,
+    OFFSET: tl.constexpr,
+    DEPTHWISE: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr,
+):
+    """The gradients of a block of pixels' samples of one tap and offset group: added to the input's, and summed over
+    channels to those of offset and mask."""
+    dtype = tl.float64 if DOUBLE else tl.float32
+    geometry = (KERNEL_WIDTH, STRIDE_Y, STRIDE_X, PADDING_Y, PADDING_X, DILATION_Y, DILATION_X)
+    size = (height, width)
+    map_strides = (input_row, input_column)
+    first = positions(WIDE, tl.program_id(0)) * BLOCK_PIXELS
+    exists, image, row, column = block_of_pixels(first, BLOCK_PIXELS, pixels, out_pixels, out_width)
+    offset_group = tl.program_id(1) // K
+    tap = tl.program_id(1) % K
+    offset_at = image * offset_image + positions(WIDE, row) * offset_row + positions(WIDE, column) * offset_column
+    offset_at += offset_group * 2 * K * offset_channel
+    mask_at = image * mask_image + positions(WIDE, row) * mask_row + positions(WIDE, column) * mask_column
+    mask_at += (offset_group * K + tap) * mask_channel
+    grad_at = image * grad_image + positions(WIDE, row) * grad_row + positions(WIDE, column) * grad_column
+    image_input = (input + image * input_image)[:, None]
+
+    pixel = (exists, row, column)
+    point = sampling_point(offset, offset_at, offset_channel, tap, pixel, size, geometry, DOUBLE)
+    inside, _, _, _, below, beside = point
+    scale = mask_of(mask, mask_at, exists, MASK, DOUBLE, BLOCK_PIXELS)
+    at00, exists00, weight00 = corner(point, 0, 0, size, map_strides, WIDE)
+    at01, exists01, weight01 = corner(point, 0, 1, size, map_strides, WIDE)
+    at10, exists10, weight10 = corner(point, 1, 0, size, map_strides, WIDE)
+    at11, exists11, weight11 = corner(point, 1, 1, size, map_strides, WIDE)
+
+    sum_y = tl.zeros([BLOCK_PIXELS], dtype)
+    sum_x = tl.zeros([BLOCK_PIXELS], dtype)
+    sum_mask = tl.zeros([BLOCK_PIXELS], dtype)
+    begin_group = offset_group * OFFSET_GROUP_CHANNELS
+    for segment in range(begin_group, begin_group + OFFSET_GROUP_CHANNELS, SEGMENT):
+        group = segment // GROUP_CHANNELS
+        for begin in range(segment, segment + SEGMENT, BLOCK_CHANNELS):
+            channel = begin + tl.arange(0, BLOCK_CHANNELS)
+            channel_exists = channel < segment + SEGMENT
+            of_samples = tl.zeros([BLOCK_PIXELS, BLOCK_CHANNELS], dtype)
+            if DEPTHWISE:
+                for i in range(GROUP_OUTPUTS):
+                    output = channel * GROUP_OUTPUTS + i
+                    output_at = positions(WIDE, output) * grad_channel
+                    block = load_block(grad, grad_at, output_at, exists, channel_exists, DOUBLE)
+                    filters = tl.load(weight + tap * OUTPUTS + output, mask=channel_exists, other=0.0).to(dtype)
+                    of_samples += block * filters[None, :]
+            else:
+                filters_at = (tap * GROUP_CHANNELS + channel - group * GROUP_CHANNELS) * OUTPUTS
+                for i in range(0, GROUP_OUTPUTS, BLOCK_OUTPUTS):
+                    in_group = i + tl.arange(0, BLOCK_OUTPUTS)
+                    output = group * GROUP_OUTPUTS + in_group
+                    output_exists = in_group < GROUP_OUTPUTS
+                    output_at = (positions(WIDE, output) * grad_channel)[None, :]
+                    block = tl.load(grad + grad_at[:, None] + output_at, mask=exists[:, None] & output_exists[None, :], other=0.0)
+                    there = output_exists[:, None] & channel_exists[None, :]
+                    filters = tl.load(weight + output[:, None] + filters_at[None, :], mask=there, other=0.0)
+                    of_samples = tl.dot(block, filters, of_samples, input_precision=PRECISION, out_dtype=dtype)
+            of_points = of_samples * scale[:, None]
+            channel_at = positions(WIDE, channel) * input_channel
+            if INPUT:
+                to = (grad_input + image * input_image)[:, None] + channel_at[None, :]
+                reached = inside[:, None] & channel_exists[None, :]
+                mask00 = reached & (exists00 & (weight00 > 0))[:, None]
+                mask01 = reached & (exists01 & (weight01 > 0))[:, None]
+                mask10 = reached & (exists10 & (weight10 > 0))[:, None]
+                mask11 = reached & (exists11 & (weight11 > 0))[:, None]
+                tl.atomic_add(to + at00[:, None], of_points * weight00[:, None], mask=mask00, sem="relaxed")
+                tl.atomic_add(to + at01[:, None], of_points * weight01[:, None], mask=mask01, sem="relaxed")
+                tl.atomic_add(to + at10[:, None], of_points * weight10[:, None], mask=mask10, sem="relaxed")
+                tl.atomic_add(to + at11[:, None], of_points * weight11[:, None], mask=mask11, sem="relaxed")
+            if OFFSET:
+                v00 = load_block(image_input, at00, channel_at, exists00, channel_exists, DOUBLE)
+                v01 = load_block(image_input, at01, channel_at, exists01, channel_exists, DOUBLE)
+                v10 = load_block(image_input, at10, channel_at, exists10, channel_exists, DOUBLE)
+                v11 = load_block(image_input, at11, channel_at, exists11, channel_exists, DOUBLE)
+                slope_y = (v10 - v00) * (1 - beside)[:, None] + (v11 - v01) * beside[:, None]
+                slope_x = (v01 - v00) * (1 - below)[:, None] + (v11 - v10) * below[:, None]
+                sum_y += tl.sum(of_points * slope_y, 1)
+                sum_x += tl.sum(of_points * slope_x, 1)
+                if MASK:
+                    value = weight00[:, None] * v00 + weight01[:, None] * v01
+                    value += weight10[:, None] * v10 + weight11[:, None] * v11
+                    sum_mask += tl.sum(of_samples * tl.where(inside[:, None], value, 0.0), 1)
+    if OFFSET:
+        to = grad_offset + offset_at + 2 * tap * offset_channel
+        tl.store(to, sum_y.to(grad_offset.dtype.element_ty), mask=exists)
+        tl.store(to + offset_channel, sum_x.to(grad_offset.dtype.element_ty), mask=exists)
+        if MASK:
+            tl.store(grad_mask + mask_at, sum_mask.to(grad_mask.dtype.element_ty), mask=exists)
+
+
+@kernel
+def correlate(
+    grad,
+    input,
+    offset,
+    mask,
+    out,  # [parts, K, group channels, outputs]
+    pixels,
+    part_pixels,
+    out_pixels,
+    out_width,
+    height,
+    width,
+    grad_image,
+    grad_channel,
+    grad_row,
+    grad_column,
+    input_image,
+    input_channel,
+    input_row,
+    input_column,
+    offset_image,
+    offset_channel,
+    offset_row,
+    offset_column,
+    mask_image,
+    mask_channel,
+    mask_row,
+    mask_column,
+    K: tl.constexpr,
+    KERNEL_WIDTH: tl.constexpr,
+    STRIDE_Y: tl.constexpr,
+    STRIDE_X: tl.constexpr,
+    PADDING_Y: tl.constexpr,
+    PADDING_X: tl.constexpr,
+    DILATION_Y: tl.constexpr,
+    DILATION_X: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr,
+    GROUP_OUTPUTS: tl.constexpr,
+    OFFSET_GROUP_CHANNELS: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    MASK: tl.constexpr,
+    DEPTHWISE: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr,
+):
+    """The gradient of a block of the weight, of one tap: the sum over a part of the pixels of samples times gradients."""
+    dtype = tl.float64 if DOUBLE else tl.float32
+    geometry = (KERNEL_WIDTH, STRIDE_Y, STRIDE_X, PADDING_Y, PADDING_X, DILATION_Y, DILATION_X)
+    size = (height, width)
+    map_strides = (input_row, input_column)
+    segment_outputs = SEGMENT * GROUP_OUTPUTS if DEPTHWISE else GROUP_OUTPUTS
+    output_blocks = tl.cdiv(segment_outputs, BLOCK_OUTPUTS)
+    channel_blocks = 1 if DEPTHWISE else tl.cdiv(SEGMENT, BLOCK_CHANNELS)
+    tap = tl.program_id(0) % K
+    block = tl.program_id(0) // K
+    in_segment = (block % output_blocks) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
+    block = block // output_blocks
+    segment = (block // channel_blocks) * SEGMENT
+    group = segment // GROUP_CHANNELS
+    offset_group = segment // OFFSET_GROUP_CHANNELS
+    output = group * GROUP_OUTPUTS + in_segment
+    output_exists = in_segment < segment_outputs
+    output_at = positions(WIDE, output) * grad_channel
+    of_block = segment + (block % channel_blocks) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    channel_exists = of_block < segment + SEGMENT
+
+    part = tl.program_id(1)
+    part_begin = positions(WIDE, part) * part_pixels
+    total = tl.zeros([BLOCK_PIXELS if DEPTHWISE else BLOCK_CHANNELS, BLOCK_OUTPUTS], dtype)
+    for first in range(part_begin, tl.minimum(part_begin + part_pixels, pixels), BLOCK_PIXELS):
+        exists, image, row, column = block_of_pixels(first, BLOCK_PIXELS, pixels, out_pixels, out_width)
+        offset_at = image * offset_image + positions(WIDE, row) * offset_row + positions(WIDE, column) * offset_column
+        offset_at += offset_group * 2 * K * offset_channel
+        pixel = (exists, row, column)
+        point = sampling_point(offset, offset_at, offset_channel, tap, pixel, size, geometry, DOUBLE)
+        mask_at = image * mask_image + positions(WIDE, row) * mask_row + positions(WIDE, column) * mask_column
+        mask_at += (offset_group * K + tap) * mask_channel
+        scale = mask_of(mask, mask_at, exists, MASK, DOUBLE, BLOCK_PIXELS)
+        grad_at = image * grad_image + positions(WIDE, row) * grad_row + positions(WIDE, column) * grad_column
+        image_input = (input + image * input_image)[:, None]
+        there = exists[:, None] & output_exists[None, :]
+        of_outputs = tl.load(grad + grad_at[:, None] + output_at[None, :], mask=there, other=0.0)
+        if DEPTHWISE:
+            channel = (positions(WIDE, output // GROUP_OUTPUTS) * input_channel, output_exists)
+            samples = samples_of(image_input, point, channel, size, map_strides, DOUBLE, WIDE) * scale[:, None]
+            total += samples * of_outputs.to(dtype)
+        else:
+            channel = (positions(WIDE, of_block) * input_channel, channel_exists)
+            samples = samples_of(image_input, point, channel, size, map_strides, DOUBLE, WIDE) * scale[:, None]
+            samples = tl.trans(samples.to(of_outputs.dtype))
+            total = tl.dot(samples, of_outputs, total, input_precision=PRECISION, out_dtype=dtype)
+    to = out + (part * K + tap) * GROUP_CHANNELS * OUTPUTS
+    if DEPTHWISE:
+        tl.store(to + output, tl.sum(total, 0), mask=output_exists)
+    else:
+        filters_at = (of_block - group * GROUP_CHANNELS)[:, None] * OUTPUTS + output[None, :]
+        tl.store(to + filters_at, total, mask=channel_exists[:, None] & output_exists[None, :])
+
+
+class _Call:
+    """A call of the operator, and what all kernels are told of it."""
+
+    def __init__(self, arguments: Arguments) -> None:
+        weight, mask = arguments.weight, arguments.mask
+        self.input, self.offset = dense(arguments.input), dense(arguments.offset)
+        self.mask = None if mask is None else dense(mask)
+        self.double = weight.dtype == torch.float64
+        self.outputs, self.group_channels = map(int, weight.shape[:2])
+        channels = int(self.input.shape[1])
+        self.groups = channels // self.group_channels
+        self.offset_groups = arguments.offset_groups
+        self.depthwise = self.group_channels == 1 and self.groups > 1
+        of_offset_group = channels // self.offset_groups
+        self.segment = of_offset_group if self.depthwise else math.gcd(self.group_channels, of_offset_group)
+        self.segments = channels // self.segment
+        self.taps = arguments.taps
+        batch, _, out_height, out_width = self.offset.shape
+        self.out_pixels, self.pixels = out_height * out_width, batch * out_height * out_width
+        group_outputs = self.outputs // self.groups
+        most = 2 if self.double else 1  # less of what takes more room in registers
+        self.block_pixels = 64 // most
+        self.block_channels = max(16, power_of_two(self.segment, 32 // most))
+        self.part_outputs = self.segment * group_outputs if self.depthwise else group_outputs
+        self.block_outputs = max(16, power_of_two(self.part_outputs, (32 if self.depthwise else 128) // most))
+        tensors = {"input": self.input, "offset": self.offset, "mask": self.offset if mask is None else self.mask}
+        self.arguments: dict[str, Any] = {
+            **tensors,
+            **strides(**tensors),
+            "pixels": self.pixels,
+            "out_pixels": self.out_pixels,
+            "out_width": out_width,
+            "height": self.input.shape[2],
+            "width": self.input.shape[3],
+            **geometry_of(weight, arguments.stride, arguments.padding, arguments.dilation),
+            "GROUP_CHANNELS": self.group_channels,
+            "GROUP_OUTPUTS": group_outputs,
+            "OFFSET_GROUP_CHANNELS": of_offset_group,
+            "SEGMENT": self.segment,
+            "OUTPUTS": self.outputs,
+            "MASK": mask is not None,
+            "DEPTHWISE": self.depthwise,
+            "DOUBLE": self.double,
+            "PRECISION": dot_precision(),
+            "BLOCK_PIXELS": self.block_pixels,
+            "BLOCK_CHANNELS": self.block_channels,
+            "BLOCK_OUTPUTS": self.block_outputs,
+        }
+
+    @property
+    def output_blocks(self) -> int:
+        """Of outputs, of all groups or segments."""
+        parts = self.segments if self.depthwise else self.groups
+        return parts * triton.cdiv(self.part_outputs, self.block_outputs)
+
+    def filters(self, weight: Tensor) -> Tensor:
+        """``[K, group channels, outputs]``"""
+        return weight.flatten(2).permute(2, 1, 0).contiguous()
+
+
+def _forward(*args: Any) -> Tensor:
+    arguments = Arguments(*args)
+    size = deform_conv2d.check_arguments(arguments)
+    call = _Call(arguments)
+    out = in_format_of(
+        arguments.input, (call.input.shape[0], call.outputs, *size), call.input.new_empty, call.input.dtype
+    )
+    filters = call.filters(arguments.weight)
+    grid = triton.cdiv(call.pixels, call.block_pixels), call.output_blocks
+    (out,) = launch(
+        convolve,
+        grid,
+        {"out": out},
+        **call.arguments,
+        **strides(out=out),
+        weight=filters,
+        bias=filters if arguments.bias is None else arguments.bias.contiguous(),
+        BIAS=arguments.bias is not None,
+        WIDE=wide(call.input, call.offset, out),
+    )
+    return out
+
+
+def _backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    arguments, wanted = Arguments(*args[:-1]), args[-1]
+    deform_conv2d.check_backward(grad, arguments)
+    tensors = deform_conv2d.differentiable(arguments)
+    wanted = [want and tensor is not None for want, tensor in zip(wanted, tensors)]
+    call = _Call(arguments)
+    grad = dense(grad)
+    dtype = accumulate_dtype(call.input.dtype)
+    shared = {**call.arguments, "grad": grad, **strides(grad=grad), "WIDE": wide(call.input, call.offset, grad)}
+    results: list[Tensor | None] = [None] * 5
+    of_points = wanted[1] or wanted[4]
+    if wanted[0] or of_points:
+        grid = triton.cdiv(call.pixels, call.block_pixels), call.offset_groups * call.taps
+        outputs: dict[str, Tensor] = {}
+        if wanted[0]:
+            outputs["grad_input"] = torch.zeros_like(call.input, dtype=dtype)
+        if of_points:
+            outputs["grad_offset"] = torch.empty_like(call.offset)
+            if call.mask is not None:
+                outputs["grad_mask"] = torch.empty_like(call.mask)
+        unwritten = {name: call.offset for name in ("grad_input", "grad_offset", "grad_mask") if name not in outputs}
+        filters = call.filters(arguments.weight)
+        flags = {"INPUT": wanted[0], "OFFSET": of_points}
+        written = launch(spread, grid, outputs, **shared, **unwritten, weight=filters, **flags)
+        gradients = dict(zip(outputs, written))
+        for i, name in ((0, "grad_input"), (1, "grad_offset"), (4, "grad_mask")):
+            results[i] = gradients.get(name) if wanted[i] else None
+    if wanted[2]:
+        results[2] = _grad_weight(call, shared, dtype)
+    if wanted[3]:
+        results[3] = grad.to(dtype).sum((0, 2, 3))
+    return tuple(
+        arguments.input.new_empty(0)
+        if result is None or tensor is None
+        else result.reshape(tensor.shape).to(tensor.dtype).contiguous(memory_format=gradient_format(tensor))
+        for result, tensor in zip(results, tensors)
+    )
+
+
+_PART = 4096  # pixels whose products one program adds up; sums of parts are added in their order
+
+
+def _grad_weight(call: _Call, shared: dict[str, Any], dtype: torch.dtype) -> Tensor:
+    parts = triton.cdiv(call.pixels, _PART)
+    channel_blocks = 1 if call.depthwise else triton.cdiv(call.segment, call.block_channels)
+    output_blocks = triton.cdiv(call.part_outputs, call.block_outputs)
+    grid = call.taps * call.segments * channel_blocks * output_blocks, parts
+    out = call.input.new_empty((parts, call.taps, call.group_channels, call.outputs), dtype=dtype)
+    (out,) = launch(correlate, grid, {"out": out}, **shared, part_pixels=_PART)
+    return out.sum(0).permute(2, 1, 0)  # [outputs, group channels, K]
+
+
+triton_program_for("deform_conv2d", TritonProgram(_forward, lambda *args: constant_geometry(*args[4:7])))
+triton_program_for(
+    "deform_conv2d_backward", TritonProgram(_backward, lambda grad, *args: constant_geometry(*args[4:7]))
+)
