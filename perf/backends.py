@@ -1,18 +1,24 @@
-"""Ways to run a model that any suite's contenders can use: Inductor, AOTInductor, ONNX Runtime, OpenVINO."""
+"""Ways to run a model that any suite's contenders can use: Inductor, AOTInductor, ONNX Runtime, OpenVINO.
+
+Models run on the CPU, or where :func:`placed_on` says.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import importlib
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .spec import Prepared, Unavailable
+from .spec import Contender, Job, Prepared, Unavailable
+from .verify import tensors
 
 
 def needs(*modules: str) -> Callable[[], None]:
@@ -39,6 +45,100 @@ def needs_torchvision() -> None:
         raise Unavailable("torchvision does not load its compiled operators beside this torch")
 
 
+def needs_triton_cpu() -> None:
+    """A contender's ``check``: a Triton that compiles for the CPU."""
+    needs("triton")()
+    from triton.backends import backends
+
+    if "cpu" not in backends:
+        raise Unavailable("Triton-CPU is not installed, see docs/backends.md")
+
+
+def needs_cuda() -> None:
+    """A contender's ``check``: a CUDA device, and a Triton that compiles for it."""
+    if not torch.cuda.is_available():
+        raise Unavailable("there is no CUDA device")
+    needs("triton")()
+
+
+_device: contextvars.ContextVar[str] = contextvars.ContextVar("device", default="cpu")
+
+
+@contextlib.contextmanager
+def placed_on(device: str) -> Iterator[None]:
+    """Models that are prepared meanwhile, and their arguments, are on this device."""
+    token = _device.set(device)
+    try:
+        yield
+    finally:
+        _device.reset(token)
+
+
+def placed(value: Any) -> Any:
+    """A tensor or module where models are prepared for, and sequences of them."""
+    if isinstance(value, (Tensor, nn.Module)):
+        return value.to(_device.get())
+    return [placed(part) for part in value] if isinstance(value, (tuple, list)) else value
+
+
+def prepared(call: Callable[[], Any]) -> Prepared:
+    """A model, ready to be timed where it runs: on a CUDA device by events on its stream."""
+    output = call()
+    if _device.get() != "cuda":
+        return Prepared(call, output)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in "12")
+
+    def seconds() -> float:
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000
+
+    def memory() -> int:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        kept = call()
+        torch.cuda.synchronize()
+        returned = sum(tensor.nbytes for tensor in tensors(kept))
+        return max(0, torch.cuda.max_memory_allocated() - before - returned)
+
+    return Prepared(call, [tensor.cpu() for tensor in tensors(output)], seconds=seconds, memory=memory)
+
+
+def with_triton(*contenders: Contender) -> tuple[Contender, ...]:
+    """These, and "ours-compiled" as Triton code too: on the CPU, by Triton-CPU, and on a CUDA device, where torchvision
+    is a peer if it is one here."""
+    by_name = {contender.name: contender for contender in contenders}
+    ours, theirs = by_name["ours-compiled"], by_name.get("torchvision")
+    as_triton, on_cuda = (functools.partial(run, ours.prepare) for run in (_as_triton, _on_cuda))
+    more = [
+        Contender("ours-triton-cpu", "ours", as_triton, needs_triton_cpu, compiled=True),
+        Contender("ours-cuda", "ours", on_cuda, needs_cuda, compiled=True),
+    ]
+    if theirs:
+
+        def check() -> None:
+            needs_cuda()
+            needs_torchvision()
+
+        more.append(Contender("torchvision-cuda", "peer", functools.partial(_on_cuda, theirs.prepare), check))
+    return (*contenders, *more)
+
+
+def _as_triton(prepare: Callable[[Job], Prepared], job: Job) -> Prepared:
+    import torch._inductor.config
+
+    with torch._inductor.config.patch(cpu_backend="triton"):
+        return prepare(job)
+
+
+def _on_cuda(prepare: Callable[[Job], Prepared], job: Job) -> Prepared:
+    with placed_on("cuda"):
+        return prepare(job)
+
+
 def only_float32(dtype: torch.dtype, who: str) -> None:
     """For a contender that has no kernel for anything else."""
     if dtype != torch.float32:
@@ -58,12 +158,13 @@ class Function(nn.Module):
 
 def eager(function: Callable[..., Any], arguments: Sequence[Any]) -> Prepared:
     """Call it as it is, without autograd."""
+    function, arguments = placed(function), placed(arguments)
 
     def call() -> Any:
         with torch.no_grad():
             return function(*arguments)
 
-    return Prepared(call, call())
+    return prepared(call)
 
 
 def copy(bytes_moved: int) -> Prepared:
@@ -88,7 +189,7 @@ def compiled(
     import torch._dynamo
     import torch._inductor.config
 
-    program = torch.compile(module.eval(), fullgraph=fullgraph, dynamic=dynamic)
+    program, arguments = torch.compile(placed(module).eval(), fullgraph=fullgraph, dynamic=dynamic), placed(arguments)
 
     def call() -> Any:
         with torch.no_grad():
@@ -98,7 +199,32 @@ def compiled(
         torch._inductor.config.patch(freezing=freezing),
         torch._dynamo.config.patch(fail_on_recompile_limit_hit=fullgraph),
     ):
-        return Prepared(call, call())
+        return prepared(call)
+
+
+def gradients(
+    function: Callable[..., Tensor], leaves: Sequence[Tensor], grad: Tensor, *, compile: bool, step: bool = False
+) -> Prepared:
+    """By autograd, those of a function of ``leaves``, with ``grad`` that of its result.
+
+    Args:
+        step: the result is computed each time, and not once beforehand.
+    """
+    from torch._functorch import config
+
+    module, grad = placed(Function(function)), placed(grad)
+    leaves = [tensor.detach().requires_grad_() for tensor in placed(leaves)]
+    program = torch.compile(module, fullgraph=True) if compile else module
+    keeps_graph = config.patch(donated_buffer=step)  # when compiled and when called
+    with keeps_graph:
+        result = program(*leaves)
+
+    @keeps_graph
+    def call() -> tuple[Tensor, ...]:
+        out = program(*leaves) if step else result
+        return torch.autograd.grad(out, leaves, grad, retain_graph=not step)
+
+    return prepared(call)
 
 
 def packaged(module: nn.Module, arguments: Sequence[Tensor]) -> Prepared:

@@ -224,7 +224,7 @@ def contenders(
     if openvino_node:
         peers.append(("openvino", functools.partial(_openvino, node=openvino_node), backends.needs("openvino")))
     alone: dict[str, Any] = {"threads": 1, "default": False}
-    return (
+    return backends.with_triton(
         Contender("ours-compiled", "ours", _compiled, compiled=True),
         Contender("ours-channels-last", "ours", functools.partial(_compiled, channels_last=True), compiled=True),
         Contender("ours-aoti", "ours", _packaged, compiled=True),

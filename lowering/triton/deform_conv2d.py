@@ -44,8 +44,8 @@ def sampling_point(offset, at, channel_stride, tap, pixel, size, geometry, DOUBL
     """Where a tap samples for each pixel of a block.
 
     Returns:
-        Whether the point is in the image, or near enough for a derivative; row and column of the corner above and to the
-        left; and how far the point lies below and beside it.
+        Whether the point is in the image, or near enough for a derivative; row and column of the corner above and to
+        the left; and how far the point lies below and beside it.
     """
     exists, row, column = pixel
     height, width = size
@@ -198,7 +198,8 @@ def convolve(
                     filters_at = (tap * GROUP_CHANNELS + of_block - part * GROUP_CHANNELS) * OUTPUTS
                     there = (of_block < segment + SEGMENT)[:, None] & output_exists[None, :]
                     filters = tl.load(weight + filters_at[:, None] + output[None, :], mask=there, other=0.0)
-                    total = tl.dot(samples.to(filters.dtype), filters, total, input_precision=PRECISION, out_dtype=dtype)
+                    samples = samples.to(filters.dtype)
+                    total = tl.dot(samples, filters, total, input_precision=PRECISION, out_dtype=dtype)
     if BIAS:
         total += tl.load(bias + output, mask=output_exists, other=0.0).to(dtype)[None, :]
     out_at = image * out_image + positions(WIDE, row) * out_row + positions(WIDE, column) * out_column
@@ -311,7 +312,8 @@ def spread(
                     output = group * GROUP_OUTPUTS + in_group
                     output_exists = in_group < GROUP_OUTPUTS
                     output_at = (positions(WIDE, output) * grad_channel)[None, :]
-                    block = tl.load(grad + grad_at[:, None] + output_at, mask=exists[:, None] & output_exists[None, :], other=0.0)
+                    there = exists[:, None] & output_exists[None, :]
+                    block = tl.load(grad + grad_at[:, None] + output_at, mask=there, other=0.0)
                     there = output_exists[:, None] & channel_exists[None, :]
                     filters = tl.load(weight + output[:, None] + filters_at[None, :], mask=there, other=0.0)
                     of_samples = tl.dot(block, filters, of_samples, input_precision=PRECISION, out_dtype=dtype)
@@ -400,7 +402,7 @@ def correlate(
     BLOCK_CHANNELS: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
 ):
-    """The gradient of a block of the weight, of one tap: the sum over a part of the pixels of samples times gradients."""
+    """The gradient of a block of the weight, of one tap: a sum over a part of the pixels, samples times gradients."""
     dtype = tl.float64 if DOUBLE else tl.float32
     geometry = (KERNEL_WIDTH, STRIDE_Y, STRIDE_X, PADDING_Y, PADDING_X, DILATION_Y, DILATION_X)
     size = (height, width)

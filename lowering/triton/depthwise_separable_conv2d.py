@@ -1,5 +1,5 @@
-"""depthwise_separable_conv2d as a Triton kernel, and the depthwise half of its gradients as an aten program that Inductor
-fuses: no convolution stands between the other elementwise steps.
+"""depthwise_separable_conv2d as a Triton kernel, and the depthwise half of its gradients as an aten program that
+Inductor fuses: no convolution stands between the other elementwise steps.
 """
 
 from __future__ import annotations

@@ -24,7 +24,6 @@ from .kernels import (
     geometry_of,
     kernel,
     launch,
-    load_block,
     positions,
     power_of_two,
     strides,
@@ -165,7 +164,7 @@ def correlate(
     BLOCK_CHANNELS: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
 ):
-    """The gradient of a block of the weight, of one tap: the sum over a part of the pixels of inputs times gradients."""
+    """The gradient of a block of the weight, of one tap: a sum over a part of the pixels, inputs times gradients."""
     dtype = tl.float64 if DOUBLE else tl.float32
     tap = tl.program_id(0) % K
     block = tl.program_id(0) // K
@@ -317,6 +316,4 @@ def _correlated(grad: Tensor, input: Tensor, shared: dict[str, Any], groups: int
 
 
 triton_program_for("patch_conv2d", TritonProgram(_forward, lambda *args: constant_geometry(*args[3:6])))
-triton_program_for(
-    "patch_conv2d_backward", TritonProgram(_backward, lambda grad, *args: constant_geometry(*args[3:6]))
-)
+triton_program_for("patch_conv2d_backward", TritonProgram(_backward, lambda grad, *args: constant_geometry(*args[3:6])))

@@ -50,7 +50,7 @@ def _compiled_decomposition(job: Job) -> Prepared:
     return compiled(OPS["box_iou_rotated"].decomposition, job.inputs.tensors)
 
 
-_CONTENDERS = (
+_CONTENDERS = backends.with_triton(
     *OURS,
     Contender("torchvision", "peer", _torchvision, check=backends.needs_torchvision),
     Contender("decomposition-compiled", "peer", _compiled_decomposition, compiled=True),

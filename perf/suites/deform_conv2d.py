@@ -193,7 +193,7 @@ def _conv2d(job: Job) -> Prepared:
     return backends.eager(F.conv2d, (image, weight, a.bias, a.stride, a.padding, a.dilation, a.groups))
 
 
-_CONTENDERS = (
+_CONTENDERS = backends.with_triton(
     Contender("ours-compiled", "ours", _compiled, compiled=True),
     Contender("ours-aoti", "ours", _packaged, compiled=True),
     Contender("ours-channels-last", "ours", functools.partial(_compiled, change=_channels_last), compiled=True),

@@ -97,7 +97,7 @@ def _conv2d(job: Job, change: Callable[[Problem], Problem] = lambda problem: pro
     return backends.eager(torch.ops.aten.convolution_backward, (*tensors, *geometry))
 
 
-_CONTENDERS = (
+_CONTENDERS = backends.with_triton(
     Contender("ours-compiled", "ours", _compiled, compiled=True),
     Contender("ours-channels-last", "ours", functools.partial(_compiled, change=_channels_last), compiled=True),
     Contender("ours-dynamic", "ours", functools.partial(_compiled, dynamic=True), compiled=True, default=False),

@@ -193,7 +193,7 @@ def _pointwise(job: Job) -> Prepared:
 
 _convolutions_compiled = functools.partial(_compiled, function=two_convolutions)
 
-_CONTENDERS = (
+_CONTENDERS = backends.with_triton(
     Contender("ours-compiled", "ours", _compiled, compiled=True),
     Contender("ours-channels-last", "ours", functools.partial(_compiled, change=channels_last), compiled=True),
     Contender("ours-aoti", "ours", _packaged, compiled=True),

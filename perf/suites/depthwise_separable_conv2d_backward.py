@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._functorch import config as functorch_config
 
 from ...ops.depthwise_separable_conv2d import Arguments, depthwise_separable_conv2d
 from ...ops.registry import OPS
@@ -56,20 +55,8 @@ def _gradients(
     grad, a, step = job.inputs
     if channels_last:
         grad, a = grad.contiguous(memory_format=torch.channels_last), forward.channels_last(a)
-    leaves = [tensor.detach().requires_grad_() for tensor in a.tensors if tensor is not None]
-    program: Any = backends.Function(functools.partial(_call, function, a))
-    if compiled:
-        program = torch.compile(program, fullgraph=True)
-    keeps_graph = functorch_config.patch(donated_buffer=step)  # when compiled and when called
-    with keeps_graph:
-        result = program(*leaves)
-
-    @keeps_graph
-    def call() -> tuple[Tensor, ...]:
-        out = program(*leaves) if step else result
-        return torch.autograd.grad(out, leaves, grad, retain_graph=not step)
-
-    return Prepared(call, call())
+    leaves = [tensor for tensor in a.tensors if tensor is not None]
+    return backends.gradients(functools.partial(_call, function, a), leaves, grad, compile=compiled, step=step)
 
 
 def _call(function: Callable[..., Tensor], a: Arguments, *tensors: Tensor) -> Tensor:
@@ -78,7 +65,7 @@ def _call(function: Callable[..., Tensor], a: Arguments, *tensors: Tensor) -> Te
 
 _convolutions = functools.partial(_gradients, function=forward.two_convolutions)
 
-_CONTENDERS = (
+_CONTENDERS = backends.with_triton(
     Contender("ours-compiled", "ours", _gradients, compiled=True),
     Contender("ours-channels-last", "ours", functools.partial(_gradients, channels_last=True), compiled=True),
     Contender("ours-eager", "ours", functools.partial(_gradients, compiled=False)),

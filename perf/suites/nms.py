@@ -79,7 +79,7 @@ def _openvino(job: Job) -> Prepared:
     return dataclasses.replace(prepared, output=indices[: int(count), 2].long())
 
 
-_CONTENDERS = (
+_CONTENDERS = backends.with_triton(
     *OURS,
     Contender("torchvision", "peer", _torchvision, check=backends.needs_torchvision),
     Contender("onnxruntime", "peer", _onnxruntime, check=backends.needs("onnx", "onnxruntime")),

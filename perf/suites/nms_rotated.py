@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...ops.nms_rotated import batched_nms_rotated, nms_rotated
+from .. import backends
 from ..boxes import COPY, DECOMPOSITION, OURS, Problem, case, reference
 from ..spec import Suite
 
@@ -25,7 +26,7 @@ SUITE = Suite(
     name="nms_rotated",
     description="non-maximum suppression of rotated boxes",
     reference=reference,
-    contenders=(*OURS, DECOMPOSITION, COPY),
+    contenders=backends.with_triton(*OURS, DECOMPOSITION, COPY),
     cases=(
         case("1000", _problem(1000, 0.5), "ours-compiled", "ours-aoti", "decomposition", "copy"),
         case("4000", _problem(4000, 0.7)),

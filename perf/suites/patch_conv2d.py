@@ -193,7 +193,7 @@ def _matrix_product(job: Job) -> Prepared:
     return backends.eager(torch.matmul, (columns, weight))
 
 
-_CONTENDERS = (
+_CONTENDERS = backends.with_triton(
     Contender("ours-compiled", "ours", _compiled, compiled=True),
     Contender("ours-aoti", "ours", _packaged, compiled=True),
     Contender("ours-channels-last", "ours", functools.partial(_compiled, order=CHANNELS_LAST), compiled=True),

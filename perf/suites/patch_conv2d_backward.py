@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._functorch import config as functorch_config
 
 from ...ops.patch_conv2d import CHANNELS_LAST, Arguments, arranged, patch_conv2d
 from ...ops.registry import OPS
@@ -52,19 +51,7 @@ def _gradients(
         grad, a = arranged(grad, order), forward.in_order(a, order)
         if order == CHANNELS_LAST and function is not patch_conv2d:
             a = a._replace(weight=a.weight.contiguous(memory_format=torch.channels_last))
-    leaves = [tensor.detach().requires_grad_() for tensor in a.tensors]
-    program: Any = backends.Function(functools.partial(_call, function, a))
-    if compiled:
-        program = torch.compile(program, fullgraph=True)
-    keeps_graph = functorch_config.patch(donated_buffer=False)  # when compiled and when called
-    with keeps_graph:
-        result = program(*leaves)
-
-    @keeps_graph
-    def call() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(result, leaves, grad, retain_graph=True)
-
-    return Prepared(call, call())
+    return backends.gradients(functools.partial(_call, function, a), a.tensors, grad, compile=compiled)
 
 
 def _call(function: Callable[..., Tensor], a: Arguments, *tensors: Tensor) -> Tensor:
@@ -73,7 +60,7 @@ def _call(function: Callable[..., Tensor], a: Arguments, *tensors: Tensor) -> Te
 
 _conv2d = functools.partial(_gradients, function=forward.conv2d_of_the_batch)
 
-_CONTENDERS = (
+_CONTENDERS = backends.with_triton(
     Contender("ours-compiled", "ours", _gradients, compiled=True),
     Contender("ours-channels-last", "ours", functools.partial(_gradients, order=CHANNELS_LAST), compiled=True),
     Contender("conv2d", "peer", functools.partial(_conv2d, compiled=False)),

@@ -11,6 +11,7 @@ import dataclasses
 from torch import Tensor
 
 from ...ops.soft_nms import batched_soft_nms, soft_nms
+from .. import backends
 from ..boxes import COPY, DECOMPOSITION, OURS, Problem, case, reference
 from ..spec import Suite
 
@@ -33,7 +34,7 @@ SUITE = Suite(
     name="soft_nms",
     description="soft non-maximum suppression",
     reference=reference,
-    contenders=(*OURS, DECOMPOSITION, COPY),
+    contenders=backends.with_triton(*OURS, DECOMPOSITION, COPY),
     cases=tuple(
         case(name, problem, *contenders, tolerance=1e-5)
         for name, problem, *contenders in (

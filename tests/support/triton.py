@@ -15,10 +15,12 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 
 
@@ -162,31 +164,71 @@ class _Launcher:
 
         stream_and_hooks = 6
         values = dict(zip(self.function.arg_names, args[stream_and_hooks:]))
-        with _interpreting():
+        with _interpreting(_Memory(values.values())):
             InterpretedFunction(self.function.fn)[x, y, z](**{**values, **self.constants})
 
 
+class _Memory:
+    """What a kernel reads and writes memory with, in place of the interpreter's own: it refuses what is outside of the
+    kernel's tensors."""
+
+    def __init__(self, arguments: Iterable[Any]) -> None:
+        storages = [value.untyped_storage() for value in arguments if isinstance(value, torch.Tensor)]
+        self.ranges = [(storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in storages]
+
+    def __getattr__(self, name: str) -> Any:
+        from triton._C.libtriton import interpreter
+
+        return getattr(interpreter, name)
+
+    def _check(self, pointers: np.ndarray, mask: np.ndarray, itemsize: int) -> None:
+        used = pointers[mask].astype(np.int64)
+        inside = np.zeros(used.shape, dtype=bool)
+        for begin, end in self.ranges:
+            inside |= (used >= begin) & (used + itemsize <= end)
+        assert inside.all(), "a kernel reads or writes outside of its tensors"
+
+    def load(self, pointers: np.ndarray, mask: np.ndarray, other: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        self._check(pointers, mask, np.dtype(dtype).itemsize)
+        return self.__getattr__("load")(pointers, mask, other, dtype)
+
+    def store(self, pointers: np.ndarray, values: np.ndarray, mask: np.ndarray) -> None:
+        self._check(pointers, mask, values.itemsize)
+        self.__getattr__("store")(pointers, values, mask)
+
+    def atomic_rmw(
+        self, operation: Any, pointers: np.ndarray, values: np.ndarray, mask: np.ndarray, order: Any
+    ) -> np.ndarray:
+        self._check(pointers, mask, values.itemsize)
+        return self.__getattr__("atomic_rmw")(operation, pointers, values, mask, order)
+
+
 @contextlib.contextmanager
-def _interpreting() -> Iterator[None]:
-    """Kernels may call other functions of Triton, and those of libdevice."""
+def _interpreting(memory: _Memory) -> Iterator[None]:
+    """Kernels may call other functions of Triton, and those of libdevice, and multiply in bfloat16."""
+    import triton.language as tl
     from triton.language.extra import libdevice
-    from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, _patch_lang
+    from triton.runtime import interpreter
     from triton.runtime.jit import JITFunction
 
     def call(function: JITFunction, *args: Any, **kwargs: Any) -> Any:
-        scope = _patch_lang(function.fn)
-        try:
-            return InterpretedFunction(function.fn).rewrite()(*args, **kwargs)
-        finally:
-            scope.restore()
+        return interpreter.InterpretedFunction(function.fn).rewrite()(*args, **kwargs)
 
-    dot = functools.partialmethod(_dot, InterpreterBuilder.create_dot)
-    with (
-        patch.object(JITFunction, "__call__", call),
-        patch.object(InterpreterBuilder, "create_dot", dot),
-        patch.multiple(libdevice, **_libdevice()),
-    ):
-        yield
+    # Once for all functions that a kernel calls: the interpreter would do it, and not undo it, for each call.
+    scope = interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    dot = functools.partialmethod(_dot, interpreter.InterpreterBuilder.create_dot)
+    without_overflow = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+    try:
+        with (
+            patch.object(JITFunction, "__call__", call),
+            patch.object(interpreter.InterpreterBuilder, "create_dot", dot),
+            patch.object(interpreter.interpreter_builder, "options", without_overflow),
+            patch.object(interpreter, "_interpreter", memory),
+            patch.multiple(libdevice, **_libdevice()),
+        ):
+            yield
+    finally:
+        scope.restore()
 
 
 def _dot(builder: Any, original: Callable[..., Any], a: Any, b: Any, *rest: Any) -> Any:
