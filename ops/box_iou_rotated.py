@@ -58,13 +58,18 @@ def _decomposition(boxes1: Tensor, boxes2: Tensor) -> Tensor:
 
 
 def iou_rotated(boxes1: Tensor, boxes2: Tensor) -> Tensor:
-    """The overlap of boxes, ``[..., 5]``, with others, in float64.
+    """The overlap of boxes, ``[..., 5]``, with others, in float64."""
+    return overlap(rectangles(boxes1), rectangles(boxes2))
+
+
+def overlap(rectangles1: Tensor, rectangles2: Tensor) -> Tensor:
+    """The overlap of :func:`rectangles`, ``[..., 8]``, with others.
 
     In the frame of the first box, of half sides w and h, the intersection is an integral along the second box's edges:
     the integral of clamp(y, -h, h) dx, where x is clamped to [-w, w].
     """
-    x1, y1, w1, h1, cos1, sin1, area1, proper1 = _columns(boxes1)
-    x2, y2, w2, h2, cos2, sin2, area2, proper2 = _columns(boxes2)
+    x1, y1, w1, h1, cos1, sin1, area1, proper1 = rectangles1.unbind(-1)
+    x2, y2, w2, h2, cos2, sin2, area2, proper2 = rectangles2.unbind(-1)
     dx, dy = x2 - x1, y2 - y1
     px, py = dx * cos1 - dy * sin1, dx * sin1 + dy * cos1
     cos, sin = cos2 * cos1 + sin2 * sin1, sin2 * cos1 - cos2 * sin1
@@ -93,11 +98,11 @@ def iou_rotated(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     meet = meet & (px.abs() < w1 + ux.abs() + vx.abs()) & (py.abs() < h1 + uy.abs() + vy.abs())
     meet = meet & (qx.abs() < w2 + w1 * cos.abs() + h1 * sin.abs()) & (qy.abs() < h2 + w1 * sin.abs() + h1 * cos.abs())
     ratio = intersection / (area1 + area2 - intersection)
-    return ratio.where(proper1 & proper2 & meet & (ratio > 0), 0)
+    return ratio.where((proper1 != 0) & (proper2 != 0) & meet & (ratio > 0), 0)
 
 
-def _columns(boxes: Tensor) -> tuple[Tensor, ...]:
-    """Centres, half sides, cosines, sines, areas, and whether the boxes can overlap any."""
+def rectangles(boxes: Tensor) -> Tensor:
+    """Of boxes, ``[..., 5]``: centre, half sides, cosine, sine, area, and whether it can overlap any; ``[..., 8]``."""
     x, y, width, height, degrees = boxes.double().unbind(-1)
     half_width, half_height, area = width.abs() / 2, height.abs() / 2, width * height
     turn = degrees.fmod(360)
@@ -110,7 +115,7 @@ def _columns(boxes: Tensor) -> tuple[Tensor, ...]:
     cos, sin = torch.where(turned, -sin, cos) * sign, torch.where(turned, cos, sin) * sign
     extent_x, extent_y = _extents(half_width, half_height, cos, sin)
     proper = (area > 0) & (x + y).isfinite() & (area + extent_x + extent_y).isfinite()
-    return x, y, half_width, half_height, cos, sin, area, proper
+    return torch.stack([x, y, half_width, half_height, cos, sin, area, proper.double()], dim=-1)
 
 
 def _extents(half_width: Tensor, half_height: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

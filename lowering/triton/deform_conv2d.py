@@ -481,7 +481,11 @@ class _Call:
         self.block_channels = max(16, power_of_two(self.segment, 32 // most))
         self.part_outputs = self.segment * group_outputs if self.depthwise else group_outputs
         self.block_outputs = max(16, power_of_two(self.part_outputs, (32 if self.depthwise else 128) // most))
-        tensors = {"input": self.input, "offset": self.offset, "mask": self.offset if mask is None else self.mask}
+        tensors = {
+            "input": self.input,
+            "offset": self.offset,
+            "mask": self.offset if self.mask is None else self.mask,
+        }
         self.arguments: dict[str, Any] = {
             **tensors,
             **strides(**tensors),

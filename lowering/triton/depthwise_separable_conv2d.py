@@ -201,7 +201,8 @@ def _depthwise_gradients(call: Arguments, grad_hidden: Tensor | None, wanted: De
     def per_channel(values: Tensor) -> Tensor:  # [C, M, 1, 1]
         return values[..., None, None]
 
-    sums = sum(per_channel(weight[..., i, j]) * read_by((i, j)) for i, j in taps)  # [B, C, M, Ho, Wo]
+    terms = [per_channel(weight[..., i, j]) * read_by((i, j)) for i, j in taps]
+    sums = sum(terms[1:], terms[0])  # [B, C, M, Ho, Wo]
     if call.depthwise_bias is not None:
         sums = sums + per_channel(call.depthwise_bias.to(dtype).reshape(channels, multiplier))
     activation = ACTIVATIONS[call.activation]

@@ -92,7 +92,7 @@ def load_block(at, rows, columns, rows_exist, columns_exist, DOUBLE: tl.constexp
 def strides(**tensors: Tensor) -> dict[str, int | SymInt]:
     """Those of tensors ``[image, channel, row, column]``, by the names that kernels have for them; of five dimensions
     the second is ``patch``."""
-    steps = {}
+    steps: dict[str, int | SymInt] = {}
     for name, tensor in tensors.items():
         axes = ("image", "patch", "channel", "row", "column") if tensor.dim() == 5 else _AXES
         steps.update({f"{name}_{axis}": step for axis, step in zip(axes, tensor.stride())})

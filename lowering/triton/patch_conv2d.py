@@ -315,5 +315,12 @@ def _correlated(grad: Tensor, input: Tensor, shared: dict[str, Any], groups: int
     return out.sum(0).permute(2, 1, 0)
 
 
-triton_program_for("patch_conv2d", TritonProgram(_forward, lambda *args: constant_geometry(*args[3:6])))
-triton_program_for("patch_conv2d_backward", TritonProgram(_backward, lambda grad, *args: constant_geometry(*args[3:6])))
+def _refusal(*args: Any) -> str | None:
+    input, weight, _, *geometry = args[:6]
+    if int(weight.shape[1]) == 1 and int(input.shape[2]) > 1:
+        return "the products of a depthwise convolution would be mostly padding"
+    return constant_geometry(*geometry)
+
+
+triton_program_for("patch_conv2d", TritonProgram(_forward, _refusal))
+triton_program_for("patch_conv2d_backward", TritonProgram(_backward, lambda grad, *args: _refusal(*args)))

@@ -15,13 +15,16 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,3 +269,94 @@ def _libdevice() -> dict[str, Callable[..., Any]]:
         return call
 
     return {name: interpreted(getattr(torch, same)) for name, same in _LIBDEVICE.items()}
+
+
+# How tests run on the backends that there are
+
+
+BACKENDS = ("interpreter", "triton-cpu", "cuda")
+
+
+def activate(backend: str) -> torch.device:
+    """Have Triton use one of ``BACKENDS`` from now on; the device that its kernels run on.
+
+    Skips the test where it is not to be had.
+    """
+    triton = pytest.importorskip("triton")
+    from torch._inductor.runtime import triton_helpers
+
+    if backend == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("there is no CUDA device")
+        triton_helpers.set_driver_to_gpu()
+    elif backend == "triton-cpu":
+        if not is_compiled_for_cpu():
+            pytest.skip("Triton-CPU is not installed")
+        triton_helpers.set_driver_to_cpu()
+    else:
+        if is_compiled_for_cpu():
+            pytest.skip("Triton-CPU is installed: what would be interpreted is compiled")
+        install_interpreter()
+        triton.runtime.driver.set_active(triton.backends.backends["cpu"].driver())
+    _forget_kernels()
+    return torch.device("cuda" if backend == "cuda" else "cpu")
+
+
+def _forget_kernels() -> None:
+    """Triton keeps what it compiled by the number of the device, which the CPU and the first GPU share."""
+    from triton.runtime.jit import JITFunction
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("inductor_vision.lowering.triton."):
+            for value in vars(module).values():
+                if isinstance(value, JITFunction):
+                    value.device_caches.clear()
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """Arguments of an operator, with tensors moved to a device."""
+    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, value)
+
+
+def run_program(op: str, arguments: Any, device: torch.device) -> Any:
+    """What an operator's program with Triton kernels computes, without Inductor, from arguments on the CPU."""
+    from inductor_vision.lowering.registry import _triton_program
+    from inductor_vision.ops.registry import OPS
+
+    program = _triton_program(OPS[op])
+    assert program is not None, f"{op} has no Triton program"
+    arguments = moved(arguments, device)
+    assert program.refusal(*arguments) is None
+    return moved(program.program(*arguments), torch.device("cpu"))
+
+
+@contextlib.contextmanager
+def launched_kernels() -> Iterator[list[str]]:
+    """The names of the Triton kernels that compiled code launches inside the ``with`` block."""
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
+    names: list[str] = []
+
+    def run(autotuner: Any, *args: Any, **kwargs: Any) -> Any:
+        names.append(autotuner.fn.__name__)
+        return original(autotuner, *args, **kwargs)
+
+    original = CachingAutotuner.run
+    with patch.object(CachingAutotuner, "run", run):
+        yield names
+
+
+@contextlib.contextmanager
+def compiled_sources() -> Iterator[list[Any]]:
+    """The kernels that Triton compiles inside the ``with`` block, as it takes them."""
+    from triton.compiler import compiler
+
+    sources: list[Any] = []
+
+    def make_ir(source: Any, *args: Any, **kwargs: Any) -> Any:
+        sources.append(source)
+        return original(source, *args, **kwargs)
+
+    original = compiler.ASTSource.make_ir
+    with patch.object(compiler.ASTSource, "make_ir", make_ir):
+        yield sources

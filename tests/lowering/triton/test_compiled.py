@@ -1,0 +1,217 @@
+"""What Inductor makes of each operator where it generates Triton code: the path of a call, and which kernels run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from inductor_vision import deform_conv2d, explain, multiscale_roi_align, nms, patch_conv2d, roi_align
+from inductor_vision.ops.registry import OPS
+from inductor_vision.tests.support import (
+    deform_conv2d as deform,
+    depthwise_separable_conv2d as separable,
+    patch_conv2d as patch,
+    regions,
+)
+from inductor_vision.tests.support.boxes import Boxes, RotatedBoxes
+from inductor_vision.tests.support.compare import assert_close
+from inductor_vision.tests.support.compiled import Compiled, compile_and_run
+from inductor_vision.tests.support.convolution import gradient_like
+from inductor_vision.tests.support.triton import launched_kernels, moved
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+
+def _gradient(op: str, positional: tuple[Any, ...], wanted: int) -> tuple[Any, ...]:
+    grad = gradient_like(OPS[op].decomposition(*positional))
+    return (grad, *positional, [True] * wanted)
+
+
+def _boxes(kind: type[Boxes]) -> tuple[Tensor, ...]:
+    return kind(20).tensors()
+
+
+def _heatmaps() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, 2, 5, 6, generator=generator), torch.tensor([[1.5, 2, 9.25, 8], [0, 0, 20, 3.5]])
+
+
+# Of each operator a call, and the kernel of this package that it runs; None: it has none, and runs Inductor's alone.
+CALLS: dict[str, tuple[Callable[[], tuple[Any, ...]], str | None]] = {
+    "deform_conv2d": (lambda: deform.sample("mask_bias").positional, "convolve"),
+    "deform_conv2d_backward": (
+        lambda: _gradient("deform_conv2d", deform.sample("mask_bias").positional, 5),
+        "spread",
+    ),
+    "patch_conv2d": (lambda: patch.sample("plain").positional, "convolve"),
+    "patch_conv2d_backward": (lambda: _gradient("patch_conv2d", patch.sample("plain").positional, 3), "correlate"),
+    "depthwise_separable_conv2d": (lambda: separable.sample("then_silu").positional, "convolve"),
+    "depthwise_separable_conv2d_backward": (
+        lambda: _gradient("depthwise_separable_conv2d", separable.sample("then_silu").positional, 5),
+        None,
+    ),
+    "roi_align": (lambda: regions.sample("roi_align", "adaptive").positional, "sample_bins"),
+    "roi_align_backward": (lambda: regions.sample("roi_align", "adaptive").positional_backward, "sample_bins"),
+    "ps_roi_align": (lambda: regions.sample("ps_roi_align", "plain").positional, "sample_bins"),
+    "ps_roi_align_backward": (lambda: regions.sample("ps_roi_align", "plain").positional_backward, "sample_bins"),
+    "roi_pool": (lambda: regions.sample("roi_pool", "plain").positional, "pool_bins"),
+    "roi_pool_backward": (lambda: regions.sample("roi_pool", "plain").positional_backward, None),
+    "ps_roi_pool": (lambda: regions.sample("ps_roi_pool", "plain").positional, "pool_bins"),
+    "ps_roi_pool_backward": (lambda: regions.sample("ps_roi_pool", "plain").positional_backward, "pool_bins"),
+    "nms": (lambda: (*_boxes(Boxes), 0.3), "choose"),
+    "nms_rotated": (lambda: (*_boxes(RotatedBoxes)[:2], None, 0.3), "choose"),
+    "soft_nms": (lambda: (*_boxes(Boxes), 0.3, 0.5, 0.1, "linear"), "take"),
+    "box_iou_rotated": (lambda: (_boxes(RotatedBoxes)[0], RotatedBoxes(7).tensors()[0]), None),
+    "heatmaps_to_keypoints": (_heatmaps, "find_peak"),
+}
+
+
+def run_compiled(op: str, arguments: tuple[Any, ...], **options: Any) -> tuple[Compiled, list[str]]:
+    """A call of an operator, compiled, and the Triton kernels that it launched."""
+    leaves, structure = tree_flatten(arguments)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    def call(*tensors: Tensor) -> Any:
+        given = iter(tensors)
+        return OPS[op](
+            *tree_unflatten([next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)
+        )
+
+    with launched_kernels() as names:
+        compiled = compile_and_run(call, *tensors, **options)
+    return compiled, names
+
+
+def results_of(value: Any) -> list[Tensor]:
+    return [leaf.cpu() for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor)]
+
+
+def test_each_operator_has_a_call():
+    assert sorted(CALLS) == sorted(OPS)
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_an_operator_runs_as_triton_code(op: str, device: torch.device):
+    make, kernel = CALLS[op]
+    arguments = make()
+    compiled, names = run_compiled(op, moved(arguments, device))
+    (path,) = compiled.paths
+    if kernel is not None or op == "depthwise_separable_conv2d_backward":
+        assert path.kind == "triton"
+    else:
+        assert path.kind == "decomposition" and path.detail.startswith("Triton code, no kernel of its own; ")
+    assert compiled.templates == 0
+    assert names, "no Triton kernel ran"
+    if kernel is not None:
+        assert any(name.startswith(kernel) for name in names), names
+    for actual, expected in zip(results_of(compiled.result), results_of(OPS[op].decomposition(*arguments))):
+        assert actual.dtype == expected.dtype
+        if actual.is_floating_point():
+            assert_close(actual, expected, torch.float32)
+        else:
+            assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("op", ["deform_conv2d", "deform_conv2d_backward", "depthwise_separable_conv2d"])
+def test_no_columns_and_nothing_between_convolutions_is_stored(op: str, device: torch.device):
+    """Each buffer is no larger than the largest of what goes in and what comes out."""
+    arguments = moved(CALLS[op][0](), device)
+    compiled, _ = run_compiled(op, arguments)
+    shapes = re.findall(r"empty_strided_\w+\(\(([\d, ]+)\)", compiled.source)
+    largest = max(tensor.numel() for tensor in (*results_of(arguments[:-1]), *results_of(compiled.result)))
+    assert shapes
+    for shape in shapes:
+        numbers = [int(number) for number in shape.split(",") if number.strip()]
+        assert torch.Size(numbers).numel() <= largest, shape
+    assert "extern_kernels" not in compiled.source.replace("import extern_kernels", "").replace("extern_kernels = ", "")
+
+
+def gradients(function: Callable[..., Tensor], tensors: list[Tensor]) -> list[Tensor]:
+    leaves = [tensor.detach().requires_grad_(tensor.is_floating_point()) for tensor in tensors]
+    out = function(*leaves)
+    return list(
+        torch.autograd.grad(out, [leaf for leaf in leaves if leaf.requires_grad], gradient_like(out.cpu()).to(out))
+    )
+
+
+TRAINED = {
+    "deform_conv2d": (
+        lambda x, offset, weight, bias, mask: deform_conv2d(
+            x.sin(), offset, weight, bias, padding=1, mask=mask.sigmoid()
+        ).relu(),
+        lambda: [tensor for tensor in deform.sample("mask_bias").positional if isinstance(tensor, Tensor)],
+    ),
+    "patch_conv2d": (
+        lambda x, weight, bias: patch_conv2d(x.sin(), weight, bias, padding=1).relu(),
+        lambda: list(patch.sample("plain").positional[:3]),
+    ),
+    "roi_align": (
+        lambda x: roi_align(x.sin(), _ROIS.to(x.device), (2, 3), 0.5).exp(),
+        lambda: [regions.sample("roi_align", "plain").input],
+    ),
+    "multiscale_roi_align": (
+        lambda x: multiscale_roi_align(
+            [x.sin(), x[:, :, ::2, ::2] * 2],
+            _ROIS.to(x.device),
+            2,
+            [0.5, 0.25],
+            2,
+            canonical_scale=8,
+            canonical_level=1,
+        ),
+        lambda: [regions.sample("roi_align", "plain").input],
+    ),
+}
+_ROIS = torch.tensor([[0, 1.0, 2, 8, 9], [1, -3, 2, 20, 9], [0, 3, 3, 3, 3], [1, -30, -30, 50, 40]])
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_training_among_other_steps(name: str, device: torch.device):
+    function, make = TRAINED[name]
+    tensors = make()
+    compiled = compile_and_run(function, moved(tensors, device), run=gradients)
+    assert {path.kind for path in compiled.paths} == {"triton"}
+    for actual, expected in zip(results_of(compiled.result), gradients(function, tensors)):
+        assert_close(actual, expected, torch.float32)
+
+
+def test_sizes_may_be_dynamic(device: torch.device):
+    """One compilation serves all; their indices have 64 bits, as sizes may be of any magnitude."""
+
+    def call(x: Tensor, boxes: Tensor, scores: Tensor) -> Tensor:
+        kept = nms(boxes, scores, 0.3)
+        return roi_align(x, [boxes[kept]], 3, 0.5)
+
+    def check(count: int, function: Callable[..., Tensor]) -> None:
+        boxes, scores, _ = Boxes(count).tensors()
+        tensors = torch.randn(1, 3, 20 + count, 25, generator=torch.Generator().manual_seed(count)), boxes, scores
+        assert_close(function(*moved(tensors, device)).cpu(), call(*tensors), torch.float32)
+
+    boxes, scores, _ = Boxes(20).tensors()
+    compiled = compile_and_run(call, *moved((torch.randn(1, 3, 40, 25), boxes, scores), device), dynamic=True)
+    assert {path.kind for path in compiled.paths} == {"triton"}
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for count in (20, 33):
+            check(count, compiled.function)
+
+
+def test_wrong_values_are_errors_before_a_kernel_reads(device: torch.device):
+    if device.type == "cuda":
+        pytest.skip("an assertion on a CUDA device leaves it unusable for this process")
+    x = torch.randn(2, 3, 5, 6)
+    for image in (2.0, -1.0, float("nan")):
+        with pytest.raises(RuntimeError, match="roi_align: boxes name an image that does not exist"):
+            compile_and_run(lambda x, rois: roi_align(x, rois, 2), x, torch.tensor([[image, 0, 0, 3, 3]]))
+    maps, rois = _heatmaps()
+    rois[1, 2] = float("inf")
+    with pytest.raises(RuntimeError, match=r"rois must be finite and of less than 2\^31 pixels"):
+        run_compiled("heatmaps_to_keypoints", (maps, rois))
+
+
+def test_explain_names_the_path(device: torch.device):
+    x, offset, weight, bias, *_ = moved(deform.sample("bias").positional, device)
+    explanation = str(explain(lambda *tensors: deform_conv2d(*tensors, padding=1), x, offset, weight, bias))
+    assert explanation.startswith("deform_conv2d  triton: an aten program with Triton kernels of its own; ")

@@ -1,0 +1,40 @@
+"""The kernels compile for GPUs, down to their machine code, where there is none: types, layouts and sizes of blocks are
+right for them too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from inductor_vision.tests.lowering.triton.test_compiled import CALLS
+from inductor_vision.tests.support.triton import activate, compiled_sources, run_program
+
+TARGETS = {"nvidia": ("cuda", 80, 32), "amd": ("hip", "gfx942", 64)}
+WITH_KERNELS = [op for op, (_, kernel) in CALLS.items() if kernel is not None]
+
+
+def in_dtype(value: object, dtype: torch.dtype) -> object:
+    """float32 maps in another dtype; boxes stay."""
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.dtype == torch.float32 else value
+
+
+@pytest.mark.parametrize("vendor", TARGETS)
+@pytest.mark.parametrize("op", WITH_KERNELS)
+def test_kernels_compile(op: str, vendor: str):
+    activate("interpreter")
+    from triton import compile
+    from triton.backends import backends
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if vendor not in backends:
+        pytest.skip(f"this Triton has no backend for {vendor}")
+    arguments = CALLS[op][0]()
+    low, double = ([in_dtype(argument, dtype) for argument in arguments] for dtype in (torch.bfloat16, torch.float64))
+    with compiled_sources() as sources:
+        for values in (arguments, double, *([low] if "conv2d" in op else [])):
+            run_program(op, values, torch.device("cpu"))
+    assert sources
+    for source in sources:
+        again = ASTSource(source.fn, source.signature, source.constants, source.attrs)
+        kernel = compile(again, target=GPUTarget(*TARGETS[vendor]), options={"num_warps": 4})
+        assert kernel.metadata.shared <= 160 * 1024  # of an A100's multiprocessor; MI300 has 64 KB
