@@ -9,6 +9,8 @@
 #     make test TORCH= VENV=my-environment
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# The Triton that goes with it, for tests; TRITON= keeps one that is there, such as Triton-CPU.
+TRITON ?= triton==3.7.1
 VENV ?= .venv
 
 PY := $(VENV)/bin/python
@@ -57,6 +59,7 @@ $(PY):
 
 $(READY): pyproject.toml | $(PY)
 	$(if $(TORCH),$(PIP) $(foreach word,$(TORCH),'$(word)'))
+	$(if $(TRITON),$(PIP) $(foreach word,$(TRITON),'$(word)'))
 	$(PIP) -e '.[test,examples]'
 	@rm -f $(VENV)/.ready-* && touch $@
 

@@ -32,9 +32,10 @@ class Explanation:
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Compile and run ``fn(*args, **kwargs)`` once, and say which path each call of this package's operators took.
 
-    A call takes one of three paths, the fastest first:
+    A call takes one of these paths:
 
     * ``template``: a C++ kernel of this package, fused with its neighbours;
+    * ``triton``: an aten program with Triton kernels of this package, where Inductor generates Triton code;
     * ``decomposition``: the operator's aten program, lowered by Inductor; the detail says why no template took it;
     * ``eager``: the call was not compiled, because of a graph break or a function that compilation skips.
 

@@ -1,4 +1,4 @@
-"""Which path each operator call took: a C++ template, the lowered decomposition, or eager mode."""
+"""Which path each operator call took: a C++ template, Triton kernels, the lowered decomposition, or eager mode."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Path:
 
     Attributes:
         op: the operator's name.
-        kind: ``"template"``, ``"decomposition"`` (lowered by Inductor) or ``"eager"``; of a pass over graphs,
-            ``"fused"`` or ``"left alone"``, which says what became of operators that are not this package's.
+        kind: ``"template"``, ``"triton"``, ``"decomposition"`` (lowered by Inductor) or ``"eager"``; of a pass over
+            graphs, ``"fused"`` or ``"left alone"``, which says what became of operators that are not this package's.
         detail: which template, or why no template; what was fused, or why it was left alone.
     """
 

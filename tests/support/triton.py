@@ -347,16 +347,14 @@ def launched_kernels() -> Iterator[list[str]]:
 
 
 @contextlib.contextmanager
-def compiled_sources() -> Iterator[list[Any]]:
-    """The kernels that Triton compiles inside the ``with`` block, as it takes them."""
-    from triton.compiler import compiler
-
+def interpreted_sources() -> Iterator[list[Any]]:
+    """The kernels that are loaded for the interpreter inside the ``with`` block, as Triton compiles them."""
     sources: list[Any] = []
 
-    def make_ir(source: Any, *args: Any, **kwargs: Any) -> Any:
+    def init(launcher: _Launcher, source: Any, metadata: Any) -> None:
         sources.append(source)
-        return original(source, *args, **kwargs)
+        original(launcher, source, metadata)
 
-    original = compiler.ASTSource.make_ir
-    with patch.object(compiler.ASTSource, "make_ir", make_ir):
+    original = _Launcher.__init__
+    with patch.object(_Launcher, "__init__", init):
         yield sources

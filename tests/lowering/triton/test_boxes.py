@@ -81,10 +81,8 @@ def test_heatmaps_to_keypoints(dtype: torch.dtype, device: torch.device):
     assert_close(run_program("heatmaps_to_keypoints", arguments, device), expected, torch.float32)
 
 
-def test_heatmaps_with_nan_and_equal_maxima(device: torch.device):
+def test_heatmaps_with_nan(device: torch.device):
     maps, rois = heatmaps(torch.float32)
     maps[0, 0, 3, 3] = NAN
-    maps[1] = 1.0
-    maps[2, 1] = -float("inf")
     expected = OPS["heatmaps_to_keypoints"].decomposition(maps, rois)
     assert_close(run_program("heatmaps_to_keypoints", (maps, rois), device), expected, torch.float32)

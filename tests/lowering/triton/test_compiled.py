@@ -179,7 +179,8 @@ def test_training_among_other_steps(name: str, device: torch.device):
 
 
 def test_sizes_may_be_dynamic(device: torch.device):
-    """One compilation serves all; their indices have 64 bits, as sizes may be of any magnitude."""
+    """One compilation serves all, of more than one word of boxes; indices have 64 bits, as sizes may be of any
+    magnitude."""
 
     def call(x: Tensor, boxes: Tensor, scores: Tensor) -> Tensor:
         kept = nms(boxes, scores, 0.3)
@@ -187,14 +188,14 @@ def test_sizes_may_be_dynamic(device: torch.device):
 
     def check(count: int, function: Callable[..., Tensor]) -> None:
         boxes, scores, _ = Boxes(count).tensors()
-        tensors = torch.randn(1, 3, 20 + count, 25, generator=torch.Generator().manual_seed(count)), boxes, scores
+        tensors = torch.randn(1, 3, 21 + count, 25, generator=torch.Generator().manual_seed(count)), boxes, scores
         assert_close(function(*moved(tensors, device)).cpu(), call(*tensors), torch.float32)
 
-    boxes, scores, _ = Boxes(20).tensors()
-    compiled = compile_and_run(call, *moved((torch.randn(1, 3, 40, 25), boxes, scores), device), dynamic=True)
+    boxes, scores, _ = Boxes(40).tensors()
+    compiled = compile_and_run(call, *moved((torch.randn(1, 3, 61, 25), boxes, scores), device), dynamic=True)
     assert {path.kind for path in compiled.paths} == {"triton"}
     with torch.compiler.set_stance("fail_on_recompile"):
-        for count in (20, 33):
+        for count in (40, 50):
             check(count, compiled.function)
 
 

@@ -6,14 +6,15 @@ from __future__ import annotations
 import pytest
 import torch
 from inductor_vision.tests.lowering.triton.test_compiled import CALLS
-from inductor_vision.tests.support.triton import activate, compiled_sources, run_program
+from inductor_vision.tests.support.triton import activate, interpreted_sources, run_program
+from torch.utils._pytree import tree_map
 
 TARGETS = {"nvidia": ("cuda", 80, 32), "amd": ("hip", "gfx942", 64)}
 WITH_KERNELS = [op for op, (_, kernel) in CALLS.items() if kernel is not None]
 
 
 def in_dtype(value: object, dtype: torch.dtype) -> object:
-    """float32 maps in another dtype; boxes stay."""
+    """What is float32 in another dtype."""
     return value.to(dtype) if isinstance(value, torch.Tensor) and value.dtype == torch.float32 else value
 
 
@@ -29,8 +30,11 @@ def test_kernels_compile(op: str, vendor: str):
     if vendor not in backends:
         pytest.skip(f"this Triton has no backend for {vendor}")
     arguments = CALLS[op][0]()
-    low, double = ([in_dtype(argument, dtype) for argument in arguments] for dtype in (torch.bfloat16, torch.float64))
-    with compiled_sources() as sources:
+    low, double = (
+        tree_map(lambda value, dtype=dtype: in_dtype(value, dtype), arguments)
+        for dtype in (torch.bfloat16, torch.float64)
+    )
+    with interpreted_sources() as sources:
         for values in (arguments, double, *([low] if "conv2d" in op else [])):
             run_program(op, values, torch.device("cpu"))
     assert sources
