@@ -1,8 +1,8 @@
 """A Triton for the CPU that interprets: the Triton code that Inductor generates runs where nothing compiles it.
 
 Triton compiles for GPUs; its fork Triton-CPU has a backend named "cpu", which Inductor uses for tensors on the CPU
-under ``torch._inductor.config.cpu_backend = "triton"``. Where that is missing, :func:`install_interpreter` puts one of
-its own in its place: kernels are compiled as far as Triton's own representation, which checks their types, and are
+under ``torch._inductor.config.cpu_backend = "triton"``. Where that is missing, :func:`interpreter_installed` puts one
+of its own in its place: kernels are compiled as far as Triton's own representation, which checks their types, and are
 launched in Triton's interpreter, which computes them with numpy.
 
 The interpreter's own switch, ``TRITON_INTERPRET``, is not used. It is for a whole process, and kernels that are
@@ -58,15 +58,26 @@ def is_compiled_for_cpu() -> bool:
     """Whether there is a Triton that compiles for the CPU."""
     from triton.backends import backends
 
-    return "cpu" in backends and not hasattr(backends["cpu"].compiler, "interprets")
+    return "cpu" in backends
+
+
+@contextlib.contextmanager
+def interpreter_installed() -> Iterator[None]:
+    """Triton takes its interpreter for a backend named "cpu"."""
+    import triton
+    from triton.backends import backends
+
+    backend = _interpreter()
+    with patch.dict(backends, {"cpu": backend}):
+        triton.runtime.driver.set_active(backend.driver())
+        yield
 
 
 @functools.cache
-def install_interpreter() -> None:
-    """Have Triton take its interpreter for a backend named "cpu", for the rest of this process."""
-    import triton
+def _interpreter() -> Any:
+    """The backend."""
     from triton._C.libtriton import ir, passes
-    from triton.backends import Backend, backends
+    from triton.backends import Backend
     from triton.backends.compiler import BaseBackend, GPUTarget
     from triton.backends.driver import DriverBase
 
@@ -97,8 +108,6 @@ def install_interpreter() -> None:
             raise NotImplementedError("nothing is measured in an interpreter")
 
     class InterpreterBackend(BaseBackend):
-        interprets = True
-
         def __init__(self, target: GPUTarget) -> None:
             super().__init__(target)
             self.binary_ext = "ttir"
@@ -138,8 +147,7 @@ def install_interpreter() -> None:
         def pack_metadata(self, metadata: Any) -> Any:
             return metadata
 
-    backends["cpu"] = Backend(InterpreterBackend, InterpreterDriver)
-    triton.runtime.driver.set_active(InterpreterDriver())
+    return Backend(InterpreterBackend, InterpreterDriver)
 
 
 class _Utils:
@@ -277,29 +285,31 @@ def _libdevice() -> dict[str, Callable[..., Any]]:
 BACKENDS = ("interpreter", "triton-cpu", "cuda")
 
 
-def activate(backend: str) -> torch.device:
-    """Have Triton use one of ``BACKENDS`` from now on; the device that its kernels run on.
+@contextlib.contextmanager
+def active(backend: str) -> Iterator[torch.device]:
+    """Triton uses one of ``BACKENDS``; the device that its kernels run on.
 
     Skips the test where it is not to be had.
     """
-    triton = pytest.importorskip("triton")
+    pytest.importorskip("triton")
     from torch._inductor.runtime import triton_helpers
 
+    _forget_kernels()
     if backend == "cuda":
         if not torch.cuda.is_available():
             pytest.skip("there is no CUDA device")
         triton_helpers.set_driver_to_gpu()
+        yield torch.device("cuda")
     elif backend == "triton-cpu":
         if not is_compiled_for_cpu():
             pytest.skip("Triton-CPU is not installed")
         triton_helpers.set_driver_to_cpu()
+        yield torch.device("cpu")
     else:
         if is_compiled_for_cpu():
             pytest.skip("Triton-CPU is installed: what would be interpreted is compiled")
-        install_interpreter()
-        triton.runtime.driver.set_active(triton.backends.backends["cpu"].driver())
-    _forget_kernels()
-    return torch.device("cuda" if backend == "cuda" else "cpu")
+        with interpreter_installed():
+            yield torch.device("cpu")
 
 
 def _forget_kernels() -> None:

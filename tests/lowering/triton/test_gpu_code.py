@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from inductor_vision.tests.lowering.triton.test_compiled import CALLS
-from inductor_vision.tests.support.triton import activate, interpreted_sources, run_program
+from inductor_vision.tests.support.triton import active, interpreted_sources, run_program
 from torch.utils._pytree import tree_map
 
 TARGETS = {"nvidia": ("cuda", 80, 32), "amd": ("hip", "gfx942", 64)}
@@ -21,7 +21,6 @@ def in_dtype(value: object, dtype: torch.dtype) -> object:
 @pytest.mark.parametrize("vendor", TARGETS)
 @pytest.mark.parametrize("op", WITH_KERNELS)
 def test_kernels_compile(op: str, vendor: str):
-    activate("interpreter")
     from triton import compile
     from triton.backends import backends
     from triton.backends.compiler import GPUTarget
@@ -34,7 +33,7 @@ def test_kernels_compile(op: str, vendor: str):
         tree_map(lambda value, dtype=dtype: in_dtype(value, dtype), arguments)
         for dtype in (torch.bfloat16, torch.float64)
     )
-    with interpreted_sources() as sources:
+    with active("interpreter"), interpreted_sources() as sources:
         for values in (arguments, double, *([low] if "conv2d" in op else [])):
             run_program(op, values, torch.device("cpu"))
     assert sources
