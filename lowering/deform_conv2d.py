@@ -24,7 +24,7 @@ from .inductor import (
 )
 from .layout import image_and_format, realize_image
 from .panels import MAX_DEPTH, PANEL_BYTES, bf16_dot_products, pack_panels
-from .registry import Template, define_internal_op, template_for
+from .registry import Template, constant_geometry, define_internal_op, template_for
 from .template import BlocksTemplate, ResultsTemplate, pointer, splice_header, view
 from .tuning import cache_bytes, fastest
 
@@ -124,9 +124,7 @@ def _convolution(call: Arguments, weight_shape: Sequence[int]) -> Convolution:
 
 def _refusal(*args: Any) -> str | None:
     call = Arguments(*args)
-    if not all(isinstance(number, int) for number in (*call.stride, *call.padding, *call.dilation)):
-        return "stride, padding and dilation must be constants"
-    return None
+    return constant_geometry(call.stride, call.padding, call.dilation)
 
 
 def _refusal_backward(grad: Tensor, *args: Any) -> str | None:

@@ -19,7 +19,7 @@ from .constants import fold_constant
 from .inductor import DTYPE_TO_CPP, CppTemplateKernel, V, ir
 from .layout import image_and_format
 from .panels import MAX_DEPTH, pack_panels
-from .registry import Template, define_internal_op, template_for
+from .registry import Template, constant_geometry, define_internal_op, template_for
 from .template import BlocksTemplate, ResultsTemplate, pointer, size_in_cpp, view
 from .tuning import cache_bytes
 
@@ -81,9 +81,7 @@ class Separable:
 
 def _refusal(*args: Any) -> str | None:
     call = Arguments(*args)
-    if not all(isinstance(number, int) for number in (*call.stride, *call.padding, *call.dilation)):
-        return "stride, padding and dilation must be constants"
-    return None
+    return constant_geometry(call.stride, call.padding, call.dilation)
 
 
 def _refusal_backward(grad: Tensor, *args: Any) -> str | None:

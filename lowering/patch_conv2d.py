@@ -21,7 +21,7 @@ from ..ops.patch_conv2d import (
 from .constants import fold_constant
 from .inductor import DTYPE_TO_CPP, CppTemplateKernel, V, ir, lowerings
 from .panels import pack_panels
-from .registry import Template, define_internal_op, template_for
+from .registry import Template, constant_geometry, define_internal_op, template_for
 from .template import BlocksTemplate, ResultsTemplate, pointer, size_in_cpp
 from .tuning import cache_bytes
 
@@ -75,8 +75,8 @@ def _convolution(call: Arguments) -> Convolution:
 
 def _refusal(*args: Any) -> str | None:
     call = Arguments(*args)
-    if not all(isinstance(number, int) for number in (*call.stride, *call.padding, *call.dilation)):
-        return "stride, padding and dilation must be constants"
+    if refused := constant_geometry(call.stride, call.padding, call.dilation):
+        return refused
     depthwise = call.groups == int(call.input.shape[2]) == int(call.weight.shape[0]) > 1
     if depthwise and call.input.dtype == torch.float32:
         return (

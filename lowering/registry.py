@@ -19,7 +19,7 @@ import importlib
 import importlib.util
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,12 @@ class Template:
 def serve_all(*args: Any) -> str | None:
     """The refusal of templates that take every call."""
     return None
+
+
+def constant_geometry(*pairs: Sequence[Any]) -> str | None:
+    """The refusal of kernels that are compiled for a stride, padding and dilation."""
+    constant = all(isinstance(number, int) for pair in pairs for number in pair)
+    return None if constant else "stride, padding and dilation must be constants"
 
 
 @dataclasses.dataclass(frozen=True)

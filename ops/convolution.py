@@ -135,3 +135,16 @@ def check_gradient(op: str, grad: Tensor, input: Tensor, shape: Sequence[Any]) -
         f"grad must have shape {tuple(shape)}, got {tuple(grad.shape)}",
     )
     check_dtypes(op, input, {"grad": grad})
+
+
+def gradients_like(
+    tensors: Sequence[Tensor | None], gradients: Sequence[Tensor | None], like: Tensor
+) -> tuple[Tensor, ...]:
+    """Gradients in the shapes, dtypes and memory formats of what they are of; an empty tensor, of the dtype and on the
+    device of ``like``, for each that there is none of."""
+    return tuple(
+        like.new_empty(0)
+        if gradient is None or tensor is None
+        else gradient.reshape(tensor.shape).to(tensor.dtype).contiguous(memory_format=gradient_format(tensor))
+        for gradient, tensor in zip(gradients, tensors)
+    )

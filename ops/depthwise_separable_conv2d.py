@@ -21,6 +21,7 @@ from .convolution import (
     check_size,
     empty_output,
     gradient_format,
+    gradients_like,
     pair,
 )
 from .registry import accumulate_dtype, check, define_op, forbid_double_backward
@@ -524,12 +525,7 @@ def gradients(grad: Tensor, *args: Any, depthwise: Callable[..., DepthwiseGradie
         results[2] = None if half.hidden is None else rows @ half.hidden
     if wanted[4]:
         results[4] = grad.to(dtype).sum(3).sum((0, 2))  # of rows first: threads then read memory from front to back
-    return tuple(
-        arguments.input.new_empty(0)
-        if result is None or tensor is None
-        else result.reshape(tensor.shape).to(tensor.dtype).contiguous(memory_format=gradient_format(tensor))
-        for result, tensor in zip(results, arguments.tensors)
-    )
+    return gradients_like(arguments.tensors, results, arguments.input)
 
 
 def _depthwise_gradients(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .kernels import kernel, launch
 
+# Arguments of kernels have no types in Python.
 # mypy: disable-error-code="no-untyped-def"
 
 _BITS = 32  # of a word

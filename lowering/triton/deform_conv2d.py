@@ -16,26 +16,28 @@ import triton.language as tl
 from torch import Tensor
 
 from ...ops import deform_conv2d
-from ...ops.convolution import gradient_format
+from ...ops.convolution import gradients_like
 from ...ops.deform_conv2d import Arguments
 from ...ops.registry import accumulate_dtype
-from ..registry import TritonProgram, triton_program_for
+from ..registry import TritonProgram, constant_geometry, triton_program_for
 from .kernels import (
+    PART_PIXELS,
     block_of_pixels,
-    constant_geometry,
     dense,
     dot_precision,
+    filters_of,
     geometry_of,
     in_format_of,
     kernel,
     launch,
     load_block,
     positions,
-    power_of_two,
+    product_blocks,
     strides,
     wide,
 )
 
+# Arguments of kernels have no types in Python.
 # mypy: disable-error-code="no-untyped-def"
 
 
@@ -463,7 +465,6 @@ class _Call:
         weight, mask = arguments.weight, arguments.mask
         self.input, self.offset = dense(arguments.input), dense(arguments.offset)
         self.mask = None if mask is None else dense(mask)
-        self.double = weight.dtype == torch.float64
         self.outputs, self.group_channels = map(int, weight.shape[:2])
         channels = int(self.input.shape[1])
         self.groups = channels // self.group_channels
@@ -474,13 +475,12 @@ class _Call:
         self.segments = channels // self.segment
         self.taps = arguments.taps
         batch, _, out_height, out_width = self.offset.shape
-        self.out_pixels, self.pixels = out_height * out_width, batch * out_height * out_width
+        self.pixels = batch * out_height * out_width
         group_outputs = self.outputs // self.groups
-        most = 2 if self.double else 1  # less of what takes more room in registers
-        self.block_pixels = 64 // most
-        self.block_channels = max(16, power_of_two(self.segment, 32 // most))
         self.part_outputs = self.segment * group_outputs if self.depthwise else group_outputs
-        self.block_outputs = max(16, power_of_two(self.part_outputs, (32 if self.depthwise else 128) // most))
+        most_outputs = 32 if self.depthwise else 128
+        blocks = product_blocks(weight.dtype, self.segment, self.part_outputs, most_outputs)
+        self.block_pixels, self.block_channels, self.block_outputs = blocks.values()
         tensors = {
             "input": self.input,
             "offset": self.offset,
@@ -490,7 +490,7 @@ class _Call:
             **tensors,
             **strides(**tensors),
             "pixels": self.pixels,
-            "out_pixels": self.out_pixels,
+            "out_pixels": out_height * out_width,
             "out_width": out_width,
             "height": self.input.shape[2],
             "width": self.input.shape[3],
@@ -502,11 +502,9 @@ class _Call:
             "OUTPUTS": self.outputs,
             "MASK": mask is not None,
             "DEPTHWISE": self.depthwise,
-            "DOUBLE": self.double,
+            "DOUBLE": weight.dtype == torch.float64,
             "PRECISION": dot_precision(),
-            "BLOCK_PIXELS": self.block_pixels,
-            "BLOCK_CHANNELS": self.block_channels,
-            "BLOCK_OUTPUTS": self.block_outputs,
+            **blocks,
         }
 
     @property
@@ -514,10 +512,6 @@ class _Call:
         """Of outputs, of all groups or segments."""
         parts = self.segments if self.depthwise else self.groups
         return parts * triton.cdiv(self.part_outputs, self.block_outputs)
-
-    def filters(self, weight: Tensor) -> Tensor:
-        """``[K, group channels, outputs]``"""
-        return weight.flatten(2).permute(2, 1, 0).contiguous()
 
 
 def _forward(*args: Any) -> Tensor:
@@ -527,7 +521,7 @@ def _forward(*args: Any) -> Tensor:
     out = in_format_of(
         arguments.input, (call.input.shape[0], call.outputs, *size), call.input.new_empty, call.input.dtype
     )
-    filters = call.filters(arguments.weight)
+    filters = filters_of(arguments.weight)
     grid = triton.cdiv(call.pixels, call.block_pixels), call.output_blocks
     (out,) = launch(
         convolve,
@@ -564,7 +558,7 @@ def _backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
             if call.mask is not None:
                 outputs["grad_mask"] = torch.empty_like(call.mask)
         unwritten = {name: call.offset for name in ("grad_input", "grad_offset", "grad_mask") if name not in outputs}
-        filters = call.filters(arguments.weight)
+        filters = filters_of(arguments.weight)
         flags = {"INPUT": wanted[0], "OFFSET": of_points}
         written = launch(spread, grid, outputs, **shared, **unwritten, weight=filters, **flags)
         gradients = dict(zip(outputs, written))
@@ -574,24 +568,16 @@ def _backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
         results[2] = _grad_weight(call, shared, dtype)
     if wanted[3]:
         results[3] = grad.to(dtype).sum((0, 2, 3))
-    return tuple(
-        arguments.input.new_empty(0)
-        if result is None or tensor is None
-        else result.reshape(tensor.shape).to(tensor.dtype).contiguous(memory_format=gradient_format(tensor))
-        for result, tensor in zip(results, tensors)
-    )
-
-
-_PART = 4096  # pixels whose products one program adds up; sums of parts are added in their order
+    return gradients_like(tensors, results, arguments.input)
 
 
 def _grad_weight(call: _Call, shared: dict[str, Any], dtype: torch.dtype) -> Tensor:
-    parts = triton.cdiv(call.pixels, _PART)
+    parts = triton.cdiv(call.pixels, PART_PIXELS)
     channel_blocks = 1 if call.depthwise else triton.cdiv(call.segment, call.block_channels)
     output_blocks = triton.cdiv(call.part_outputs, call.block_outputs)
     grid = call.taps * call.segments * channel_blocks * output_blocks, parts
     out = call.input.new_empty((parts, call.taps, call.group_channels, call.outputs), dtype=dtype)
-    (out,) = launch(correlate, grid, {"out": out}, **shared, part_pixels=_PART)
+    (out,) = launch(correlate, grid, {"out": out}, **shared, part_pixels=PART_PIXELS)
     return out.sum(0).permute(2, 1, 0)  # [outputs, group channels, K]
 
 

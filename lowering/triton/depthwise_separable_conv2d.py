@@ -16,10 +16,9 @@ from torch import Tensor
 from ...ops import depthwise_separable_conv2d
 from ...ops.depthwise_separable_conv2d import ACTIVATIONS, Arguments, DepthwiseGradients
 from ...ops.registry import accumulate_dtype
-from ..registry import TritonProgram, triton_program_for
+from ..registry import TritonProgram, constant_geometry, triton_program_for
 from .kernels import (
     block_of_pixels,
-    constant_geometry,
     dense,
     dot_precision,
     geometry_of,
@@ -28,11 +27,12 @@ from .kernels import (
     launch,
     load_block,
     positions,
-    power_of_two,
+    product_blocks,
     strides,
     wide,
 )
 
+# Arguments of kernels have no types in Python.
 # mypy: disable-error-code="no-untyped-def"
 
 
@@ -140,8 +140,7 @@ def _forward(*args: Any) -> Tensor:
     call = Arguments(*args)
     size = depthwise_separable_conv2d.check_arguments(call)
     input, dtype = dense(call.input), accumulate_dtype(call.input.dtype)
-    most = 2 if dtype == torch.float64 else 1  # less of what takes more room in registers
-    block_pixels, block_outputs = 64 // most, max(16, power_of_two(call.out_channels, 128 // most))
+    blocks = product_blocks(dtype, call.hidden_channels, call.out_channels)
     pixels = input.shape[0] * size[0] * size[1]
     out = in_format_of(call.input, (input.shape[0], call.out_channels, *size), input.new_empty, input.dtype)
     depthwise_weight = call.depthwise_weight.to(dtype).flatten(1).t().contiguous()
@@ -151,7 +150,7 @@ def _forward(*args: Any) -> Tensor:
     }
     (out,) = launch(
         convolve,
-        (triton.cdiv(pixels, block_pixels), triton.cdiv(call.out_channels, block_outputs)),
+        (triton.cdiv(pixels, blocks["BLOCK_PIXELS"]), triton.cdiv(call.out_channels, blocks["BLOCK_OUTPUTS"])),
         {"out": out},
         input=input,
         depthwise_weight=depthwise_weight,
@@ -173,9 +172,7 @@ def _forward(*args: Any) -> Tensor:
         DOUBLE=dtype == torch.float64,
         PRECISION=dot_precision(),
         WIDE=wide(input, out),
-        BLOCK_PIXELS=block_pixels,
-        BLOCK_CHANNELS=max(16, power_of_two(call.hidden_channels, 32 // most)),
-        BLOCK_OUTPUTS=block_outputs,
+        **blocks,
     )
     return out
 

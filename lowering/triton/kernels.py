@@ -19,6 +19,9 @@ from triton.runtime.jit import JITFunction
 
 from ..inductor import kernel_side_table, statically_known_true, triton_kernel_wrapper_functional
 
+# Arguments of kernels have no types in Python.
+# mypy: disable-error-code="no-untyped-def"
+
 # Not triton.jit: that gives, under TRITON_INTERPRET=1, what no graph can take.
 kernel = JITFunction
 
@@ -65,14 +68,34 @@ def power_of_two(size: int, most: int) -> int:
     return min(triton.next_power_of_2(max(size, 1)), most)
 
 
+# Pixels whose products one program adds up, for the gradient of a weight; sums of parts are added in their order.
+PART_PIXELS = 4096
+
+
+def product_blocks(dtype: torch.dtype, channels: int, outputs: int, most_outputs: int = 128) -> dict[str, int]:
+    """The blocks of a product of matrices, pixels by channels by outputs; of float64, which takes more room in
+    registers, half as many of each. A product has at least 16."""
+    half = 2 if dtype == torch.float64 else 1
+    return {
+        "BLOCK_PIXELS": 64 // half,
+        "BLOCK_CHANNELS": max(16, power_of_two(channels, 32 // half)),
+        "BLOCK_OUTPUTS": max(16, power_of_two(outputs, most_outputs // half)),
+    }
+
+
+def filters_of(weight: Tensor) -> Tensor:
+    """``[K, group channels, outputs]`` from ``[outputs, group channels, kH, kW]``."""
+    return weight.flatten(2).permute(2, 1, 0).contiguous()
+
+
 @kernel
-def positions(WIDE: tl.constexpr, like):  # type: ignore[no-untyped-def]
+def positions(WIDE: tl.constexpr, like):
     """Numbers from which positions in memory are computed, in as many bits as these may need."""
     return like.to(tl.int64) if WIDE else like
 
 
 @kernel
-def block_of_pixels(first, BLOCK: tl.constexpr, pixels, image_pixels, width):  # type: ignore[no-untyped-def]
+def block_of_pixels(first, BLOCK: tl.constexpr, pixels, image_pixels, width):
     """Of a block of the pixels of all images: which exist, in which image they are, and their row and column."""
     pixel = first + tl.arange(0, BLOCK)
     exists = pixel < pixels
@@ -82,7 +105,7 @@ def block_of_pixels(first, BLOCK: tl.constexpr, pixels, image_pixels, width):  #
 
 
 @kernel
-def load_block(at, rows, columns, rows_exist, columns_exist, DOUBLE: tl.constexpr):  # type: ignore[no-untyped-def]
+def load_block(at, rows, columns, rows_exist, columns_exist, DOUBLE: tl.constexpr):
     """``[rows, columns]`` from positions of both, zero where there is none, in the dtype that is computed in."""
     mask = rows_exist[:, None] & columns_exist[None, :]
     values = tl.load(at + rows[:, None] + columns[None, :], mask=mask, other=0.0)
@@ -125,9 +148,3 @@ def geometry_of(weight: Tensor, *pairs: Sequence[int]) -> dict[str, int]:
     numbers = dict(zip(names, (int(number) for pair in pairs for number in pair)))
     height, width = map(int, weight.shape[2:])
     return {"K": height * width, "KERNEL_WIDTH": width, **numbers}
-
-
-def constant_geometry(*pairs: Sequence[int]) -> str | None:
-    """Why kernels cannot take this stride, padding and dilation, if they cannot."""
-    symbolic = any(isinstance(number, SymInt) for pair in pairs for number in pair)
-    return "stride, padding and dilation must be constants" if symbolic else None

@@ -16,25 +16,29 @@ from torch import Tensor
 from ...ops import patch_conv2d
 from ...ops.patch_conv2d import Arguments, arranged, memory_order
 from ...ops.registry import accumulate_dtype
-from ..registry import TritonProgram, triton_program_for
+from ..registry import TritonProgram, constant_geometry, triton_program_for
 from .kernels import (
+    PART_PIXELS,
     block_of_pixels,
-    constant_geometry,
     dot_precision,
+    filters_of,
     geometry_of,
     kernel,
     launch,
     positions,
-    power_of_two,
+    product_blocks,
     strides,
     wide,
 )
 
+# Arguments of kernels have no types in Python.
 # mypy: disable-error-code="no-untyped-def"
 
 
 @kernel
-def pixel_of_tap(place, tap, length, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr, BACK):
+def pixel_of_tap(
+    place, tap, length, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr, BACK: tl.constexpr
+):
     """Along one axis: the pixel that a tap reads for a place of the output, and whether there is one; or, ``BACK``, the
     place of the output for which it reads a pixel."""
     if BACK:
@@ -204,18 +208,14 @@ def correlate(
 
 def _shared(arguments: Arguments, channels: int, outputs: int) -> dict[str, Any]:
     """What kernels are told of a call that makes so many outputs of so many channels, of each group."""
-    double = arguments.input.dtype == torch.float64
-    most = 2 if double else 1  # less of what takes more room in registers
     return {
         **geometry_of(arguments.weight, arguments.stride, arguments.padding, arguments.dilation),
         "GROUP_CHANNELS": channels,
         "GROUP_OUTPUTS": outputs,
         "OUTPUTS": outputs * arguments.groups,
-        "DOUBLE": double,
+        "DOUBLE": arguments.input.dtype == torch.float64,
         "PRECISION": dot_precision(),
-        "BLOCK_PIXELS": 64 // most,
-        "BLOCK_CHANNELS": max(16, power_of_two(channels, 32 // most)),
-        "BLOCK_OUTPUTS": max(16, power_of_two(outputs, 128 // most)),
+        **product_blocks(arguments.input.dtype, channels, outputs),
     }
 
 
@@ -256,9 +256,8 @@ def _forward(*args: Any) -> Tensor:
     outputs, group_channels = map(int, arguments.weight.shape[:2])
     input = _dense(arguments.input)
     out = patch_conv2d.empty_patches(input, outputs, size)
-    filters = arguments.weight.flatten(2).permute(2, 1, 0).contiguous()  # [K, group channels, outputs]
     shared = _shared(arguments, group_channels, outputs // arguments.groups)
-    return _convolved(input, filters, arguments.bias, out, shared, arguments.groups, back=False)
+    return _convolved(input, filters_of(arguments.weight), arguments.bias, out, shared, arguments.groups, back=False)
 
 
 def _backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -285,13 +284,10 @@ def _backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return grad_input, grad_weight.contiguous(), grad_bias
 
 
-_PART = 4096  # pixels whose products one program adds up; sums of parts are added in their order
-
-
 def _correlated(grad: Tensor, input: Tensor, shared: dict[str, Any], groups: int) -> Tensor:
     """``[outputs, group channels, K]``"""
     pixels = grad.shape[0] * grad.shape[1] * grad.shape[3] * grad.shape[4]
-    parts = triton.cdiv(pixels, _PART)
+    parts = triton.cdiv(pixels, PART_PIXELS)
     channels, outputs = shared["GROUP_CHANNELS"], shared["GROUP_OUTPUTS"]
     blocks = triton.cdiv(channels, shared["BLOCK_CHANNELS"]) * triton.cdiv(outputs, shared["BLOCK_OUTPUTS"])
     shape = (parts, shared["K"], channels, shared["OUTPUTS"])
@@ -303,7 +299,7 @@ def _correlated(grad: Tensor, input: Tensor, shared: dict[str, Any], groups: int
         grad=grad,
         input=input,
         pixels=pixels,
-        part_pixels=_PART,
+        part_pixels=PART_PIXELS,
         patches=grad.shape[1],
         out_pixels=grad.shape[3] * grad.shape[4],
         out_width=grad.shape[4],

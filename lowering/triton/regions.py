@@ -22,6 +22,7 @@ from ...ops.regions import MapSize, Pixels, PooledAxis, SampledAxis
 from ..registry import TritonProgram
 from .kernels import dense, in_format_of, kernel, launch, positions, power_of_two, wide
 
+# Arguments of kernels have no types in Python.
 # mypy: disable-error-code="no-untyped-def"
 
 
@@ -121,13 +122,13 @@ def sample_bins(
     x_steps = tl.max(tl.max(x_needed, 1), 0).to(tl.int32)
     for iy in range(y_steps):
         y_inside, top, bottom, top_weight, bottom_weight = sample(y_first, y_size, y_count, y_skipped, iy, height)
-        above = base + top * map_row
-        below = base + bottom * map_row
+        above = base + positions(WIDE, top) * map_row
+        below = base + positions(WIDE, bottom) * map_row
         for ix in range(x_steps):
             x_inside, left, right, left_weight, right_weight = sample(x_first, x_size, x_count, x_skipped, ix, width)
             mask = exists & y_inside & x_inside
-            left_at = left * map_column
-            right_at = right * map_column
+            left_at = positions(WIDE, left) * map_column
+            right_at = positions(WIDE, right) * map_column
             total = add_corner(total, map, above + left_at, top_weight * left_weight, share, mask, SPREAD)
             total = add_corner(total, map, above + right_at, top_weight * right_weight, share, mask, SPREAD)
             total = add_corner(total, map, below + left_at, bottom_weight * left_weight, share, mask, SPREAD)
@@ -194,7 +195,7 @@ def pool_bins(
         for ix in range(tl.max(tl.max(x_size, 1), 0)):
             x = x_begin + ix
             mask = exists & (iy < y_size) & (ix < x_size)
-            at = base + y * map_row + x * map_column
+            at = base + positions(WIDE, y) * map_row + positions(WIDE, x) * map_column
             if MAXIMUM:
                 value = tl.load(map + at, mask=mask, other=0.0).to(dtype)
                 greater = mask & (value > total)

@@ -12,6 +12,7 @@ from ..registry import TritonProgram, triton_program_for
 from .boxes import first_best, first_best_of_all
 from .kernels import kernel, launch
 
+# Arguments of kernels have no types in Python.
 # mypy: disable-error-code="no-untyped-def"
 
 

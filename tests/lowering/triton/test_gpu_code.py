@@ -9,7 +9,8 @@ from inductor_vision.tests.lowering.triton.test_compiled import CALLS
 from inductor_vision.tests.support.triton import active, interpreted_sources, run_program
 from torch.utils._pytree import tree_map
 
-TARGETS = {"nvidia": ("cuda", 80, 32), "amd": ("hip", "gfx942", 64)}
+# An A100 and an MI300, and the memory that the threads of one of their multiprocessors share.
+TARGETS = {"nvidia": (("cuda", 80, 32), 160 * 1024), "amd": (("hip", "gfx942", 64), 64 * 1024)}
 WITH_KERNELS = [op for op, (_, kernel) in CALLS.items() if kernel is not None]
 
 
@@ -28,6 +29,7 @@ def test_kernels_compile(op: str, vendor: str):
 
     if vendor not in backends:
         pytest.skip(f"this Triton has no backend for {vendor}")
+    target, shared_memory = TARGETS[vendor]
     arguments = CALLS[op][0]()
     low, double = (
         tree_map(lambda value, dtype=dtype: in_dtype(value, dtype), arguments)
@@ -39,5 +41,5 @@ def test_kernels_compile(op: str, vendor: str):
     assert sources
     for source in sources:
         again = ASTSource(source.fn, source.signature, source.constants, source.attrs)
-        kernel = compile(again, target=GPUTarget(*TARGETS[vendor]), options={"num_warps": 4})
-        assert kernel.metadata.shared <= 160 * 1024  # of an A100's multiprocessor; MI300 has 64 KB
+        kernel = compile(again, target=GPUTarget(*target), options={"num_warps": 4})
+        assert kernel.metadata.shared <= shared_memory
