@@ -866,7 +866,7 @@ def test_packages_report_boxes_that_name_no_image(package_results):
 
 
 def traced(op: str, backward: bool, **changes: Any) -> tuple[list[str], list[Any], Any, Any]:
-    """How a call goes into a graph for the Triton backend: paths, targets, and what graph and call give."""
+    """How a call goes into a graph for a backend of neither C++ nor Triton: paths, targets, what graph and call give."""
     from torch._inductor.decomposition import select_decomp_table
 
     s = sample(op, Case(**changes))
@@ -877,18 +877,18 @@ def traced(op: str, backward: bool, **changes: Any) -> tuple[list[str], list[Any
         return call([x] if isinstance(arguments[0], list) else x, rois, *arguments[2:])
 
     inputs = (s.gradient if backward else s.input), s.rois
-    with config.patch(cpu_backend="triton"), recorded_paths() as paths:
+    with config.patch(cpu_backend="halide"), recorded_paths() as paths:
         graph = make_fx(function, decomposition_table=select_decomp_table(), tracing_mode="fake")(*inputs)
     targets = [node.target for node in graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
     return [str(path) for path in paths], targets, graph(*inputs), function(*inputs)
 
 
-NOT_CPP = "torch._inductor.config.cpu_backend is 'triton', not 'cpp'"
+NOT_CPP = "torch._inductor.config.cpu_backend is 'halide', not 'cpp'"
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("op", ["roi_align", "ps_roi_align"])
-def test_triton_gets_the_decomposition_of_a_fixed_grid(op, backward):
+def test_other_backends_get_the_decomposition_of_a_fixed_grid(op, backward):
     paths, targets, result, expected = traced(op, backward)
     assert paths == [f"{op}{'_backward' * backward}: decomposition ({NOT_CPP})"]
     assert targets and not [target for target in targets if target.namespace not in ("aten", "prims")]
@@ -907,7 +907,7 @@ LOOPS = {
     ("op", "backward"),
     [(op, backward) for op in LOOPS for backward in (False, True) if (op, backward) != ("roi_pool", 1)],
 )
-def test_triton_gets_what_loops_over_data_as_it_is(op, backward):
+def test_other_backends_get_what_loops_over_data_as_it_is(op, backward):
     name = f"{op}_backward" if backward else op
     paths, targets, result, expected = traced(op, backward, sampling_ratio=-1)
     reason = (
