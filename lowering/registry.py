@@ -145,7 +145,7 @@ def _decompose_or_keep(op: VisionOp) -> Callable[..., Any]:
             template = _template(op)
             return template.prepack(*args, **kwargs) if template and template.prepack else NotImplemented
         generated = ""
-        if _generates(_device(args)) == "triton":
+        if _generates_triton(_device(args)):
             program = _triton_program(op)
             cannot = "no kernel of its own" if program is None else program.refusal(*args, **kwargs)
             if program is not None and cannot is None:
@@ -184,13 +184,12 @@ def _device(args: Any) -> torch.device:
     return next(arg.device for arg in tree_leaves(args) if isinstance(arg, torch.Tensor))
 
 
-def _generates(device: torch.device) -> str:
-    """What language Inductor generates for a device."""
+def _generates_triton(device: torch.device) -> bool:
+    """Whether Inductor generates Triton code for a device, and has Triton for it."""
     from torch._inductor import config
 
-    if device.type == "cpu":
-        return config.cpu_backend
-    return config.cuda_backend if device.type == "cuda" else "triton"
+    setting = f"{device.type}_backend"  # of MPS and others there is none
+    return getattr(config, setting, None) == "triton" and importlib.util.find_spec("triton") is not None
 
 
 def _lower(op: VisionOp) -> Callable[..., Any]:

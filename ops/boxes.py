@@ -63,6 +63,12 @@ def iou(box: Tensor, others: Tensor, divide: Callable[[Tensor, Tensor], Tensor] 
     return divide(intersection, (right - left) * (bottom - top) + (x2 - x1) * (y2 - y1) - intersection)
 
 
+def rounded_quotient(a: Tensor, b: Tensor | int) -> Tensor:
+    """As a processor rounds it, which a GPU's division in float32 does not by itself: where bins begin depends on it,
+    and ties of an overlap with a threshold."""
+    return (a.double() / b).to(a.dtype)
+
+
 def _max(a: Tensor, b: Tensor) -> Tensor:
     """As C++ has it: the first where either is NaN."""
     return b.where(a < b, a)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
+from .boxes import rounded_quotient
 from .registry import accumulate_dtype, check
 
 _FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -259,15 +260,18 @@ class Pixels:
             table = self.add(table, row, column, share.where(inside, 0))
         return self.untable(table)
 
-    def maximum_of_pixels(self, input: Tensor, y: PooledAxis, x: PooledAxis, lowest: float) -> tuple[Tensor, Tensor]:
+    def maximum_of_pixels(
+        self, input: Tensor, y: PooledAxis, x: PooledAxis, lowest: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         """The first maximum of the pixels of each bin, and where in its plane it is, int32, row by row.
 
-        Where none is greater than ``lowest`` it is that, and -1; in a bin without pixels 0 and -1.
+        Where none is greater than ``lowest`` it is that, and -1; in a bin without pixels 0 and -1. ``dtype`` has room
+        for ``lowest``; it is not that of the result.
 
         Returns:
             ``[K, C, PH, PW]`` each.
         """
-        table = self.table(input)
+        table = self.table(input.to(dtype))
         empty = ((y.size == 0)[:, :, None] | (x.size == 0)[:, None, :])[..., None]  # [K, PH, PW, 1]
         best = table.new_full((*empty.shape[:3], table.shape[1]), lowest).where(~empty, 0)  # [K, PH, PW, C]
         argmax = torch.full_like(best, -1, dtype=torch.int32)
@@ -276,7 +280,7 @@ class Pixels:
             greater = inside & (value > best)
             best = value.where(greater, best)
             argmax = (row * self.size.width + column)[..., None].int().where(greater, argmax)
-        return channels_first(best), channels_first(argmax)
+        return channels_first(best).to(input.dtype), channels_first(argmax)
 
 
 def _each(values: Tensor) -> Tensor:
@@ -318,7 +322,7 @@ class SampledAxis:
             length: of the axis.
         """
         self.length, self.bins, self.sampling_ratio = length, bins, sampling_ratio
-        self.bin_size = size / bins
+        self.bin_size = rounded_quotient(size, bins)
         self.first = begin[:, None] + torch.arange(bins, device=begin.device) * self.bin_size[:, None]  # [K, bins]
         if sampling_ratio > 0:
             self.count = torch.full_like(size, sampling_ratio)
@@ -395,7 +399,7 @@ class PooledAxis:
         finite = (begin.isfinite() & end.isfinite())[:, None]
         begin, end = _round(begin), _round(end)
         size = (end - begin + inclusive).clamp(min=1).to(begin.dtype)
-        edges = torch.arange(bins + 1, device=begin.device) * (size / bins)[:, None]  # [K, bins + 1]
+        edges = torch.arange(bins + 1, device=begin.device) * rounded_quotient(size, bins)[:, None]  # [K, bins + 1]
         start = begin[:, None].long()
         self.begin = (edges[:, :-1].floor().long() + start).clamp(0, limit)
         end = (edges[:, 1:].ceil().long() + start).clamp(0, limit).where(finite, self.begin)

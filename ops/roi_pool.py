@@ -104,8 +104,8 @@ def forward(
     y = PooledAxis(y1, y2, bins[0], inclusive=True, limit=size.height)
     x = PooledAxis(x1, x2, bins[1], inclusive=True, limit=size.width)
     image = images_of("roi_pool", rois, size.batch)
-    best, argmax = pixels(image, size, bins).maximum_of_pixels(input.to(rois.dtype), y, x, _LOWEST)
-    return best.to(dtype).contiguous(memory_format=memory_format), argmax.contiguous(memory_format=memory_format)
+    best, argmax = pixels(image, size, bins).maximum_of_pixels(input, y, x, _LOWEST, rois.dtype)
+    return best.contiguous(memory_format=memory_format), argmax.contiguous(memory_format=memory_format)
 
 
 _op = define_op(

@@ -74,6 +74,25 @@ def placed_on(device: str) -> Iterator[None]:
         _device.reset(token)
 
 
+_options: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("options", default=None)
+
+
+@contextlib.contextmanager
+def compiled_with(**options: Any) -> Iterator[None]:
+    """Models that are prepared meanwhile are compiled with these options of Inductor."""
+    token = _options.set(options)
+    try:
+        yield
+    finally:
+        _options.reset(token)
+
+
+def _compile(module: nn.Module, options: dict[str, Any], **settings: Any) -> Any:
+    """``torch.compile`` with options of Inductor. Dynamo looks up what it compiled before by these, but not by the
+    configuration, and contenders may share code objects."""
+    return torch.compile(module, options={**options, **(_options.get() or {})}, **settings)
+
+
 def placed(value: Any) -> Any:
     """A tensor or module where models are prepared for, and sequences of them."""
     if isinstance(value, (Tensor, nn.Module)):
@@ -128,9 +147,7 @@ def with_triton(*contenders: Contender) -> tuple[Contender, ...]:
 
 
 def _as_triton(prepare: Callable[[Job], Prepared], job: Job) -> Prepared:
-    import torch._inductor.config
-
-    with torch._inductor.config.patch(cpu_backend="triton"):
+    with compiled_with(cpu_backend="triton"):
         return prepare(job)
 
 
@@ -187,18 +204,16 @@ def compiled(
     ``fullgraph``, parts may.
     """
     import torch._dynamo
-    import torch._inductor.config
 
-    program, arguments = torch.compile(placed(module).eval(), fullgraph=fullgraph, dynamic=dynamic), placed(arguments)
+    options = {"freezing": freezing}
+    program = _compile(placed(module).eval(), options, fullgraph=fullgraph, dynamic=dynamic)
+    arguments = placed(arguments)
 
     def call() -> Any:
         with torch.no_grad():
             return program(*arguments)
 
-    with (
-        torch._inductor.config.patch(freezing=freezing),
-        torch._dynamo.config.patch(fail_on_recompile_limit_hit=fullgraph),
-    ):
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=fullgraph):
         return prepared(call)
 
 
@@ -214,7 +229,7 @@ def gradients(
 
     module, grad = placed(Function(function)), placed(grad)
     leaves = [tensor.detach().requires_grad_() for tensor in placed(leaves)]
-    program = torch.compile(module, fullgraph=True) if compile else module
+    program = _compile(module, {}, fullgraph=True) if compile else module
     keeps_graph = config.patch(donated_buffer=step)  # when compiled and when called
     with keeps_graph:
         result = program(*leaves)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import triton.language as tl
 from torch import Tensor
 
-from .kernels import kernel, launch
+from .kernels import kernel, launch, wait_for_stores
 
 # Arguments of kernels have no types in Python.
 # mypy: disable-error-code="no-untyped-def"
@@ -50,6 +50,7 @@ def choose(
     words,
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
+    GPU: tl.constexpr,
 ):
     """The boxes that no better one suppresses that is kept itself; decided a word at a time."""
     bit = tl.arange(0, BITS)
@@ -80,7 +81,7 @@ def choose(
         place = count + tl.cumsum(number, 0) - number
         tl.store(out + place, tl.load(order + box, mask=exists, other=0), mask=keep)
         count += tl.sum(number, 0)
-        tl.debug_barrier()  # of all threads of the program: what was stored is loaded for the next word
+        wait_for_stores(GPU)
 
 
 def suppress_greedily(
@@ -115,8 +116,3 @@ def suppress_greedily(
         choose, (1,), outputs, order=order, suppressing=suppressing, boxes=number, words=words, BITS=_BITS, BLOCK=64
     )
     return out
-
-
-def rounded_quotient(a: Tensor, b: Tensor) -> Tensor:
-    """A quotient as the processor rounds it, which Triton's is not in float32: ties with a threshold depend on it."""
-    return (a.double() / b.double()).to(a.dtype)

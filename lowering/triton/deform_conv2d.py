@@ -22,6 +22,7 @@ from ...ops.registry import accumulate_dtype
 from ..registry import TritonProgram, constant_geometry, triton_program_for
 from .kernels import (
     PART_PIXELS,
+    adding_block,
     block_of_pixels,
     dense,
     dot_precision,
@@ -76,7 +77,7 @@ def corner(point, DOWN: tl.constexpr, RIGHT: tl.constexpr, size, map_strides, WI
     row = top + DOWN
     column = left + RIGHT
     exists = near & (row >= 0) & (row < height) & (column >= 0) & (column < width)
-    at = positions(WIDE, row) * row_stride + positions(WIDE, column) * column_stride
+    at = positions(row, WIDE) * row_stride + positions(column, WIDE) * column_stride
     weight = (below if DOWN else 1 - below) * (beside if RIGHT else 1 - beside)
     return tl.where(exists, at, 0), exists, weight
 
@@ -163,10 +164,10 @@ def convolve(
     geometry = (KERNEL_WIDTH, STRIDE_Y, STRIDE_X, PADDING_Y, PADDING_X, DILATION_Y, DILATION_X)
     size = (height, width)
     map_strides = (input_row, input_column)
-    first = positions(WIDE, tl.program_id(0)) * BLOCK_PIXELS
+    first = positions(tl.program_id(0), WIDE) * BLOCK_PIXELS
     exists, image, row, column = block_of_pixels(first, BLOCK_PIXELS, pixels, out_pixels, out_width)
-    offset_at = image * offset_image + positions(WIDE, row) * offset_row + positions(WIDE, column) * offset_column
-    mask_at = image * mask_image + positions(WIDE, row) * mask_row + positions(WIDE, column) * mask_column
+    offset_at = image * offset_image + positions(row, WIDE) * offset_row + positions(column, WIDE) * offset_column
+    mask_at = image * mask_image + positions(row, WIDE) * mask_row + positions(column, WIDE) * mask_column
     image_input = (input + image * input_image)[:, None]
     pixel = (exists, row, column)
 
@@ -188,14 +189,14 @@ def convolve(
             scale_at = mask_at + (offset_group * K + tap) * mask_channel
             scale = mask_of(mask, scale_at, exists, MASK, DOUBLE, BLOCK_PIXELS)
             if DEPTHWISE:
-                channel = (positions(WIDE, output // GROUP_OUTPUTS) * input_channel, output_exists)
+                channel = (positions(output // GROUP_OUTPUTS, WIDE) * input_channel, output_exists)
                 samples = samples_of(image_input, point, channel, size, map_strides, DOUBLE, WIDE) * scale[:, None]
                 filters = tl.load(weight + tap * OUTPUTS + output, mask=output_exists, other=0.0).to(dtype)
                 total += samples * filters[None, :]
             else:
                 for begin in range(segment, segment + SEGMENT, BLOCK_CHANNELS):
                     of_block = begin + tl.arange(0, BLOCK_CHANNELS)
-                    channel = (positions(WIDE, of_block) * input_channel, of_block < segment + SEGMENT)
+                    channel = (positions(of_block, WIDE) * input_channel, of_block < segment + SEGMENT)
                     samples = samples_of(image_input, point, channel, size, map_strides, DOUBLE, WIDE) * scale[:, None]
                     filters_at = (tap * GROUP_CHANNELS + of_block - part * GROUP_CHANNELS) * OUTPUTS
                     there = (of_block < segment + SEGMENT)[:, None] & output_exists[None, :]
@@ -204,8 +205,8 @@ def convolve(
                     total = tl.dot(samples, filters, total, input_precision=PRECISION, out_dtype=dtype)
     if BIAS:
         total += tl.load(bias + output, mask=output_exists, other=0.0).to(dtype)[None, :]
-    out_at = image * out_image + positions(WIDE, row) * out_row + positions(WIDE, column) * out_column
-    to = out + out_at[:, None] + (positions(WIDE, output) * out_channel)[None, :]
+    out_at = image * out_image + positions(row, WIDE) * out_row + positions(column, WIDE) * out_column
+    to = out + out_at[:, None] + (positions(output, WIDE) * out_channel)[None, :]
     tl.store(to, total.to(out.dtype.element_ty), mask=exists[:, None] & output_exists[None, :])
 
 
@@ -270,15 +271,15 @@ def spread(
     geometry = (KERNEL_WIDTH, STRIDE_Y, STRIDE_X, PADDING_Y, PADDING_X, DILATION_Y, DILATION_X)
     size = (height, width)
     map_strides = (input_row, input_column)
-    first = positions(WIDE, tl.program_id(0)) * BLOCK_PIXELS
+    first = positions(tl.program_id(0), WIDE) * BLOCK_PIXELS
     exists, image, row, column = block_of_pixels(first, BLOCK_PIXELS, pixels, out_pixels, out_width)
     offset_group = tl.program_id(1) // K
     tap = tl.program_id(1) % K
-    offset_at = image * offset_image + positions(WIDE, row) * offset_row + positions(WIDE, column) * offset_column
+    offset_at = image * offset_image + positions(row, WIDE) * offset_row + positions(column, WIDE) * offset_column
     offset_at += offset_group * 2 * K * offset_channel
-    mask_at = image * mask_image + positions(WIDE, row) * mask_row + positions(WIDE, column) * mask_column
+    mask_at = image * mask_image + positions(row, WIDE) * mask_row + positions(column, WIDE) * mask_column
     mask_at += (offset_group * K + tap) * mask_channel
-    grad_at = image * grad_image + positions(WIDE, row) * grad_row + positions(WIDE, column) * grad_column
+    grad_at = image * grad_image + positions(row, WIDE) * grad_row + positions(column, WIDE) * grad_column
     image_input = (input + image * input_image)[:, None]
 
     pixel = (exists, row, column)
@@ -303,7 +304,7 @@ def spread(
             if DEPTHWISE:
                 for i in range(GROUP_OUTPUTS):
                     output = channel * GROUP_OUTPUTS + i
-                    output_at = positions(WIDE, output) * grad_channel
+                    output_at = positions(output, WIDE) * grad_channel
                     block = load_block(grad, grad_at, output_at, exists, channel_exists, DOUBLE)
                     filters = tl.load(weight + tap * OUTPUTS + output, mask=channel_exists, other=0.0).to(dtype)
                     of_samples += block * filters[None, :]
@@ -313,14 +314,14 @@ def spread(
                     in_group = i + tl.arange(0, BLOCK_OUTPUTS)
                     output = group * GROUP_OUTPUTS + in_group
                     output_exists = in_group < GROUP_OUTPUTS
-                    output_at = (positions(WIDE, output) * grad_channel)[None, :]
+                    output_at = (positions(output, WIDE) * grad_channel)[None, :]
                     there = exists[:, None] & output_exists[None, :]
                     block = tl.load(grad + grad_at[:, None] + output_at, mask=there, other=0.0)
                     there = output_exists[:, None] & channel_exists[None, :]
                     filters = tl.load(weight + output[:, None] + filters_at[None, :], mask=there, other=0.0)
                     of_samples = tl.dot(block, filters, of_samples, input_precision=PRECISION, out_dtype=dtype)
             of_points = of_samples * scale[:, None]
-            channel_at = positions(WIDE, channel) * input_channel
+            channel_at = positions(channel, WIDE) * input_channel
             if INPUT:
                 to = (grad_input + image * input_image)[:, None] + channel_at[None, :]
                 reached = inside[:, None] & channel_exists[None, :]
@@ -421,32 +422,32 @@ def correlate(
     offset_group = segment // OFFSET_GROUP_CHANNELS
     output = group * GROUP_OUTPUTS + in_segment
     output_exists = in_segment < segment_outputs
-    output_at = positions(WIDE, output) * grad_channel
+    output_at = positions(output, WIDE) * grad_channel
     of_block = segment + (block % channel_blocks) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     channel_exists = of_block < segment + SEGMENT
 
     part = tl.program_id(1)
-    part_begin = positions(WIDE, part) * part_pixels
+    part_begin = positions(part, WIDE) * part_pixels
     total = tl.zeros([BLOCK_PIXELS if DEPTHWISE else BLOCK_CHANNELS, BLOCK_OUTPUTS], dtype)
     for first in range(part_begin, tl.minimum(part_begin + part_pixels, pixels), BLOCK_PIXELS):
         exists, image, row, column = block_of_pixels(first, BLOCK_PIXELS, pixels, out_pixels, out_width)
-        offset_at = image * offset_image + positions(WIDE, row) * offset_row + positions(WIDE, column) * offset_column
+        offset_at = image * offset_image + positions(row, WIDE) * offset_row + positions(column, WIDE) * offset_column
         offset_at += offset_group * 2 * K * offset_channel
         pixel = (exists, row, column)
         point = sampling_point(offset, offset_at, offset_channel, tap, pixel, size, geometry, DOUBLE)
-        mask_at = image * mask_image + positions(WIDE, row) * mask_row + positions(WIDE, column) * mask_column
+        mask_at = image * mask_image + positions(row, WIDE) * mask_row + positions(column, WIDE) * mask_column
         mask_at += (offset_group * K + tap) * mask_channel
         scale = mask_of(mask, mask_at, exists, MASK, DOUBLE, BLOCK_PIXELS)
-        grad_at = image * grad_image + positions(WIDE, row) * grad_row + positions(WIDE, column) * grad_column
+        grad_at = image * grad_image + positions(row, WIDE) * grad_row + positions(column, WIDE) * grad_column
         image_input = (input + image * input_image)[:, None]
         there = exists[:, None] & output_exists[None, :]
         of_outputs = tl.load(grad + grad_at[:, None] + output_at[None, :], mask=there, other=0.0)
         if DEPTHWISE:
-            channel = (positions(WIDE, output // GROUP_OUTPUTS) * input_channel, output_exists)
+            channel = (positions(output // GROUP_OUTPUTS, WIDE) * input_channel, output_exists)
             samples = samples_of(image_input, point, channel, size, map_strides, DOUBLE, WIDE) * scale[:, None]
             total += samples * of_outputs.to(dtype)
         else:
-            channel = (positions(WIDE, of_block) * input_channel, channel_exists)
+            channel = (positions(of_block, WIDE) * input_channel, channel_exists)
             samples = samples_of(image_input, point, channel, size, map_strides, DOUBLE, WIDE) * scale[:, None]
             samples = tl.trans(samples.to(of_outputs.dtype))
             total = tl.dot(samples, of_outputs, total, input_precision=PRECISION, out_dtype=dtype)
@@ -503,7 +504,7 @@ class _Call:
             "MASK": mask is not None,
             "DEPTHWISE": self.depthwise,
             "DOUBLE": weight.dtype == torch.float64,
-            "PRECISION": dot_precision(),
+            "PRECISION": dot_precision(self.input),
             **blocks,
         }
 
@@ -549,18 +550,22 @@ def _backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     results: list[Tensor | None] = [None] * 5
     of_points = wanted[1] or wanted[4]
     if wanted[0] or of_points:
-        grid = triton.cdiv(call.pixels, call.block_pixels), call.offset_groups * call.taps
+        block_pixels, block_channels = call.block_pixels, call.block_channels
         outputs: dict[str, Tensor] = {}
         if wanted[0]:
             outputs["grad_input"] = torch.zeros_like(call.input, dtype=dtype)
+            block_pixels = adding_block(block_pixels, 16, call.input)
+            block_channels = adding_block(block_channels, 16, call.input)
+        grid = triton.cdiv(call.pixels, block_pixels), call.offset_groups * call.taps
         if of_points:
             outputs["grad_offset"] = torch.empty_like(call.offset)
             if call.mask is not None:
                 outputs["grad_mask"] = torch.empty_like(call.mask)
         unwritten = {name: call.offset for name in ("grad_input", "grad_offset", "grad_mask") if name not in outputs}
         filters = filters_of(arguments.weight)
+        blocks = {"BLOCK_PIXELS": block_pixels, "BLOCK_CHANNELS": block_channels}
         flags = {"INPUT": wanted[0], "OFFSET": of_points}
-        written = launch(spread, grid, outputs, **shared, **unwritten, weight=filters, **flags)
+        written = launch(spread, grid, outputs, **{**shared, **blocks}, **unwritten, weight=filters, **flags)
         gradients = dict(zip(outputs, written))
         for i, name in ((0, "grad_input"), (1, "grad_offset"), (4, "grad_mask")):
             results[i] = gradients.get(name) if wanted[i] else None

@@ -5,6 +5,7 @@ Inductor fuses: no convolution stands between the other elementwise steps.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -102,7 +103,7 @@ def convolve(
 ):
     """A block of pixels by outputs. What is between the convolutions exists a block of channels at a time."""
     dtype = tl.float64 if DOUBLE else tl.float32
-    first = positions(WIDE, tl.program_id(0)) * BLOCK_PIXELS
+    first = positions(tl.program_id(0), WIDE) * BLOCK_PIXELS
     exists, image, row, column = block_of_pixels(first, BLOCK_PIXELS, pixels, out_pixels, out_width)
     output = tl.program_id(1) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
     output_exists = output < OUTPUTS
@@ -112,7 +113,7 @@ def convolve(
     for begin in range(0, HIDDEN, BLOCK_CHANNELS):
         channel = begin + tl.arange(0, BLOCK_CHANNELS)
         channel_exists = channel < HIDDEN
-        channel_at = positions(WIDE, channel // MULTIPLIER) * input_channel
+        channel_at = positions(channel // MULTIPLIER, WIDE) * input_channel
         hidden = tl.zeros([BLOCK_PIXELS, BLOCK_CHANNELS], dtype)
         if DEPTHWISE_BIAS:
             hidden += tl.load(depthwise_bias + channel, mask=channel_exists, other=0.0)[None, :]
@@ -120,7 +121,7 @@ def convolve(
             y = row * STRIDE_Y - PADDING_Y + (tap // KERNEL_WIDTH) * DILATION_Y
             x = column * STRIDE_X - PADDING_X + (tap % KERNEL_WIDTH) * DILATION_X
             there = exists & (y >= 0) & (y < height) & (x >= 0) & (x < width)
-            at = positions(WIDE, y) * input_row + positions(WIDE, x) * input_column
+            at = positions(y, WIDE) * input_row + positions(x, WIDE) * input_column
             block = load_block(image_input, at, channel_at, there, channel_exists, DOUBLE)
             filters = tl.load(depthwise_weight + tap * HIDDEN + channel, mask=channel_exists, other=0.0)
             hidden += block * filters[None, :]
@@ -131,8 +132,8 @@ def convolve(
         total = tl.dot(hidden, filters, total, input_precision=PRECISION, out_dtype=dtype)
     if POINTWISE_BIAS:
         total += tl.load(pointwise_bias + output, mask=output_exists, other=0.0)[None, :]
-    out_at = image * out_image + positions(WIDE, row) * out_row + positions(WIDE, column) * out_column
-    to = out + out_at[:, None] + (positions(WIDE, output) * out_channel)[None, :]
+    out_at = image * out_image + positions(row, WIDE) * out_row + positions(column, WIDE) * out_column
+    to = out + out_at[:, None] + (positions(output, WIDE) * out_channel)[None, :]
     tl.store(to, total.to(out.dtype.element_ty), mask=exists[:, None] & output_exists[None, :])
 
 
@@ -170,7 +171,7 @@ def _forward(*args: Any) -> Tensor:
         DEPTHWISE_BIAS=call.depthwise_bias is not None,
         POINTWISE_BIAS=call.pointwise_bias is not None,
         DOUBLE=dtype == torch.float64,
-        PRECISION=dot_precision(),
+        PRECISION=dot_precision(input),
         WIDE=wide(input, out),
         **blocks,
     )
@@ -239,7 +240,13 @@ def _depthwise_gradients(call: Arguments, grad_hidden: Tensor | None, wanted: De
 
 _backward = functools.partial(depthwise_separable_conv2d.gradients, depthwise=_depthwise_gradients)
 
+_MOST_TAPS = 64  # each is a few nodes of the graph
+
+
+def _refusal_backward(grad: Tensor, *args: Any) -> str | None:
+    taps = math.prod(map(int, args[1].shape[2:]))
+    return constant_geometry(*args[5:8]) if taps <= _MOST_TAPS else f"{taps} taps are too many to add one by one"
+
+
 triton_program_for("depthwise_separable_conv2d", TritonProgram(_forward, lambda *args: constant_geometry(*args[5:8])))
-triton_program_for(
-    "depthwise_separable_conv2d_backward", TritonProgram(_backward, lambda grad, *args: constant_geometry(*args[5:8]))
-)
+triton_program_for("depthwise_separable_conv2d_backward", TritonProgram(_backward, _refusal_backward))

@@ -63,7 +63,7 @@ def find_peak(
     box = tl.program_id(0)
     keypoint = tl.program_id(1)
     dtype = value.dtype.element_ty
-    map = maps + positions(WIDE, box) * map_box + positions(WIDE, keypoint) * map_keypoint
+    map = maps + positions(box, WIDE) * map_box + positions(keypoint, WIDE) * map_keypoint
     columns = tl.load(sizes + box * 2)
     rows = tl.load(sizes + box * 2 + 1)
     one = tl.full([BLOCK], 1, dtype)
@@ -77,10 +77,10 @@ def find_peak(
         first, second, third, fourth = cubic_weights(real_y - above)
         row = above.to(tl.int32)
         last = height - 1
-        row0 = map + positions(WIDE, tl.maximum(tl.minimum(row - 1, last), 0)) * map_row
-        row1 = map + positions(WIDE, tl.maximum(tl.minimum(row, last), 0)) * map_row
-        row2 = map + positions(WIDE, tl.maximum(tl.minimum(row + 1, last), 0)) * map_row
-        row3 = map + positions(WIDE, tl.maximum(tl.minimum(row + 2, last), 0)) * map_row
+        row0 = map + positions(tl.maximum(tl.minimum(row - 1, last), 0), WIDE) * map_row
+        row1 = map + positions(tl.maximum(tl.minimum(row, last), 0), WIDE) * map_row
+        row2 = map + positions(tl.maximum(tl.minimum(row + 1, last), 0), WIDE) * map_row
+        row3 = map + positions(tl.maximum(tl.minimum(row + 2, last), 0), WIDE) * map_row
         for begin in range(0, columns, BLOCK):
             x = begin + tl.arange(0, BLOCK)
             exists = x < columns

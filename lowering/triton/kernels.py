@@ -34,13 +34,15 @@ def launch(function: JITFunction, grid: Grid, outputs: dict[str, Tensor], **argu
     Args:
         grid: how many programs there are, along up to three axes.
         outputs: what the kernel writes, by the names of its arguments; fresh memory, or what it is to add to.
-        arguments: its other arguments. Tensors must be :func:`dense`: what Inductor passes has their order, not their
-            strides.
+        arguments: its others, without ``GPU``, which a kernel that has it gets from here. Tensors must be
+            :func:`dense`: what Inductor passes has their order, not their strides.
 
     Returns:
         The outputs as they are afterwards.
     """
     constants = {name: value for name, value in arguments.items() if name.isupper()}
+    if "GPU" in function.arg_names:
+        constants["GPU"] = on_gpu(next(iter(outputs.values())))
     values = {name: value for name, value in arguments.items() if name not in constants}
     results = triton_kernel_wrapper_functional(
         kernel_idx=kernel_side_table.add_kernel(function),
@@ -59,13 +61,26 @@ def dense(tensor: Tensor) -> Tensor:
 
 
 def wide(*tensors: Tensor) -> bool:
-    """Whether positions in one of them may not fit in 32 bits; sizes that are not known may be of any magnitude."""
-    return not all(statically_known_true(tensor.numel() < 2**31) for tensor in tensors)
+    """Whether positions in one of them may not fit in 32 bits; sizes that are not known may be of any magnitude.
+
+    Some are left for positions behind the end, in the last block, that are computed and not used.
+    """
+    return not all(statically_known_true(tensor.numel() < 2**31 - 2**16) for tensor in tensors)
 
 
-def power_of_two(size: int, most: int) -> int:
-    """The size of a block for so many elements."""
-    return min(triton.next_power_of_2(max(size, 1)), most)
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether kernels on this tensor are compiled for a GPU."""
+    return tensor.device.type != "cpu"
+
+
+def power_of_two(size: int | SymInt, most: int) -> int:
+    """The size of a block for so many elements; ``most`` where their number is not known."""
+    return min(triton.next_power_of_2(max(size, 1)), most) if isinstance(size, int) else most
+
+
+def adding_block(block: int, least: int, tensor: Tensor) -> int:
+    """The size of a block of which each element is added atomically; Triton-CPU makes a branch of code for each."""
+    return block if on_gpu(tensor) else min(block, least)
 
 
 # Pixels whose products one program adds up, for the gradient of a weight; sums of parts are added in their order.
@@ -89,9 +104,23 @@ def filters_of(weight: Tensor) -> Tensor:
 
 
 @kernel
-def positions(WIDE: tl.constexpr, like):
+def positions(numbers, WIDE: tl.constexpr):
     """Numbers from which positions in memory are computed, in as many bits as these may need."""
-    return like.to(tl.int64) if WIDE else like
+    return numbers.to(tl.int64) if WIDE else numbers
+
+
+@kernel
+def quotient(a, b):
+    """As a processor rounds it, which a GPU's division in float32 does not by itself."""
+    return tl.div_rn(a, b) if a.dtype == tl.float32 else a / b
+
+
+@kernel
+def wait_for_stores(GPU: tl.constexpr):
+    """What one thread of a program stored, all of them load from here on. On a CPU a program has one thread, and
+    Triton-CPU no barrier."""
+    if GPU:
+        tl.debug_barrier()
 
 
 @kernel
@@ -137,9 +166,10 @@ def in_format_of(like: Tensor, shape: Sequence[Any], make: Callable[..., Tensor]
     return make((batch, height, width, channels), dtype=dtype).permute(0, 3, 1, 2)
 
 
-def dot_precision() -> str:
+def dot_precision(tensor: Tensor) -> str:
     """How products of float32 matrices are computed: as torch's own."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    nvidia = tensor.device.type == "cuda" and torch.version.hip is None
+    return "tf32" if nvidia and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def geometry_of(weight: Tensor, *pairs: Sequence[int]) -> dict[str, int]:

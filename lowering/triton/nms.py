@@ -6,10 +6,10 @@ import functools
 
 from torch import Tensor
 
-from ...ops.boxes import check_scored_boxes, iou
+from ...ops.boxes import check_scored_boxes, iou, rounded_quotient
 from ...ops.registry import accumulate_dtype
 from ..registry import TritonProgram, triton_program_for
-from .boxes import rounded_quotient, suppress_greedily
+from .boxes import suppress_greedily
 
 
 def _nms(boxes: Tensor, scores: Tensor, classes: Tensor | None, iou_threshold: float) -> Tensor:

@@ -93,7 +93,7 @@ def convolve(
     """A block of pixels by outputs of one group; if ``BACK``, of the gradient of the input, of which outputs are the
     channels."""
     dtype = tl.float64 if DOUBLE else tl.float32
-    first = positions(WIDE, tl.program_id(0)) * BLOCK_PIXELS
+    first = positions(tl.program_id(0), WIDE) * BLOCK_PIXELS
     exists, patch, row, column = block_of_pixels(first, BLOCK_PIXELS, pixels, out_pixels, out_width)
     image = patch // patches
     patch = patch % patches
@@ -109,11 +109,11 @@ def convolve(
         y, y_exists = pixel_of_tap(row, tap // KERNEL_WIDTH, height, STRIDE_Y, PADDING_Y, DILATION_Y, BACK)
         x, x_exists = pixel_of_tap(column, tap % KERNEL_WIDTH, width, STRIDE_X, PADDING_X, DILATION_X, BACK)
         there = exists & y_exists & x_exists
-        at = positions(WIDE, y) * input_row + positions(WIDE, x) * input_column
+        at = positions(y, WIDE) * input_row + positions(x, WIDE) * input_column
         for begin in range(0, GROUP_CHANNELS, BLOCK_CHANNELS):
             channel = begin + tl.arange(0, BLOCK_CHANNELS)
             channel_exists = channel < GROUP_CHANNELS
-            channel_at = positions(WIDE, group * GROUP_CHANNELS + channel) * input_channel
+            channel_at = positions(group * GROUP_CHANNELS + channel, WIDE) * input_channel
             filters_at = weight + ((tap * GROUP_CHANNELS + channel) * OUTPUTS)[:, None] + output[None, :]
             mask = channel_exists[:, None] & output_exists[None, :]
             filters = tl.load(filters_at, mask=mask, other=0.0)
@@ -123,8 +123,8 @@ def convolve(
     if BIAS:
         total += tl.load(bias + output, mask=output_exists, other=0.0).to(dtype)[None, :]
     out_at = image * out_image + patch * out_patch
-    out_at += positions(WIDE, row) * out_row + positions(WIDE, column) * out_column
-    to = out + out_at[:, None] + (positions(WIDE, output) * out_channel)[None, :]
+    out_at += positions(row, WIDE) * out_row + positions(column, WIDE) * out_column
+    to = out + out_at[:, None] + (positions(output, WIDE) * out_channel)[None, :]
     tl.store(to, total.to(out.dtype.element_ty), mask=exists[:, None] & output_exists[None, :])
 
 
@@ -179,13 +179,13 @@ def correlate(
     group = block // channel_blocks
     output = group * GROUP_OUTPUTS + in_group
     output_exists = in_group < GROUP_OUTPUTS
-    output_at = (positions(WIDE, output) * grad_channel)[None, :]
+    output_at = (positions(output, WIDE) * grad_channel)[None, :]
     channel = (block % channel_blocks) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     channel_exists = channel < GROUP_CHANNELS
-    channel_at = (positions(WIDE, group * GROUP_CHANNELS + channel) * input_channel)[None, :]
+    channel_at = (positions(group * GROUP_CHANNELS + channel, WIDE) * input_channel)[None, :]
 
     part = tl.program_id(1)
-    begin = positions(WIDE, part) * part_pixels
+    begin = positions(part, WIDE) * part_pixels
     total = tl.zeros([BLOCK_CHANNELS, BLOCK_OUTPUTS], dtype)
     for first in range(begin, tl.minimum(begin + part_pixels, pixels), BLOCK_PIXELS):
         exists, of_all, row, column = block_of_pixels(first, BLOCK_PIXELS, pixels, out_pixels, out_width)
@@ -194,9 +194,9 @@ def correlate(
         y, y_exists = pixel_of_tap(row, tap // KERNEL_WIDTH, height, STRIDE_Y, PADDING_Y, DILATION_Y, False)
         x, x_exists = pixel_of_tap(column, tap % KERNEL_WIDTH, width, STRIDE_X, PADDING_X, DILATION_X, False)
         input_at = image * input_image + patch * input_patch
-        input_at += positions(WIDE, y) * input_row + positions(WIDE, x) * input_column
+        input_at += positions(y, WIDE) * input_row + positions(x, WIDE) * input_column
         grad_at = image * grad_image + patch * grad_patch
-        grad_at += positions(WIDE, row) * grad_row + positions(WIDE, column) * grad_column
+        grad_at += positions(row, WIDE) * grad_row + positions(column, WIDE) * grad_column
         mask = (exists & y_exists & x_exists)[:, None] & channel_exists[None, :]
         inputs = tl.load(input + input_at[:, None] + channel_at, mask=mask, other=0.0)
         mask = exists[:, None] & output_exists[None, :]
@@ -214,7 +214,7 @@ def _shared(arguments: Arguments, channels: int, outputs: int) -> dict[str, Any]
         "GROUP_OUTPUTS": outputs,
         "OUTPUTS": outputs * arguments.groups,
         "DOUBLE": arguments.input.dtype == torch.float64,
-        "PRECISION": dot_precision(),
+        "PRECISION": dot_precision(arguments.input),
         **product_blocks(arguments.input.dtype, channels, outputs),
     }
 

@@ -20,7 +20,7 @@ from torch._prims_common import suggest_memory_format
 
 from ...ops.regions import MapSize, Pixels, PooledAxis, SampledAxis
 from ..registry import TritonProgram
-from .kernels import dense, in_format_of, kernel, launch, positions, power_of_two, wide
+from .kernels import adding_block, dense, in_format_of, kernel, launch, positions, power_of_two, quotient, wide
 
 # Arguments of kernels have no types in Python.
 # mypy: disable-error-code="no-untyped-def"
@@ -52,7 +52,7 @@ def sampled_axis(table, region, bin, BINS: tl.constexpr):
 def sample(first, size, count, skipped, step, length):
     """A point of each bin: whether it counts, and the pixels that it lies between with their weights."""
     i = skipped + step
-    point = first + (i + 0.5) * size / count
+    point = first + quotient((i + 0.5) * size, count)
     inside = (point >= -1) & (point <= length) & (i < count)  # NaN fails
     point = tl.maximum(tl.where(inside, point, 0.0), 0.0)
     low = tl.maximum(tl.minimum(point.to(tl.int32), length - 1), 0)
@@ -101,7 +101,7 @@ def sample_bins(
     C: tl.constexpr,
 ):
     """Bins become the means of their samples of a map; or, if ``SPREAD``, are spread to the samples, as gradients."""
-    region = positions(WIDE, tl.program_id(0))
+    region = positions(tl.program_id(0), WIDE)
     row, column, channel, exists = block_of_bins(channels, PH, PW, N, C)
     if not ALL:
         exists = exists & (tl.load(here + region) != 0)
@@ -109,9 +109,9 @@ def sample_bins(
     x_first, x_size, x_count, x_skipped, x_needed = sampled_axis(x_table, region, column, PW)
     count = tl.load(divisor + region)
 
-    from_channel = positions(WIDE, channel_in_map(channel, row, column, PH, PW, POSITION_SENSITIVE))
-    base = positions(WIDE, tl.load(image + region).to(tl.int32)) * map_image + from_channel * map_channel
-    of_bin = region * bins_region + positions(WIDE, channel) * bins_channel + row * bins_row + column * bins_column
+    from_channel = positions(channel_in_map(channel, row, column, PH, PW, POSITION_SENSITIVE), WIDE)
+    base = positions(tl.load(image + region).to(tl.int32), WIDE) * map_image + from_channel * map_channel
+    of_bin = region * bins_region + positions(channel, WIDE) * bins_channel + row * bins_row + column * bins_column
     total = tl.zeros([C, N], count.dtype)
     share = total
     if SPREAD:
@@ -122,13 +122,13 @@ def sample_bins(
     x_steps = tl.max(tl.max(x_needed, 1), 0).to(tl.int32)
     for iy in range(y_steps):
         y_inside, top, bottom, top_weight, bottom_weight = sample(y_first, y_size, y_count, y_skipped, iy, height)
-        above = base + positions(WIDE, top) * map_row
-        below = base + positions(WIDE, bottom) * map_row
+        above = base + positions(top, WIDE) * map_row
+        below = base + positions(bottom, WIDE) * map_row
         for ix in range(x_steps):
             x_inside, left, right, left_weight, right_weight = sample(x_first, x_size, x_count, x_skipped, ix, width)
             mask = exists & y_inside & x_inside
-            left_at = positions(WIDE, left) * map_column
-            right_at = positions(WIDE, right) * map_column
+            left_at = positions(left, WIDE) * map_column
+            right_at = positions(right, WIDE) * map_column
             total = add_corner(total, map, above + left_at, top_weight * left_weight, share, mask, SPREAD)
             total = add_corner(total, map, above + right_at, top_weight * right_weight, share, mask, SPREAD)
             total = add_corner(total, map, below + left_at, bottom_weight * left_weight, share, mask, SPREAD)
@@ -143,7 +143,7 @@ def pool_bins(
     bins,  # [K, C, PH, PW]
     argmax,  # [K, C, PH, PW], written if MAXIMUM
     image,  # [K]
-    area,  # [K, PH, PW], not read if MAXIMUM
+    area,  # [K, PH, PW], of the dtype that is computed in; not read if MAXIMUM
     y_table,  # [K, 2, PH], first row and how many
     x_table,  # [K, 2, PW]
     channels,
@@ -168,16 +168,16 @@ def pool_bins(
 ):
     """Bins become the means of their pixels of a map; or, if ``MAXIMUM``, the first maximum and where it is; or, if
     ``SPREAD``, are spread to the pixels, as gradients."""
-    region = positions(WIDE, tl.program_id(0))
+    region = positions(tl.program_id(0), WIDE)
     row, column, channel, exists = block_of_bins(channels, PH, PW, N, C)
     y_at = y_table + region * (2 * PH) + tl.minimum(row, PH - 1)
     x_at = x_table + region * (2 * PW) + tl.minimum(column, PW - 1)
     y_begin, y_size = tl.load(y_at), tl.load(y_at + PH)
     x_begin, x_size = tl.load(x_at), tl.load(x_at + PW)
 
-    from_channel = positions(WIDE, channel_in_map(channel, row, column, PH, PW, POSITION_SENSITIVE))
-    base = positions(WIDE, tl.load(image + region).to(tl.int32)) * map_image + from_channel * map_channel
-    of_bin = region * bins_region + positions(WIDE, channel) * bins_channel + row * bins_row + column * bins_column
+    from_channel = positions(channel_in_map(channel, row, column, PH, PW, POSITION_SENSITIVE), WIDE)
+    base = positions(tl.load(image + region).to(tl.int32), WIDE) * map_image + from_channel * map_channel
+    of_bin = region * bins_region + positions(channel, WIDE) * bins_channel + row * bins_row + column * bins_column
     dtype = area.dtype.element_ty
     total = tl.zeros([C, N], dtype)
     share = total
@@ -195,7 +195,7 @@ def pool_bins(
         for ix in range(tl.max(tl.max(x_size, 1), 0)):
             x = x_begin + ix
             mask = exists & (iy < y_size) & (ix < x_size)
-            at = base + positions(WIDE, y) * map_row + positions(WIDE, x) * map_column
+            at = base + positions(y, WIDE) * map_row + positions(x, WIDE) * map_column
             if MAXIMUM:
                 value = tl.load(map + at, mask=mask, other=0.0).to(dtype)
                 greater = mask & (value > total)
@@ -250,9 +250,12 @@ class TritonPixels(Pixels):
         (total,) = self._launch(pool_bins, total, grad, ["map"], **arguments, SPREAD=True)
         return total
 
-    def maximum_of_pixels(self, input: Tensor, y: PooledAxis, x: PooledAxis, lowest: float) -> tuple[Tensor, Tensor]:
+    def maximum_of_pixels(
+        self, input: Tensor, y: PooledAxis, x: PooledAxis, lowest: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         out, argmax = self._empty(input, input.dtype), self._empty(input, torch.int32)
-        arguments = {**self._pixels(y, x, input.new_empty(1)), "MAXIMUM": True, "LOWEST": lowest, "SPREAD": False}
+        area = input.new_empty(1, dtype=dtype)
+        arguments = {**self._pixels(y, x, area), "MAXIMUM": True, "LOWEST": lowest, "SPREAD": False}
         out, argmax = self._launch(pool_bins, dense(input), out, ["bins", "argmax"], **arguments, argmax=argmax)
         return out, argmax
 
@@ -306,6 +309,8 @@ class TritonPixels(Pixels):
         of_channels_last = suggest_memory_format(map) == torch.channels_last
         block_channels = power_of_two(channels, 64 if of_channels_last else 8)
         block_bins = power_of_two(number, 512 // block_channels)
+        if arguments["SPREAD"]:
+            block_bins = adding_block(block_bins, max(256 // block_channels, 1), map)
         grid = bins.shape[0], triton.cdiv(number, block_bins), triton.cdiv(channels, block_channels)
         return launch(
             function,

@@ -10,7 +10,7 @@ from ...ops import soft_nms
 from ...ops.registry import accumulate_dtype
 from ..registry import TritonProgram, triton_program_for
 from .boxes import first_best, first_best_of_all
-from .kernels import kernel, launch
+from .kernels import kernel, launch, quotient, wait_for_stores
 
 # Arguments of kernels have no types in Python.
 # mypy: disable-error-code="no-untyped-def"
@@ -29,7 +29,7 @@ def overlap(left, top, right, bottom, x1, y1, x2, y2):
     height = tl.where(y2 < bottom, y2, bottom) - greater(y1, top)
     intersection = greater(width, 0.0) * greater(height, 0.0)
     union = (right - left) * (bottom - top) + (x2 - x1) * (y2 - y1) - intersection
-    return (intersection.to(tl.float64) / union.to(tl.float64)).to(left.dtype)  # rounded as the processor does it
+    return quotient(intersection, union)
 
 
 @kernel
@@ -40,19 +40,19 @@ def take(
     indices,  # [number], -1 to begin with
     taken,  # [number], the scores of the boxes that were taken
     left,  # [number], 1: boxes that can still be taken
+    numbers,  # [3], IoU threshold, sigma, least score; not constants, which cannot be infinite or NaN
     number,
     CLASSES: tl.constexpr,
     GAUSSIAN: tl.constexpr,
-    IOU_THRESHOLD: tl.constexpr,
-    SIGMA: tl.constexpr,
-    MIN_SCORE: tl.constexpr,
     BLOCK: tl.constexpr,
+    GPU: tl.constexpr,
 ):
     """Take the best box, lower the scores of those it overlaps, until the best that is left is below the least score.
 
-    The lowering for one box and the search for the next are one pass. A thread sees the same boxes in each pass.
+    The lowering for one box and the search for the next are one pass.
     """
     dtype = current.dtype.element_ty
+    iou_threshold, sigma, min_score = tl.load(numbers), tl.load(numbers + 1).to(dtype), tl.load(numbers + 2)
     count = 0
     last = -1
     any_left = number
@@ -73,9 +73,9 @@ def take(
                 x2, y2 = tl.load(at + 2, mask=exists, other=0.0), tl.load(at + 3, mask=exists, other=0.0)
                 iou = overlap(last_left, last_top, last_right, last_bottom, x1, y1, x2, y2)
                 if GAUSSIAN:
-                    weight = tl.where(iou > 0, tl.exp(-(iou * iou) / SIGMA), 1.0)
+                    weight = tl.where(iou > 0, tl.exp(-(iou * iou) / sigma), 1.0)
                 else:
-                    weight = tl.where(iou.to(tl.float64) > IOU_THRESHOLD, 1 - iou, 1.0)
+                    weight = tl.where(iou.to(tl.float64) > iou_threshold, 1 - iou, 1.0)
                 if CLASSES:
                     same = tl.load(classes + place, mask=exists, other=0) == tl.load(classes + last)
                     weight = tl.where(same, weight, 1.0)
@@ -83,7 +83,7 @@ def take(
                 lowered = tl.where(lowered != lowered, 0.0, lowered)  # infinity times 0 is 0
                 score = tl.where((score > 0) & (weight < 1), lowered, score)
                 tl.store(current + place, score, mask=exists)
-            available = available & ~(score.to(tl.float64) < MIN_SCORE)
+            available = available & ~(score.to(tl.float64) < min_score)
             tl.store(left + place, available.to(tl.int32), mask=exists)
             best, best_place = first_best(score, tl.where(available, place, -1), best, best_place)
         last = first_best_of_all(best, best_place)
@@ -94,6 +94,7 @@ def take(
             tl.store(indices + count, last.to(tl.int64))
             tl.store(taken + count, tl.where(is_nan > 0, float("nan"), chosen))
         count += 1
+        wait_for_stores(GPU)
 
 
 def _soft_nms(
@@ -109,6 +110,7 @@ def _soft_nms(
     dtype = accumulate_dtype(torch.promote_types(boxes.dtype, scores.dtype))
     number = boxes.shape[0]
     current = scores.to(dtype).contiguous()
+    numbers = [current.new_full((1,), value, dtype=torch.float64) for value in (iou_threshold, sigma, min_score)]
     outputs = {
         "current": current,
         "indices": current.new_full((number,), -1, dtype=torch.int64),
@@ -121,12 +123,10 @@ def _soft_nms(
         outputs,
         boxes=boxes.to(dtype).contiguous(),
         classes=boxes if classes is None else classes.contiguous(),
+        numbers=torch.cat(numbers),
         number=number,
         CLASSES=classes is not None,
         GAUSSIAN=method == "gaussian",
-        IOU_THRESHOLD=iou_threshold,
-        SIGMA=sigma,
-        MIN_SCORE=min_score,
         BLOCK=512,
     )
     return indices, taken.to(scores.dtype)

@@ -866,7 +866,7 @@ def test_packages_report_boxes_that_name_no_image(package_results):
 
 
 def traced(op: str, backward: bool, **changes: Any) -> tuple[list[str], list[Any], Any, Any]:
-    """How a call goes into a graph for a backend of neither C++ nor Triton: paths, targets, what graph and call give."""
+    """How a call goes into a graph for a backend without kernels: paths, targets, what graph and call give."""
     from torch._inductor.decomposition import select_decomp_table
 
     s = sample(op, Case(**changes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -179,6 +180,16 @@ def test_tensors_that_are_not_on_the_cpu_are_refused():
     assert refusal_of(s) is None
     on_meta = s.replace(**{name: tensor.to("meta") for name, tensor in s.tensors.items()})
     assert refusal_of(on_meta) == "the templates are C++ for the CPU, the tensors are on meta"
+
+
+def test_devices_that_inductor_generates_triton_code_for(monkeypatch):
+    assert not registry._generates_triton(torch.device("cpu"))
+    assert registry._generates_triton(torch.device("cuda"))
+    assert not registry._generates_triton(torch.device("mps"))
+    with config.patch(cpu_backend="triton"):
+        assert registry._generates_triton(torch.device("cpu"))
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        assert not registry._generates_triton(torch.device("cpu"))
 
 
 def test_another_code_generation_gets_the_decomposition():

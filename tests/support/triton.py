@@ -24,6 +24,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 from torch.utils._pytree import tree_map
 
 
@@ -291,7 +292,16 @@ def active(backend: str) -> Iterator[torch.device]:
 
     Skips the test where it is not to be had.
     """
-    pytest.importorskip("triton")
+    triton = pytest.importorskip("triton")
+    driver = triton.runtime.driver
+    as_before = patch.object(driver, "_active", driver._active)  # afterwards
+    with as_before, _active(backend) as device:
+        yield device
+
+
+@contextlib.contextmanager
+def _active(backend: str) -> Iterator[torch.device]:
+    import triton
     from torch._inductor.runtime import triton_helpers
 
     _forget_kernels()
@@ -308,6 +318,8 @@ def active(backend: str) -> Iterator[torch.device]:
     else:
         if is_compiled_for_cpu():
             pytest.skip("Triton-CPU is installed: what would be interpreted is compiled")
+        if TorchVersion(triton.__version__) < (3, 7):
+            pytest.skip(f"the interpreter of Triton {triton.__version__} does not work with this NumPy")
         with interpreter_installed():
             yield torch.device("cpu")
 

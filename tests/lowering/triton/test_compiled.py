@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -89,6 +90,15 @@ def results_of(value: Any) -> list[Tensor]:
     return [leaf.cpu() for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor)]
 
 
+def assert_same(compiled: Compiled, expected: Any) -> None:
+    for actual, value in zip(results_of(compiled.result), results_of(expected), strict=True):
+        assert actual.dtype == value.dtype
+        if actual.is_floating_point():
+            assert_close(actual, value, torch.float32)
+        else:
+            assert torch.equal(actual, value)
+
+
 def test_each_operator_has_a_call():
     assert sorted(CALLS) == sorted(OPS)
 
@@ -107,12 +117,25 @@ def test_an_operator_runs_as_triton_code(op: str, device: torch.device):
     assert names, "no Triton kernel ran"
     if kernel is not None:
         assert any(name.startswith(kernel) for name in names), names
-    for actual, expected in zip(results_of(compiled.result), results_of(OPS[op].decomposition(*arguments))):
-        assert actual.dtype == expected.dtype
-        if actual.is_floating_point():
-            assert_close(actual, expected, torch.float32)
-        else:
-            assert torch.equal(actual, expected)
+    assert_same(compiled, OPS[op].decomposition(*arguments))
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_all_sizes_may_be_dynamic(op: str, device: torch.device):
+    make, kernel = CALLS[op]
+    arguments = make()
+    with torch._dynamo.config.patch(specialize_int=True):  # strides and such are constants
+        compiled, names = run_compiled(op, moved(arguments, device), dynamic=True)
+    assert kernel is None or any(name.startswith(kernel) for name in names), names
+    assert_same(compiled, OPS[op].decomposition(*arguments))
+
+
+@pytest.mark.parametrize("method", ["linear", "gaussian"])
+def test_soft_nms_of_unbounded_numbers(method: str, device: torch.device):
+    boxes = _boxes(Boxes)
+    for numbers in ((0.3, math.inf, -math.inf), (math.nan, 0.5, math.inf), (-math.inf, 1e-30, math.nan)):
+        compiled, _ = run_compiled("soft_nms", (*moved(boxes, device), *numbers, method))
+        assert_same(compiled, OPS["soft_nms"].decomposition(*boxes, *numbers, method))
 
 
 @pytest.mark.parametrize("op", ["deform_conv2d", "deform_conv2d_backward", "depthwise_separable_conv2d"])

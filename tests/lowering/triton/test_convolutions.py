@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -91,7 +91,38 @@ def test_what_is_not_wanted_is_left_out(family: ModuleType, device: torch.device
                 assert result.numel() == 0
 
 
+def refusal_of(op: str, *arguments: Any) -> str | None:
+    program = _triton_program(OPS[op])
+    assert program is not None
+    return program.refusal(*arguments)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_tf32_is_asked_for_by_either_interface(device: str):
+    pytest.importorskip("triton")
+    from inductor_vision.lowering.triton.kernels import dot_precision
+
+    matmul, tensor = torch.backends.cuda.matmul, SimpleNamespace(device=torch.device(device))
+    expected = "tf32" if device == "cuda" else "ieee"
+    for name, value in (("allow_tf32", True), ("fp32_precision", "tf32")):
+        before = getattr(matmul, name)
+        assert dot_precision(tensor) == "ieee"
+        setattr(matmul, name, value)
+        assert dot_precision(tensor) == expected
+        setattr(matmul, name, before)
+
+
+def test_a_large_depthwise_kernel_is_not_unrolled():
+    pytest.importorskip("triton")
+    arguments = list(depthwise_separable_conv2d.sample("plain").positional)
+    arguments[1] = torch.randn(*arguments[1].shape[:2], 9, 9)
+    why = refusal_of("depthwise_separable_conv2d_backward", arguments[0], *arguments, [True] * 5)
+    assert why == "81 taps are too many to add one by one"
+
+
 def test_depthwise_patches_are_left_to_aten():
-    s = patch_conv2d.sample("depthwise")
-    refusal = _triton_program(OPS["patch_conv2d"]).refusal(*s.positional)
-    assert refusal == "the products of a depthwise convolution would be mostly padding"
+    pytest.importorskip("triton")
+    assert (
+        refusal_of("patch_conv2d", *patch_conv2d.sample("depthwise").positional)
+        == "the products of a depthwise convolution would be mostly padding"
+    )
