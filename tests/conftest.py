@@ -82,6 +82,16 @@ def _same_conditions(threads: int) -> Iterator[None]:
 
 
 @pytest.fixture
+def unoptimized() -> Iterator[None]:
+    """The C++ that Inductor generates compiles in a third of the time. For many cases of kernels that other tests run
+    optimized."""
+    from torch._inductor import config
+
+    with config.patch({"aot_inductor.debug_compile": True}):
+        yield
+
+
+@pytest.fixture
 def poisoned_memory() -> None:
     """For tests that mean something only with poisoned memory."""
     if not MEMORY_IS_POISONED:

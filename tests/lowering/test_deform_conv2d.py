@@ -138,6 +138,7 @@ FEW = ("mask_bias", "channels_37", "groups_8", "input_channels_last", "hostile",
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unoptimized")
 def test_values_of_all_other_cases_and_dtypes():
     names = {FP32: [*CASES, *HOSTILE], BF16: [name for name in CASES if "groups" in name or "shared" in name]}
     keys = [(name, dtype) for dtype in names for name in names[dtype] if (name, dtype) not in QUICK_KEYS]

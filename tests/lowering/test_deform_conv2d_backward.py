@@ -121,6 +121,7 @@ def test_gradients_are_torchvisions(torchvision, quick, i):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unoptimized")
 def test_gradients_of_all_other_cases_and_dtypes():
     names = [name for name in (*CASES, *HOSTILE) if name not in QUICK_NAMES[FP32]]
     few = ("mask_bias", "channels_37", "groups_8", "input_channels_last", "hostile", "depthwise_37")

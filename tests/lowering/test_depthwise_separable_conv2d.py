@@ -120,11 +120,13 @@ FEW = (
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unoptimized")
 def test_values_of_all_other_cases():
     assert_all_right([sample(name) for name in CASES if name not in QUICK_NAMES[FP32]])
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unoptimized")
 @pytest.mark.parametrize("dtype", [FP64, BF16, FP16], ids=str)
 def test_values_in_other_dtypes(dtype):
     activations = [name for name in CASES if name.startswith("then_")]
@@ -374,6 +376,7 @@ OTHER_GRADIENTS = {
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unoptimized")
 @pytest.mark.parametrize("samples", OTHER_GRADIENTS.values(), ids=OTHER_GRADIENTS)
 def test_gradients_of_all_other_cases_and_dtypes(samples):
     assert_right_gradients([Backward(s) for s in samples()])

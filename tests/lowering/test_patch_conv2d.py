@@ -204,6 +204,7 @@ OTHER = {
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unoptimized")
 @pytest.mark.parametrize("calls", OTHER.values(), ids=OTHER)
 def test_all_other_cases_and_dtypes(calls):
     calls = calls()
@@ -389,6 +390,7 @@ def flat(results: Any) -> list[Tensor]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unoptimized")
 def test_epilogues_of_all_shapes():
     keys = [(name, layout) for name in EPILOGUES for layout in ORDERS]
     samples = {key: sample(Case(channels=16, out_channels=16, layout=key[1])) for key in keys}
