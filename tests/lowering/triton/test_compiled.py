@@ -201,25 +201,45 @@ def test_training_among_other_steps(name: str, device: torch.device):
         assert_close(actual, expected, torch.float32)
 
 
+class Head(torch.nn.Module):
+    """What a detector does with its boxes, on whatever device they are."""
+
+    def forward(self, x: Tensor, boxes: Tensor, scores: Tensor) -> Tensor:
+        kept = nms(boxes, scores, 0.3)
+        return roi_align(x, [boxes[kept]], 3, 0.5).relu()
+
+
 def test_sizes_may_be_dynamic(device: torch.device):
     """One compilation serves all, of more than one word of boxes; indices have 64 bits, as sizes may be of any
     magnitude."""
-
-    def call(x: Tensor, boxes: Tensor, scores: Tensor) -> Tensor:
-        kept = nms(boxes, scores, 0.3)
-        return roi_align(x, [boxes[kept]], 3, 0.5)
+    head = Head()
 
     def check(count: int, function: Callable[..., Tensor]) -> None:
         boxes, scores, _ = Boxes(count).tensors()
         tensors = torch.randn(1, 3, 21 + count, 25, generator=torch.Generator().manual_seed(count)), boxes, scores
-        assert_close(function(*moved(tensors, device)).cpu(), call(*tensors), torch.float32)
+        assert_close(function(*moved(tensors, device)).cpu(), head(*tensors), torch.float32)
 
     boxes, scores, _ = Boxes(40).tensors()
-    compiled = compile_and_run(call, *moved((torch.randn(1, 3, 61, 25), boxes, scores), device), dynamic=True)
+    compiled = compile_and_run(head, *moved((torch.randn(1, 3, 61, 25), boxes, scores), device), dynamic=True)
     assert {path.kind for path in compiled.paths} == {"triton"}
     with torch.compiler.set_stance("fail_on_recompile"):
         for count in (40, 50):
             check(count, compiled.function)
+
+
+def test_exported_programs(device: torch.device):
+    """Operators are what an export keeps; they become Triton code when that is compiled."""
+    boxes, scores, _ = Boxes(40).tensors()
+    arguments = torch.randn(1, 3, 21, 25), boxes, scores
+    number = torch.export.Dim("number")
+    dynamic = {"x": None, "boxes": {0: number}, "scores": {0: number}}
+    exported = torch.export.export(Head(), moved(arguments, device), dynamic_shapes=dynamic)
+    fewer = arguments[0], boxes[:35], scores[:35]
+    with launched_kernels() as names:
+        compiled = compile_and_run(exported.module(), *moved(fewer, device))
+    assert {path.kind for path in compiled.paths} == {"triton"}
+    assert {"choose", "sample_bins"} <= {re.sub(r"_\d+$", "", name) for name in names}
+    assert_same(compiled, Head()(*fewer))
 
 
 def test_wrong_values_are_errors_before_a_kernel_reads(device: torch.device):
