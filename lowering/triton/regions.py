@@ -7,6 +7,7 @@ of a block.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -20,7 +21,18 @@ from torch._prims_common import suggest_memory_format
 
 from ...ops.regions import MapSize, Pixels, PooledAxis, SampledAxis
 from ..registry import TritonProgram
-from .kernels import adding_block, dense, in_format_of, kernel, launch, positions, power_of_two, quotient, wide
+from .kernels import (
+    adding_block,
+    dense,
+    in_any_order,
+    in_format_of,
+    kernel,
+    launch,
+    positions,
+    power_of_two,
+    quotient,
+    wide,
+)
 
 # Arguments of kernels have no types in Python.
 # mypy: disable-error-code="no-untyped-def"
@@ -333,3 +345,8 @@ class TritonPixels(Pixels):
 def region_program(program: Any) -> TritonProgram:
     """Of an operator that takes its loops from the keyword ``pixels``."""
     return TritonProgram(functools.partial(program, pixels=TritonPixels))
+
+
+def gradient_program(program: Any) -> TritonProgram:
+    """The same, of a gradient of the maps."""
+    return dataclasses.replace(region_program(program), refusal=in_any_order)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...ops import roi_align
 from ..registry import triton_program_for
-from .regions import region_program
+from .regions import gradient_program, region_program
 
 triton_program_for("roi_align", region_program(roi_align.forward))
-triton_program_for("roi_align_backward", region_program(roi_align.backward))
+triton_program_for("roi_align_backward", gradient_program(roi_align.backward))

@@ -255,6 +255,19 @@ def test_wrong_values_are_errors_before_a_kernel_reads(device: torch.device):
         run_compiled("heatmaps_to_keypoints", (maps, rois))
 
 
+@pytest.mark.parametrize("op", ["deform_conv2d_backward", "roi_align_backward"])
+def test_nothing_is_added_in_any_order_where_that_is_not_wanted(op: str, device: torch.device):
+    arguments = CALLS[op][0]()
+    torch.use_deterministic_algorithms(True)
+    try:
+        compiled, names = run_compiled(op, moved(arguments, device))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert "torch.use_deterministic_algorithms is on" in compiled.paths[0].detail
+    assert not any(name.startswith(str(CALLS[op][1])) for name in names)
+    assert_same(compiled, OPS[op].decomposition(*arguments))
+
+
 def test_explain_names_the_path(device: torch.device):
     x, offset, weight, bias, *_ = moved(deform.sample("bias").positional, device)
     explanation = str(explain(lambda *tensors: deform_conv2d(*tensors, padding=1), x, offset, weight, bias))
