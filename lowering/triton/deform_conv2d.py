@@ -28,13 +28,13 @@ from .kernels import (
     dot_precision,
     filters_of,
     geometry_of,
-    in_any_order,
     in_format_of,
     kernel,
     launch,
     load_block,
     positions,
     product_blocks,
+    refuse_if_deterministic,
     strides,
     wide,
 )
@@ -590,5 +590,5 @@ def _grad_weight(call: _Call, shared: dict[str, Any], dtype: torch.dtype) -> Ten
 triton_program_for("deform_conv2d", TritonProgram(_forward, lambda *args: constant_geometry(*args[4:7])))
 triton_program_for(
     "deform_conv2d_backward",
-    TritonProgram(_backward, lambda grad, *args: constant_geometry(*args[4:7]) or in_any_order()),
+    TritonProgram(_backward, lambda grad, *args: constant_geometry(*args[4:7]) or refuse_if_deterministic()),
 )

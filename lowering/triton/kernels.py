@@ -78,15 +78,15 @@ def power_of_two(size: int | SymInt, most: int) -> int:
     return min(triton.next_power_of_2(max(size, 1)), most) if isinstance(size, int) else most
 
 
-def in_any_order(*args: Any) -> str | None:
+def refuse_if_deterministic(*args: Any) -> str | None:
     """The refusal of programs that add to one place from several programs of a kernel."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     return "torch.use_deterministic_algorithms is on, and a kernel would add in any order" if deterministic else None
 
 
-def adding_block(block: int, least: int, tensor: Tensor) -> int:
+def adding_block(block: int, most_on_cpu: int, tensor: Tensor) -> int:
     """The size of a block of which each element is added atomically; Triton-CPU makes a branch of code for each."""
-    return block if on_gpu(tensor) else min(block, least)
+    return block if on_gpu(tensor) else min(block, most_on_cpu)
 
 
 # Pixels whose products one program adds up, for the gradient of a weight; sums of parts are added in their order.

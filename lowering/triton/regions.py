@@ -7,7 +7,6 @@ of a block.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -24,13 +23,13 @@ from ..registry import TritonProgram
 from .kernels import (
     adding_block,
     dense,
-    in_any_order,
     in_format_of,
     kernel,
     launch,
     positions,
     power_of_two,
     quotient,
+    refuse_if_deterministic,
     wide,
 )
 
@@ -320,9 +319,8 @@ class TritonPixels(Pixels):
         channels, number = self._channels, math.prod(self.bins)
         of_channels_last = suggest_memory_format(map) == torch.channels_last
         block_channels = power_of_two(channels, 64 if of_channels_last else 8)
-        block_bins = power_of_two(number, 512 // block_channels)
-        if arguments["SPREAD"]:
-            block_bins = adding_block(block_bins, max(256 // block_channels, 1), map)
+        most = adding_block(512, 256, map) if arguments["SPREAD"] else 512
+        block_bins = power_of_two(number, most // block_channels)
         grid = bins.shape[0], triton.cdiv(number, block_bins), triton.cdiv(channels, block_channels)
         return launch(
             function,
@@ -349,4 +347,4 @@ def region_program(program: Any) -> TritonProgram:
 
 def gradient_program(program: Any) -> TritonProgram:
     """The same, of a gradient of the maps."""
-    return dataclasses.replace(region_program(program), refusal=in_any_order)
+    return TritonProgram(functools.partial(program, pixels=TritonPixels), refuse_if_deterministic)
