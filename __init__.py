@@ -1,9 +1,9 @@
 """Vision operators that TorchInductor compiles into fused, vectorized, multi-core C++."""
 
-from .accelerate import accelerate_torchvision as accelerate_torchvision
 from .explain import Explanation as Explanation, explain as explain
 from .export import export_detector as export_detector
-from .fuse import fuse_depthwise_separable as fuse_depthwise_separable
+from .integrations.convolutions import fuse_depthwise_separable as fuse_depthwise_separable
+from .integrations.torchvision import accelerate_torchvision as accelerate_torchvision
 from .lowering.hook import install_when_inductor_is_imported
 from .ops.box_iou_rotated import box_iou_rotated as box_iou_rotated
 from .ops.deform_conv2d import DeformConv2d as DeformConv2d, deform_conv2d as deform_conv2d

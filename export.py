@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .accelerate import accelerate_torchvision
+from .integrations.torchvision import accelerate_torchvision
 
 _LARGEST_SIDE = 1 << 16  # of an image, in pixels
 _LARGEST_RATIO = 10  # of its sides

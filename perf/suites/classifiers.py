@@ -12,7 +12,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from ...fuse import fuse_depthwise_separable
+from ...integrations.convolutions import fuse_depthwise_separable
 from .. import backends
 from ..spec import Case, Contender, Job, Prepared, Suite
 

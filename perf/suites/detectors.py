@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...accelerate import accelerate_torchvision
 from ...export import OneImage, export_detector
+from ...integrations.torchvision import accelerate_torchvision
 from .. import backends
 from ..spec import Case, Contender, Job, Prepared, Suite
 from ..verify import relative_error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .lowering import registry as lowering_registry
+from ..lowering import registry as lowering_registry
 
 
 def fuse_depthwise_separable() -> None:

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from .lowering import registry as lowering_registry
-from .ops import heatmaps_to_keypoints, torchvision_detection  # noqa: F401  (declare what they replace)
-from .ops.registry import TORCHVISION, TORCHVISION_PYTHON
+from ..lowering import registry as lowering_registry
+from ..ops import heatmaps_to_keypoints, torchvision_detection  # noqa: F401  (declare what they replace)
+from ..ops.registry import TORCHVISION, TORCHVISION_PYTHON
 
 logger = logging.getLogger("inductor_vision")
 
