@@ -10,8 +10,7 @@ import torch._inductor.lowering  # noqa: F401  (first: the modules below import 
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_functional
 from torch._inductor import config, ir
 from torch._inductor.codecache import CppCodeCache
-from torch._inductor.codegen.cpp import get_export_declaration
-from torch._inductor.codegen.cpp_gemm_template import gen_2d_view_of_epilogue_buf
+from torch._inductor.codegen.cpp import CppScheduling, get_export_declaration
 from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel, parse_expr_with_index_symbols
 from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
 from torch._inductor.cpp_builder import get_cpp_compiler
@@ -25,13 +24,13 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 __all__ = [
     "DTYPE_TO_CPP",
     "CppCodeCache",
+    "CppScheduling",
     "CppTemplateKernel",
     "Placeholder",
     "V",
     "VecISA",
     "cache_dir",
     "config",
-    "gen_2d_view_of_epilogue_buf",
     "get_cpp_compiler",
     "get_export_declaration",
     "ir",

@@ -20,13 +20,13 @@ import torch
 
 from ..ops.registry import accumulate_dtype
 from ..paths import record_path
+from . import epilogue as epilogues
 from .inductor import (
     DTYPE_TO_CPP,
     CppTemplateKernel,
     Placeholder,
     V,
     config,
-    gen_2d_view_of_epilogue_buf,
     get_export_declaration,
     ir,
     lowerings,
@@ -344,12 +344,15 @@ class BlocksTemplate(KernelTemplate):
         values = _block_name(buffer)
         if not epilogue:  # Inductor would copy one by one
             return self._plain_store(kernel, buffer, "store_block")
-        target, reindexers = self._target(buffer, epilogue)
         nodes, source = list(epilogue), buffer
+        reindexers: list[Any] = list(epilogues.reindexers(buffer, epilogue) or ())
         if keep:
             source = self._sums(buffer)
             nodes.insert(0, self._own_store(buffer, source))
             reindexers.insert(0, None)
+        last = epilogue[-1]  # it lies in memory as the template's own output would, whatever its shape
+        layout = ir.FixedLayout(torch.device("cpu"), last.get_dtype(), buffer.get_size(), buffer.get_stride())
+        target = ir.ReinterpretView(data=ir.StorageBox(last), layout=layout)
 
         # Of image, channel, row and column: the part of the output, and the strides of the block's values. It is one
         # image, but Inductor must not know: it counts loops without those of a single step when it looks for the one to
@@ -409,35 +412,6 @@ class BlocksTemplate(KernelTemplate):
         place = ["out_image", "out_channel", "out_row", "out_column"]
         return [place[d] for d in (0, 2, 3, 1)] if self.channels_last else place
 
-    def _target(self, buffer: ir.Buffer, epilogue: list[ir.ComputedBuffer]) -> tuple[ir.IRNode, list[Any]]:
-        """Where the epilogue's last node is stored, in physical order, and how its indices become those of each node.
-
-        A node of the output's size may have strides of its own: Inductor fuses the copy to another memory format too.
-        """
-        last = epilogue[-1]
-        order = [0, 2, 3, 1] if self.channels_last else [0, 1, 2, 3]
-        same = V.graph.sizevars.statically_known_list_equals
-        if all(same(node.get_size(), self.size) for node in epilogue):
-            strides = last.get_stride()
-            layout = ir.FixedLayout(
-                torch.device("cpu"),
-                last.get_dtype(),
-                buffer.get_size(),
-                [strides[d] for d in order],
-                last.get_layout().offset,
-            )
-            logical = [order.index(d) for d in range(4)]
-            reindexers = [lambda index: [index[d] for d in logical]] * len(epilogue)
-            return ir.ReinterpretView(data=ir.StorageBox(last), layout=layout), reindexers
-        for node in epilogue:
-            (write,) = node.get_read_writes().writes
-            others = {other.get_name() for other in epilogue}
-            if any(read.index != write.index for read in node.get_reads() if read.name in others):
-                raise NotImplementedError(
-                    f"{self.op}: what follows is reshaped and copied to another layout; please report how it came about"
-                )
-        return gen_2d_view_of_epilogue_buf(last, buffer, epilogue, [], default_reindexers=[None] * len(epilogue))
-
     def _own_store(self, buffer: ir.CppTemplateBuffer, sums: ir.Buffer) -> ir.ComputedBuffer:
         """The template's output as a node of the epilogue, for when it has users beside the fused ones."""
         load = sums.make_loader()
@@ -448,3 +422,6 @@ class BlocksTemplate(KernelTemplate):
             ranges=buffer.get_size(),
         )
         return ir.ComputedBuffer(name=buffer.get_name(), layout=buffer.get_layout(), data=convert)
+
+
+epilogues.fuse_only_what_is_stored_alike(KernelTemplate)
