@@ -4,19 +4,22 @@
 # torch is installed first, by itself and pinned: left to the package's "torch>=2.13", pip picks the newest build there
 # is, which on Linux brings gigabytes of CUDA libraries that nothing here uses. Where pip can see a CPU build of the
 # pinned version (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL), it prefers that one. To use another torch, or your own environment:
-#     make test TORCH=torch==2.15.0
+#     make test TORCH=torch==2.14.1 TORCHVISION=torchvision==0.29.1 TRITON=
 #     make test TORCH=wheels/torch-2.13.0+cpu-cp312-cp312-linux_x86_64.whl
-#     make test TORCH= VENV=my-environment
+#     make test TORCH= TORCHVISION= TRITON= VENV=my-environment
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-# The Triton that goes with it, for tests; TRITON= keeps one that is there, such as Triton-CPU.
+# What goes with it, for tests: torchvision, whose operators and models this package serves, and Triton. Empty, TORCHVISION=
+# and TRITON= keep what is there (a Triton-CPU, for one), or do without: tests that need it are skipped.
+# torchvision comes without what it depends on, since pip would exchange torch for a build that it likes better.
+TORCHVISION ?= torchvision==0.28.0
 TRITON ?= triton==3.7.1
 VENV ?= .venv
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check --quiet
-# Stamps: the environment holds what pyproject.toml asked for when they were touched, and this TORCH.
-READY := $(VENV)/.ready-$(shell printf '%s' '$(TORCH)' | cksum | cut -d ' ' -f 1)
+# Stamps: the environment holds what pyproject.toml asked for when they were touched, and these three.
+READY := $(VENV)/.ready-$(shell printf '%s' '$(TORCH) $(TORCHVISION) $(TRITON)' | cksum | cut -d ' ' -f 1)
 PERF_READY := $(READY)-perf
 
 .DEFAULT_GOAL := help
@@ -60,6 +63,7 @@ $(PY):
 $(READY): pyproject.toml | $(PY)
 	$(if $(TORCH),$(PIP) $(foreach word,$(TORCH),'$(word)'))
 	$(if $(TRITON),$(PIP) $(foreach word,$(TRITON),'$(word)'))
+	$(if $(TORCHVISION),$(PIP) --no-deps $(foreach word,$(TORCHVISION),'$(word)'))
 	$(PIP) -e '.[test,examples]'
 	@rm -f $(VENV)/.ready-* && touch $@
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import os
 import pathlib
@@ -55,7 +56,8 @@ def export_detector(
     whose names are in the package's metadata under "outputs", separated by commas. Images must be contiguous; one that
     the package cannot take is an error.
 
-    For lower precision, have the model itself enter autocast. Calls :func:`inductor_vision.accelerate_torchvision`.
+    For lower precision, have the model itself enter autocast. Calls :func:`inductor_vision.accelerate_torchvision`
+    where torchvision is installed.
 
     Args:
         model: of torchvision, or one that is called as those are: in eval mode it takes a list of images and returns a
@@ -74,7 +76,6 @@ def export_detector(
         ValueError: the file's name does not end with ".pt2", the model is in training mode, the image is not
             ``[C, H, W]``, a label has a comma, the model does not return detections, or ``any_size`` is set and the
             model does not allow it.
-        ImportError: torchvision is not installed.
     """
     path = pathlib.Path(path)
     if path.suffix != ".pt2":
@@ -86,7 +87,8 @@ def export_detector(
     if any("," in label for label in labels):
         raise ValueError(f"export_detector: labels must not have commas, got {list(labels)}")
     example_image = example_image.contiguous()
-    accelerate_torchvision()
+    if importlib.util.find_spec("torchvision") is not None:  # else the model has nothing to do with it
+        accelerate_torchvision()
     from .lowering.checks import inputs_checked
     from .lowering.sizes import sizes_as_symbols  # imports sympy, which takes its time
 

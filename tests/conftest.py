@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import pathlib
 import random
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -36,6 +38,13 @@ def _poison_fresh_memory() -> bool:
 
 MEMORY_IS_POISONED = _poison_fresh_memory()
 
+# Why a test is skipped, and what to do about it.
+TORCHVISION_IS_MISSING = "torchvision is not installed: pip install --no-deps the torchvision that goes with this torch"
+KERNELS_DO_NOT_LOAD = (
+    "torchvision's compiled operators do not load beside this torch: install torch and torchvision from one source, "
+    "both for CPUs or both for CUDA"
+)
+
 
 class _RootIsThePackage:
     """Keeps pytest from importing the root's __init__.py, the package's, a second time under the folder's name."""
@@ -50,8 +59,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Files with slow tests come first where several processes take one file after the other, so that they are done at
-    about the same time."""
+    """Tests that need torchvision's kernels are marked so. Where several processes take one file after the other, files
+    with slow tests come first, so that they are done at about the same time."""
+    for item in items:
+        if "torchvision" in getattr(item, "fixturenames", ()):
+            item.add_marker("torchvision_kernels")
     if hasattr(config, "workerinput"):
         slow = {item.path for item in items if item.get_closest_marker("slow")}
         items.sort(key=lambda item: item.path not in slow)
@@ -60,6 +72,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_report_header() -> str:
     memory = "filled with NaN" if MEMORY_IS_POISONED else "not poisoned: this C library has no M_PERTURB"
     return f"torch {torch.__version__}, fresh memory: {memory}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The last lines say what was not tested, and what it takes to test it."""
+    reasons = Counter(report.longrepr[2] for report in terminalreporter.stats.get("skipped", ()))
+    if reasons:
+        terminalreporter.section(f"{reasons.total()} tests were skipped")
+        for reason, count in reasons.most_common():
+            terminalreporter.line(f"{count:5}  {reason.removeprefix('Skipped: ')}")
 
 
 @pytest.fixture
@@ -98,21 +119,44 @@ def poisoned_memory() -> None:
         pytest.skip("fresh memory cannot be poisoned: this C library has no M_PERTURB")
 
 
-@pytest.fixture(scope="session")
-def torchvision() -> ModuleType:
-    """torchvision with its own compiled CPU kernels, the reference for values."""
+def _torchvision() -> ModuleType | None:
+    """torchvision, where its own compiled operators load; the test is skipped where it is not installed."""
+    if importlib.util.find_spec("torchvision") is None:
+        pytest.skip(TORCHVISION_IS_MISSING)
     try:
         import torchvision
         import torchvision.ops
-    except (ImportError, RuntimeError) as error:
-        pytest.skip(f"torchvision does not load: {error}")
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("torchvision::deform_conv2d", "CPU"):
-        pytest.skip("torchvision's compiled operators do not load")
-    return torchvision
+    except RuntimeError:  # "operator torchvision::nms does not exist"
+        return None
+    has_kernels = torch._C._dispatch_has_kernel_for_dispatch_key("torchvision::deform_conv2d", "CPU")
+    return torchvision if has_kernels else None
 
 
 @pytest.fixture(scope="session")
-def detector_package(torchvision: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+def torchvision() -> ModuleType:
+    """torchvision with its own compiled CPU kernels, the reference for values."""
+    module = _torchvision()
+    if module is None:
+        pytest.skip(KERNELS_DO_NOT_LOAD)
+    return module
+
+
+@pytest.fixture(scope="session")
+def torchvision_python() -> ModuleType:
+    """torchvision for tests of its models and its Python: on its own operators or, where these do not load, on those
+    that accelerate_torchvision() defines."""
+    module = _torchvision()
+    if module is None:
+        from inductor_vision import accelerate_torchvision
+
+        accelerate_torchvision()
+        import torchvision as module
+        import torchvision.ops
+    return module
+
+
+@pytest.fixture(scope="session")
+def detector_package(torchvision_python: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """The small Mask R-CNN as a package, for images of any size; it takes a while to make."""
     from inductor_vision import export_detector
     from inductor_vision.tests.support.detectors import small_detector

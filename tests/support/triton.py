@@ -17,7 +17,7 @@ import functools
 import hashlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -286,13 +286,19 @@ def _libdevice() -> dict[str, Callable[..., Any]]:
 BACKENDS = ("interpreter", "triton-cpu", "cuda")
 
 
+def triton_or_skip() -> ModuleType:
+    return pytest.importorskip(
+        "triton", reason="Triton is not installed: pip install the one that goes with this torch"
+    )
+
+
 @contextlib.contextmanager
 def active(backend: str) -> Iterator[torch.device]:
     """Triton uses one of ``BACKENDS``; the device that its kernels run on.
 
     Skips the test where it is not to be had.
     """
-    triton = pytest.importorskip("triton")
+    triton = triton_or_skip()
     driver = triton.runtime.driver
     as_before = patch.object(driver, "_active", driver._active)  # afterwards
     with as_before, _active(backend) as device:

@@ -12,7 +12,7 @@ from inductor_vision.ops.registry import OPS
 from inductor_vision.tests.support import deform_conv2d, depthwise_separable_conv2d, patch_conv2d
 from inductor_vision.tests.support.compare import assert_close
 from inductor_vision.tests.support.convolution import gradient_like
-from inductor_vision.tests.support.triton import run_program
+from inductor_vision.tests.support.triton import run_program, triton_or_skip
 
 CASES = {
     deform_conv2d: [
@@ -99,7 +99,7 @@ def refusal_of(op: str, *arguments: Any) -> str | None:
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_tf32_is_asked_for_by_either_interface(device: str):
-    pytest.importorskip("triton")
+    triton_or_skip()
     from inductor_vision.lowering.triton.kernels import dot_precision
 
     matmul, tensor = torch.backends.cuda.matmul, SimpleNamespace(device=torch.device(device))
@@ -113,7 +113,7 @@ def test_tf32_is_asked_for_by_either_interface(device: str):
 
 
 def test_a_large_depthwise_kernel_is_not_unrolled():
-    pytest.importorskip("triton")
+    triton_or_skip()
     arguments = list(depthwise_separable_conv2d.sample("plain").positional)
     arguments[1] = torch.randn(*arguments[1].shape[:2], 9, 9)
     why = refusal_of("depthwise_separable_conv2d_backward", arguments[0], *arguments, [True] * 5)
@@ -121,6 +121,6 @@ def test_a_large_depthwise_kernel_is_not_unrolled():
 
 
 def test_depthwise_patches_are_left_to_aten():
-    pytest.importorskip("triton")
+    triton_or_skip()
     why = refusal_of("patch_conv2d", *patch_conv2d.sample("depthwise").positional)
     assert why == "the products of a depthwise convolution would be mostly padding"

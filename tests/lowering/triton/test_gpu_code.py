@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from inductor_vision.tests.lowering.triton.test_compiled import CALLS
-from inductor_vision.tests.support.triton import active, interpreted_sources, run_program
+from inductor_vision.tests.support.triton import active, interpreted_sources, run_program, triton_or_skip
 from torch.utils._pytree import tree_map
 
 # An A100 and an MI300, and the memory that the threads of one of their multiprocessors share.
@@ -24,7 +24,7 @@ def in_dtype(value: object, dtype: torch.dtype) -> object:
 @pytest.mark.parametrize("vendor", TARGETS)
 @pytest.mark.parametrize("op", WITH_KERNELS)
 def test_kernels_compile(op: str, vendor: str):
-    pytest.importorskip("triton")
+    triton_or_skip()
     from inductor_vision.lowering.triton import kernels
     from triton import compile
     from triton.backends import backends
