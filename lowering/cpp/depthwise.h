@@ -11,13 +11,13 @@ namespace inductor_vision {
 
 // Where a tap finds the first of some pixels, and its weights; of channel 0.
 template <typename value_t>
-struct Tap {
+struct DepthwiseTap {
   const value_t* source;
   const accumulate_t<value_t>* weight;
 };
 
 // Pixels that have the same taps.
-struct TapSpan {
+struct DepthwiseSpan {
   int64_t first_tap, taps;  // in the list
   int64_t pixel, step;      // the number of the first, the difference between the numbers of neighbours
   int64_t pixels;
@@ -25,14 +25,14 @@ struct TapSpan {
 
 // Lists the pixels of some rows of the result with their taps.  Taps outside of what is read are left out.
 template <typename value_t>
-class TapList {
+class DepthwiseTapList {
  public:
   using acc_t = accumulate_t<value_t>;
 
   // `rows` of the result, each with at most `row_taps` rows of what is read, are the most that is listed at once: lists
   // have all the room that they can need, nothing is allocated while threads are running.  Elements lie `distance`
   // apart for neighbouring columns, `weight_distance` for neighbouring taps.
-  TapList(const Axis& columns, int64_t rows, int64_t row_taps, int64_t distance, int64_t weight_distance)
+  DepthwiseTapList(const Axis& columns, int64_t rows, int64_t row_taps, int64_t distance, int64_t weight_distance)
       : step_(columns.step()),
         source_step_(columns.source_step()),
         distance_(distance),
@@ -52,7 +52,7 @@ class TapList {
     rows_.clear();
   }
   // A row of what is read, from its first column on, and the first tap that looks at it.
-  void add(const Tap<value_t>& row) {
+  void add(const DepthwiseTap<value_t>& row) {
     rows_.push_back(row);
   }
   // Lists the columns [begin, end) of the row; `pixel` is the number of the first.
@@ -62,7 +62,7 @@ class TapList {
       const int64_t last = std::min(span.count, divide_up(end - span.begin, step_));
       if (first < last) {
         const auto first_tap = static_cast<int64_t>(taps_.size());
-        for (const Tap<value_t>& row : rows_) {
+        for (const DepthwiseTap<value_t>& row : rows_) {
           for (const AxisTap& tap : span.taps) {
             const int64_t column = tap.source + first * source_step_;
             taps_.push_back({row.source + column * distance_, row.weight + tap.tap * weight_distance_});
@@ -74,10 +74,10 @@ class TapList {
     }
   }
 
-  const std::vector<TapSpan>& spans() const {
+  const std::vector<DepthwiseSpan>& spans() const {
     return spans_;
   }
-  const Tap<value_t>* taps(const TapSpan& span) const {
+  const DepthwiseTap<value_t>* taps(const DepthwiseSpan& span) const {
     return taps_.data() + span.first_tap;
   }
   // Elements between what neighbouring pixels of a span look at.
@@ -89,15 +89,15 @@ class TapList {
   int64_t step_, source_step_;
   int64_t distance_, weight_distance_;
   std::vector<AxisSpan> columns_;
-  std::vector<Tap<value_t>> rows_;  // of the row that was begun
-  std::vector<Tap<value_t>> taps_;
-  std::vector<TapSpan> spans_;
+  std::vector<DepthwiseTap<value_t>> rows_;  // of the row that was begun
+  std::vector<DepthwiseTap<value_t>> taps_;
+  std::vector<DepthwiseSpan> spans_;
 };
 
 // Sums of some pixels of a span and some channels of each, in registers: see depthwise_sums.
 template <int kPixels, int kVectors, typename value_t, typename Begin, typename Finish>
 inline void depthwise_block(
-    const TapList<value_t>& list, const TapSpan& span, int64_t n, int64_t source, int64_t weight, int64_t k,
+    const DepthwiseTapList<value_t>& list, const DepthwiseSpan& span, int64_t n, int64_t source, int64_t weight, int64_t k,
     int64_t count, const Begin& begin, const Finish& finish) {
   using Vec = Vectorized<accumulate_t<value_t>>;
   constexpr int64_t kLanes = Vec::size();
@@ -105,8 +105,8 @@ inline void depthwise_block(
   const auto load = [&](const auto* from) { return part ? load_vector(from, count) : load_vector(from); };
   auto sum = generate<kPixels * kVectors>([&](int i) { return begin(k + i % kVectors * kLanes, load); });
   const int64_t step = list.distance();
-  const Tap<value_t>* tap = list.taps(span);
-  for (const Tap<value_t>* end = tap + span.taps; tap < end; ++tap) {
+  const DepthwiseTap<value_t>* tap = list.taps(span);
+  for (const DepthwiseTap<value_t>* end = tap + span.taps; tap < end; ++tap) {
     const value_t* from = tap->source + source + n * step + k;
     const auto* weights = tap->weight + weight + k;
     const auto w = generate<kVectors>([&](int u) { return load(weights + u * kLanes); });
@@ -129,7 +129,7 @@ inline void depthwise_block(
 // another, which loads so many channels of what it is given.
 template <typename value_t, typename Begin, typename Finish>
 inline void depthwise_sums(
-    const TapList<value_t>& list, const TapSpan& span, int64_t first, int64_t end, int64_t source, int64_t weight,
+    const DepthwiseTapList<value_t>& list, const DepthwiseSpan& span, int64_t first, int64_t end, int64_t source, int64_t weight,
     int64_t depth, const Begin& begin, const Finish& finish) {
   constexpr int64_t kLanes = Vectorized<accumulate_t<value_t>>::size();
   // Neighbouring pixels, and vectors of channels of each, whose sums are in registers at once.

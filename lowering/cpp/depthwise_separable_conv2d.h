@@ -182,7 +182,7 @@ class SeparableTile {
   int64_t slots_;         // rows in the ring
   int64_t sum_distance_;  // between the sums of two pixels: whole panels
   Axis rows_;
-  TapList<scalar_t> list_;
+  DepthwiseTapList<scalar_t> list_;
   int64_t image_ = 0;
   int64_t next_row_ = 0;  // that is not in the ring yet
   Scratch<scalar_t> ring_;

@@ -278,7 +278,7 @@ class SeparableGradientsTile {
 
   // The pixels [first, end) of a span.
   void differentiate_block(
-      const TapSpan& span, int64_t first, int64_t end, int64_t m, const acc_t* bias, const acc_t* grad, acc_t* hidden,
+      const DepthwiseSpan& span, int64_t first, int64_t end, int64_t m, const acc_t* bias, const acc_t* grad, acc_t* hidden,
       acc_t* row) const {
     const auto begin = [&](int64_t k, const auto& load) { return bias == nullptr ? Vec(0) : load(bias + k); };
     const auto finish = [&](int64_t n, int64_t k, Vec sum, int64_t count) {
@@ -301,7 +301,7 @@ class SeparableGradientsTile {
     }
   }
 
-  void add_weight(const TapSpan& span, int64_t first, int64_t end, int64_t m, const acc_t* grad) const {
+  void add_weight(const DepthwiseSpan& span, int64_t first, int64_t end, int64_t m, const acc_t* grad) const {
     for (int64_t k = 0; k < channels_; k += kLanes) {
       int64_t tap = 0;
       for (; tap + 9 <= span.taps; tap += 9) {
@@ -319,11 +319,11 @@ class SeparableGradientsTile {
   // The weights of some taps and a vector of channels; sums stay in registers.
   template <int kTaps>
   void add_taps(
-      const TapSpan& span, int64_t first, int64_t end, int64_t tap, int64_t m, int64_t k, const acc_t* grad) const {
+      const DepthwiseSpan& span, int64_t first, int64_t end, int64_t tap, int64_t m, int64_t k, const acc_t* grad) const {
     const int64_t count = std::min(kLanes, channels_ - k);
     const bool part = count < kLanes;
     const auto load = [&](const acc_t* from) { return part ? load_vector(from, count) : load_vector(from); };
-    const Tap<acc_t>* taps = list_.taps(span) + tap;
+    const DepthwiseTap<acc_t>* taps = list_.taps(span) + tap;
     const auto weights = generate<kTaps>(
         [&](int t) { return grad_weight_.get() + (taps[t].weight - weight_.get()) + m * distance_ + k; });
     const auto sources = generate<kTaps>([&](int t) { return taps[t].source + k; });
@@ -336,7 +336,7 @@ class SeparableGradientsTile {
     ForcedUnroll<kTaps>{}([&](auto t) { store_vector(load(weights[t]) + sum[t], weights[t], count); });
   }
 
-  void add_bias(const TapSpan& span, int64_t first, int64_t end, int64_t m, const acc_t* grad) const {
+  void add_bias(const DepthwiseSpan& span, int64_t first, int64_t end, int64_t m, const acc_t* grad) const {
     for (int64_t k = 0; k < channels_; k += kLanes) {
       const int64_t count = std::min(kLanes, channels_ - k);
       acc_t* bias = grad_bias_.get() + m * distance_ + k;
@@ -411,7 +411,7 @@ class SeparableGradientsTile {
   int64_t next_row_ = 0;     // that is not in the ring yet
   int64_t next_stored_ = 0;  // of the gradient of the input, that is not summed yet
   int64_t pending_ = 0;      // rows before it that are not stored yet
-  TapList<acc_t> list_, gradient_list_;
+  DepthwiseTapList<acc_t> list_, gradient_list_;
   Scratch<acc_t> weight_, grad_weight_;  // [taps][M][channels]
   Scratch<acc_t> grad_bias_;             // [M][channels]
   Scratch<acc_t> input_;                 // rows of [width][channels]

@@ -142,7 +142,7 @@ def run_sanitized(program: pathlib.Path, *args: str) -> dict[str, float]:
     return {name: float(value) for name, _, value in (word.partition("=") for word in output.split())}
 
 
-def compile_only(compiler: str, source: pathlib.Path, capability: Capability) -> None:
+def compile_only(compiler: str, source: pathlib.Path, capability: Capability, *flags: str) -> None:
     """Compile without running, warnings being errors."""
     path = _compiler(compiler)
     probe = subprocess.run(
@@ -150,5 +150,5 @@ def compile_only(compiler: str, source: pathlib.Path, capability: Capability) ->
     )
     if probe.returncode != 0:
         pytest.skip(f"{compiler} is installed without its OpenMP runtime (clang++: libomp-dev)")
-    flags = (*_COMMON, "-Wall", "-Wextra", "-Werror", *capability.flags)
+    flags = (*_COMMON, "-Wall", "-Wextra", "-Werror", *capability.flags, *flags)
     _run([path, *flags, "-c", source, "-o", os.devnull])

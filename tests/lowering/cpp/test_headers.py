@@ -1,0 +1,30 @@
+"""The kernels' headers can meet in one C++ file, as they do where Inductor puts a whole model into one."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from inductor_vision.lowering.template import splice_header
+from inductor_vision.tests.support.cpp import CAPABILITIES, HEADERS, compile_only
+
+NAMES = sorted(path.name for path in HEADERS.glob("*.h"))
+
+
+@pytest.mark.parametrize("names", [NAMES, NAMES[::-1]], ids=["in order", "in reverse"])
+@pytest.mark.parametrize("name", CAPABILITIES)
+@pytest.mark.parametrize("compiler", ["g++", pytest.param("clang++", marks=pytest.mark.slow)])
+def test_no_two_collide(compiler, name, names, tmp_path):
+    """Each as it stands in a kernel's source: below Inductor's own header, with all that it includes."""
+    CAPABILITIES[name].skip_unless_it_runs_here()
+    source = tmp_path / "all.cpp"
+    source.write_text("\n".join(["#include <torch/csrc/inductor/cpp_prefix.h>", *map(splice_header, names)]))
+    compile_only(compiler, source, CAPABILITIES[name], "-fsyntax-only")
+
+
+def test_macros_have_names_that_nobody_else_gives():
+    """A macro changes all that follows it in the file, Inductor's code too."""
+    texts = [(HEADERS / name).read_text() for name in NAMES]
+    defined = [macro for text in texts for macro in re.findall(r"^ *# *define +(\w+)", text, flags=re.MULTILINE)]
+    assert len(defined) >= len(NAMES)  # each has a guard
+    assert [macro for macro in defined if not macro.startswith("INDUCTOR_VISION_")] == []
