@@ -7,9 +7,8 @@ import torch
 from inductor_vision import box_iou_rotated
 from inductor_vision.ops.registry import OPS
 from inductor_vision.tests.support.boxes import ROTATED_CALLS, RotatedBoxes
-from inductor_vision.tests.support.compiled import caches_disabled, compile_and_run, package_and_run_alone
+from inductor_vision.tests.support.compiled import caches_disabled, compile_and_run
 from torch import Tensor, nn
-from torch.export import Dim
 
 
 class Overlaps(nn.Module):
@@ -67,16 +66,6 @@ def test_the_decomposition_compiles():
     compiled = compile_and_run(OPS["box_iou_rotated"].decomposition, boxes1, boxes2)
     assert compiled.templates == 0
     torch.testing.assert_close(compiled.result, box_iou_rotated(boxes1, boxes2), rtol=0, atol=1e-12)
-
-
-def test_packages_run_alone(tmp_path):
-    many = {0: Dim.DYNAMIC}
-    example = RotatedBoxes(17).tensors()[0], RotatedBoxes(11).tensors()[0]
-    exported = torch.export.export(Overlaps(), example, dynamic_shapes=(many, many))
-    boxes = RotatedBoxes(90, "improper").tensors()[0]
-    calls = [(boxes, boxes[:7]), (boxes[:0], boxes), (boxes[:1], boxes[:0])]
-    for call, result in zip(calls, package_and_run_alone(exported, calls, tmp_path), strict=True):
-        torch.testing.assert_close(result, box_iou_rotated(*call), rtol=0, atol=1e-6)
 
 
 def test_wrong_arguments_are_reported():

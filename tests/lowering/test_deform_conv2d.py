@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import pathlib
-import zipfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 from inductor_vision import DeformConv2d, deform_conv2d
-from inductor_vision.paths import recorded_paths
 from inductor_vision.tests.support.compare import assert_close
 from inductor_vision.tests.support.compiled import (
     Compiled,
     compile_and_run,
-    constants_of_package,
-    run_python,
 )
-from inductor_vision.tests.support.deform_conv2d import CASES, HOSTILE, Case, Sample, oracle, sample
+from inductor_vision.tests.support.deform_conv2d import (
+    CASES,
+    HOSTILE,
+    Case,
+    Sample,
+    TwoConvolutions,
+    oracle,
+    sample,
+)
 from torch import Tensor, nn
 from torch._inductor import config
 from torch._inductor.cpu_vec_isa import pick_vec_isa
-from torch.export import Dim
 
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
@@ -188,108 +190,16 @@ def tensors_of(s: Sample) -> tuple[Tensor, Tensor, Tensor]:
     return s.args[0], s.args[1], s.kwargs["mask"]
 
 
-class TwoConvolutions(nn.Module):
-    """A dense convolution with neighbours, and a depthwise one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.dense = DeformConv2d(16, 16, 3, padding=1)
-        self.depthwise = DeformConv2d(16, 16, 3, padding=1, groups=16)
-
-    def forward(self, x: Tensor, offset: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        return self.dense(x, offset, mask).relu() + x, self.depthwise(x, offset, mask)
-
-    def reference(self, x: Tensor, offset: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        dense, depthwise = (
-            oracle(x, offset, conv.weight, conv.bias, padding=1, mask=mask) for conv in (self.dense, self.depthwise)
-        )
-        return dense.relu() + x.double(), depthwise
-
-    def assert_right(self, results: Sequence[Tensor], call: Sequence[Tensor]) -> None:
-        for result, expected in zip(results, self.reference(*call)):
-            assert_close(result, expected, FP32, f"{tuple(call[0].shape)}")
-
-
-def call_of(batch: int, *size: int) -> tuple[Tensor, Tensor, Tensor]:
-    return tensors_of(sample(Case(batch=batch, channels=16, out_channels=16, size=size)))
-
-
 def test_one_compilation_serves_all_sizes():
     network = TwoConvolutions()
     with torch.no_grad():
-        compiled = compile_and_run(network, *call_of(4, 7, 11), dynamic=True)
+        compiled = compile_and_run(network, *TwoConvolutions.call(4, 7, 11), dynamic=True)
         assert compiled.templates == 2
         assert compiled.kinds == ["template"] * 2
-        network.assert_right(compiled.result, call_of(4, 7, 11))
+        network.assert_right(compiled.result, TwoConvolutions.call(4, 7, 11))
         with torch.compiler.set_stance("fail_on_recompile"):
             for sizes in [(2, 12, 5), (5, 3, 2), (3, 20, 33)]:
-                network.assert_right(compiled.function(*call_of(*sizes)), call_of(*sizes))
-
-
-@pytest.fixture(scope="module")
-def package(tmp_path_factory) -> tuple[pathlib.Path, TwoConvolutions]:
-    """A network for all batch and image sizes, compiled ahead of time."""
-    network = TwoConvolutions()
-    batch, height, width = Dim("batch", max=64), Dim("height", max=512), Dim("width", max=512)
-    shape = {0: batch, 2: height, 3: width}
-    path = tmp_path_factory.mktemp("package") / "network.pt2"
-    with torch.no_grad(), recorded_paths() as paths:
-        exported = torch.export.export(network, call_of(3, 7, 9), dynamic_shapes=(shape, shape, shape))
-        torch._inductor.aoti_compile_and_package(exported, package_path=str(path))
-    assert [path.kind for path in paths] == ["template", "template"]
-    return path, network
-
-
-def test_packages_have_fused_kernels_and_packed_weights(package):
-    with zipfile.ZipFile(package[0]) as archive:
-        sources = {name: archive.read(name).decode() for name in archive.namelist() if name.endswith(".cpp")}
-    (kernels,) = (text for name, text in sources.items() if name.endswith(".kernel.cpp"))
-    assert kernels.count('extern "C"') == 2
-    assert sorted(constants_of_package(package[0])) == sorted(["16", "16", "1, 1, 9, 16, 16", "9, 16"])
-
-
-RUN_PACKAGE = """
-import os, sys
-import torch
-
-def working_threads():
-    return len(os.listdir("/proc/self/task")) if os.path.exists("/proc/self/task") else 0
-
-model = torch._inductor.aoti_load_package(sys.argv[1])
-calls, results, working = torch.load(sys.argv[2]), {}, {}
-for threads in (1, 2, 5):
-    torch.set_num_threads(threads)
-    results[threads] = [model(*call) for call in calls]
-    working[threads] = working_threads()
-present = {name.partition(".")[0] for name in sys.modules}
-assert not present & {"inductor_vision", "torchvision"}, present
-torch.save((results, working), sys.argv[3])
-"""
-
-
-@pytest.fixture(scope="module")
-def package_results(package, tmp_path_factory):
-    """What the package computes in a process of its own, with 1, 2 and 5 threads."""
-    folder = tmp_path_factory.mktemp("run")
-    calls = [call_of(3, 7, 9), call_of(1, 7, 9), call_of(2, 1, 1), call_of(5, 20, 33)]
-    torch.save(calls, folder / "calls.pt")
-    run_python(RUN_PACKAGE, str(package[0]), str(folder / "calls.pt"), str(folder / "results.pt"))
-    return calls, *torch.load(folder / "results.pt")
-
-
-def test_packages_run_alone_on_all_sizes(package, package_results):
-    calls, results, _ = package_results
-    for call, result in zip(calls, results[2]):
-        package[1].assert_right(result, call)
-
-
-def test_packages_use_the_threads_of_the_machine_they_run_on(package_results):
-    _, results, working = package_results
-    for threads in (2, 5):
-        for few, many in zip(results[1], results[threads]):
-            assert all(map(torch.equal, few, many))
-    if working[1]:
-        assert [working[threads] - working[1] for threads in (2, 5)] == [1, 4]
+                network.assert_right(compiled.function(*TwoConvolutions.call(*sizes)), TwoConvolutions.call(*sizes))
 
 
 def test_every_number_of_threads_gives_the_same_bits():

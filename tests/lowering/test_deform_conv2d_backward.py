@@ -12,7 +12,7 @@ from inductor_vision import DeformConv2d, deform_conv2d
 from inductor_vision.lowering import deform_conv2d as lowering
 from inductor_vision.ops.registry import OPS
 from inductor_vision.tests.support.compare import assert_close
-from inductor_vision.tests.support.compiled import Compiled, compile_and_run, package_and_run_alone
+from inductor_vision.tests.support.compiled import Compiled, compile_and_run
 from inductor_vision.tests.support.deform_conv2d import (
     CASES,
     HOSTILE,
@@ -23,7 +23,7 @@ from inductor_vision.tests.support.deform_conv2d import (
     gradient_like,
     sample,
 )
-from torch import Tensor, nn
+from torch import Tensor
 from torch._inductor import config
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 
@@ -219,20 +219,6 @@ def test_one_compilation_serves_all_sizes():
         for sizes in [(2, 12, 5), (40, 5, 3), (3, 20, 33)]:
             other = call(*sizes)
             assert_right(other, compiled.function(*tensors_of(other)))
-
-
-def test_packages_have_the_kernel(tmp_path):
-    """A graph with the operator in it, as a training step that is exported has."""
-
-    class Gradients(nn.Module):
-        def forward(self, grad: Tensor, input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor) -> Any:
-            return BACKWARD(grad, input, offset, weight, None, [1, 1], [1, 1], [1, 1], mask, [True] * 3 + [False, True])
-
-    s = sample("mask")
-    grad, *_ = arguments_of((s, None))
-    inputs = (grad, *s.args[:3], s.kwargs["mask"])
-    (results,) = package_and_run_alone(torch.export.export(Gradients(), inputs), [inputs], tmp_path)
-    assert_right((s, None), results)
 
 
 def train(layer: DeformConv2d, x: Tensor, offset: Tensor, mask: Tensor) -> list[Tensor]:

@@ -6,9 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import math
-import pathlib
 import re
-import zipfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,14 +16,21 @@ from inductor_vision import DepthwiseSeparableConv2d, depthwise_separable_conv2d
 from inductor_vision.lowering import depthwise_separable_conv2d as lowering
 from inductor_vision.paths import recorded_paths
 from inductor_vision.tests.support.compare import assert_close
-from inductor_vision.tests.support.compiled import Compiled, compile_and_run, constants_of_package, run_python
+from inductor_vision.tests.support.compiled import Compiled, compile_and_run
 from inductor_vision.tests.support.convolution import gradient_like
-from inductor_vision.tests.support.depthwise_separable_conv2d import CASES, TENSORS, Case, Sample, oracle, sample
+from inductor_vision.tests.support.depthwise_separable_conv2d import (
+    CASES,
+    TENSORS,
+    Case,
+    Network,
+    Sample,
+    oracle,
+    sample,
+)
 from inductor_vision.tests.support.layouts import strides_of
 from torch import Tensor, nn
 from torch._inductor import config
 from torch._inductor.cpu_vec_isa import pick_vec_isa
-from torch.export import Dim
 
 OP = torch.ops.inductor_vision.depthwise_separable_conv2d.default
 BACKWARD = torch.ops.inductor_vision.depthwise_separable_conv2d_backward.default
@@ -185,93 +190,18 @@ def test_activation_norm_and_residual_are_fused():
             assert result.stride() == call.stride()
 
 
-class Network(nn.Module):
-    """A block of each kind that has packed weights of its own, from 16 channels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = DepthwiseSeparableConv2d(16, 24, 3, padding=1, depthwise_activation="relu6")
-        self.second = DepthwiseSeparableConv2d(
-            16, 16, 3, 2, 1, channel_multiplier=2, bias=False, depthwise_activation="relu6"
-        )
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.first(x).relu(), self.second(x)
-
-    def assert_right(self, results: Sequence[Tensor], x: Tensor) -> None:
-        with torch.no_grad():
-            for result, expected in zip(results, copy.deepcopy(self).double()(x.double())):
-                assert_close(result, expected, FP32, f"{tuple(x.shape)}")
-
-
-def image(*size: int) -> Tensor:
-    return torch.randn(size[0], 16, *size[1:], generator=torch.Generator().manual_seed(sum(size)))
-
-
 def test_one_compilation_serves_all_sizes_and_weights():
     network = Network()
     with torch.no_grad():
-        compiled = compile_and_run(network, image(4, 7, 11), dynamic=True)
+        compiled = compile_and_run(network, Network.image(4, 7, 11), dynamic=True)
         assert_takes_template(compiled, 2)
-        network.assert_right(compiled.result, image(4, 7, 11))
+        network.assert_right(compiled.result, Network.image(4, 7, 11))
         with torch.compiler.set_stance("fail_on_recompile"):
             for size in [(2, 12, 5), (5, 4, 3), (3, 20, 133)]:
-                network.assert_right(compiled.function(image(*size)), image(*size))
+                network.assert_right(compiled.function(Network.image(*size)), Network.image(*size))
             for parameter in network.parameters():
                 parameter.mul_(1.5)
-            network.assert_right(compiled.function(image(2, 12, 5)), image(2, 12, 5))
-
-
-@pytest.fixture(scope="module")
-def package(tmp_path_factory) -> tuple[pathlib.Path, Network]:
-    """A network for all batch and image sizes, compiled ahead of time."""
-    network = Network()
-    height, width = (Dim(name, min=3, max=512) for name in ("height", "width"))  # torch's own guard of a stride of 2
-    shape = {0: Dim("batch", max=64), 2: height, 3: width}
-    path = tmp_path_factory.mktemp("package") / "network.pt2"
-    with torch.no_grad(), recorded_paths() as paths:
-        exported = torch.export.export(network, (image(3, 7, 9),), dynamic_shapes=(shape,))
-        torch._inductor.aoti_compile_and_package(exported, package_path=str(path))
-    assert [(path.op, path.kind) for path in paths] == [(NAME, "template")] * 2
-    return path, network
-
-
-@pytest.mark.slow
-def test_packages_have_two_kernels_and_packed_weights(package):
-    with zipfile.ZipFile(package[0]) as archive:
-        sources = {name: archive.read(name).decode() for name in archive.namelist() if name.endswith(".cpp")}
-    (kernels,) = (text for name, text in sources.items() if name.endswith(".kernel.cpp"))
-    assert kernels.count('extern "C"') == 2
-    first, second = ["9, 16", "16", "1, 2, 1, 16, 16", "24"], ["9, 32", "1, 1, 1, 32, 16"]
-    assert sorted(constants_of_package(package[0])) == sorted(first + second)
-
-
-RUN_PACKAGE = """
-import sys
-import torch
-
-model = torch._inductor.aoti_load_package(sys.argv[1])
-calls, results = torch.load(sys.argv[2]), {}
-for threads in (1, 2, 3, 5):
-    torch.set_num_threads(threads)
-    results[threads] = [model(call) for call in calls]
-present = {name.partition(".")[0] for name in sys.modules}
-assert not present & {"inductor_vision", "torchvision"}, present
-torch.save(results, sys.argv[3])
-"""
-
-
-@pytest.mark.slow
-def test_packages_run_alone_on_all_sizes_and_numbers_of_threads(package, tmp_path):
-    calls = [image(3, 7, 9), image(1, 7, 9), image(2, 3, 4), image(5, 20, 133)]
-    arguments, results = tmp_path / "calls.pt", tmp_path / "results.pt"
-    torch.save(calls, arguments)
-    run_python(RUN_PACKAGE, str(package[0]), str(arguments), str(results))
-    computed = torch.load(results)
-    for i, call in enumerate(calls):
-        package[1].assert_right(computed[1][i], call)
-        for threads in (2, 3, 5):
-            assert all(map(torch.equal, computed[1][i], computed[threads][i]))
+            network.assert_right(compiled.function(Network.image(2, 12, 5)), Network.image(2, 12, 5))
 
 
 @pytest.mark.slow
@@ -468,13 +398,13 @@ def test_training_compiles_once_for_all_sizes():
     torch._dynamo.reset()
     with recorded_paths() as paths:
         compiled = torch.compile(network, dynamic=True)
-        gradients(compiled, image(4, 7, 11))
+        gradients(compiled, Network.image(4, 7, 11))
     kernels = [(path.op, path.kind) for path in paths]
     assert kernels == [(NAME, "template")] * 2 + [(f"{NAME}_backward", "template")] * 2
     exact = copy.deepcopy(network).double()
     with torch.compiler.set_stance("fail_on_recompile"):
         for size in [(4, 7, 11), (2, 12, 5), (3, 20, 133)]:
-            actual, x = gradients(compiled, image(*size)), image(*size).double().requires_grad_()
+            actual, x = gradients(compiled, Network.image(*size)), Network.image(*size).double().requires_grad_()
             loss = sum(result.square().sum() for result in exact(x))
             expected = torch.autograd.grad(loss, [x, *exact.parameters()])
             for got, want in zip(actual, expected):

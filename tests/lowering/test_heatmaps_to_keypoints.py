@@ -6,10 +6,9 @@ import pytest
 import torch
 from inductor_vision import accelerate_torchvision
 from inductor_vision.ops.heatmaps_to_keypoints import heatmaps_to_keypoints
-from inductor_vision.tests.support.compiled import caches_disabled, compile_and_run, package_and_run_alone
+from inductor_vision.tests.support.compiled import caches_disabled, compile_and_run
 from inductor_vision.tests.support.heatmaps_to_keypoints import CALLS, NAN, NO_BOXES, Heatmaps, assert_keypoints
-from torch import Tensor, nn
-from torch.export import Dim
+from torch import Tensor
 
 
 @pytest.fixture(scope="module")
@@ -103,21 +102,6 @@ def test_stock_function_for_as_many_boxes_as_data_say(torchvision):
     with torch.compiler.set_stance("fail_on_recompile"):
         for good in (scores, -scores, scores.abs(), -scores.abs(), scores - scores.new_tensor([0.0, 0, 9, 9, 9])):
             assert_keypoints(compiled.function(maps, rois, good), maps[good > 0], rois[good > 0])
-
-
-class Keypoints(nn.Module):
-    def forward(self, maps: Tensor, rois: Tensor) -> tuple[Tensor, Tensor]:
-        return heatmaps_to_keypoints(maps, rois)
-
-
-def test_packages_run_alone(tmp_path):
-    any_size = dict.fromkeys(range(4), Dim.DYNAMIC)
-    exported = torch.export.export(Keypoints(), Heatmaps().tensors(), dynamic_shapes=(any_size, {0: Dim.DYNAMIC}))
-    calls = [call.tensors() for call in CALLS]
-    results = package_and_run_alone(exported, calls, tmp_path)
-    assert len(results) == len(calls)
-    for call, result in zip(calls, results):
-        assert_keypoints(tuple(result), *call)
 
 
 def test_wrong_arguments_are_reported():

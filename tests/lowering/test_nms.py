@@ -6,7 +6,7 @@ import pytest
 import torch
 from inductor_vision import accelerate_torchvision, batched_nms, nms
 from inductor_vision.tests.support.boxes import CALLS, Boxes, nms_oracle
-from inductor_vision.tests.support.compiled import caches_disabled, compile_and_run, package_and_run_alone
+from inductor_vision.tests.support.compiled import caches_disabled, compile_and_run
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -109,24 +109,6 @@ def test_as_many_boxes_as_data_say():
         assert torch.equal(
             compiled.function(boxes, scores, torch.tensor(least)), best(boxes, scores, torch.tensor(least))
         )
-
-
-class Suppress(nn.Module):
-    def forward(self, boxes: Tensor, scores: Tensor, classes: Tensor) -> tuple[Tensor, ...]:
-        return suppress(boxes, scores, classes)
-
-
-def test_packages_run_alone(tmp_path):
-    many = {0: Dim.DYNAMIC}
-    exported = torch.export.export(Suppress(), Boxes(17).tensors(), dynamic_shapes=(many, many, many))
-    calls = [Boxes(count).tensors() for count in (2, 90, LARGE.count)] + [Boxes(90, "improper").tensors()]
-    calls.append(tuple(tensor[:0] for tensor in calls[0]))
-    results = package_and_run_alone(exported, calls, tmp_path)
-    assert len(results) == len(calls)
-    for call, result in zip(calls, results):
-        small = len(call[0]) < LARGE.count
-        right = expected(*call) if small else [nms(call[0], call[1], 0.3).tolist()]
-        assert [indices.tolist() for indices in result[: len(right)]] == list(right)
 
 
 class Stock(nn.Module):

@@ -6,9 +6,8 @@ import pytest
 import torch
 from inductor_vision import batched_nms_rotated, nms_rotated
 from inductor_vision.tests.support.boxes import ROTATED_CALLS, RotatedBoxes, nms_rotated_oracle
-from inductor_vision.tests.support.compiled import caches_disabled, compile_and_run, package_and_run_alone
+from inductor_vision.tests.support.compiled import caches_disabled, compile_and_run
 from torch import Tensor, nn
-from torch.export import Dim
 
 
 class Suppress(nn.Module):
@@ -60,16 +59,6 @@ def test_strided_views():
     compiled = compile_and_run(lambda table: nms_rotated(table[:, 1:6], table[:, 6], 0.3), table)
     assert compiled.kinds == ["template"]
     assert compiled.result.tolist() == nms_rotated_oracle(boxes, scores, 0.3)
-
-
-def test_packages_run_alone(tmp_path):
-    many = {0: Dim.DYNAMIC}
-    exported = torch.export.export(Suppress(), RotatedBoxes(17).tensors(), dynamic_shapes=(many, many, many))
-    calls = [RotatedBoxes(count).tensors() for count in (0, 2, 90)] + [RotatedBoxes(90, "improper").tensors()]
-    results = package_and_run_alone(exported, calls, tmp_path)
-    assert len(results) == len(calls)
-    for call, result in zip(calls, results):
-        assert tuple(indices.tolist() for indices in result) == expected(*call)
 
 
 def test_wrong_arguments_are_reported():

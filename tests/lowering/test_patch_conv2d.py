@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import pathlib
-import zipfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,13 +12,10 @@ import torch
 from inductor_vision import PatchConv2d, explain, patch_conv2d
 from inductor_vision.lowering import patch_conv2d as lowering
 from inductor_vision.ops.registry import OPS
-from inductor_vision.paths import recorded_paths
 from inductor_vision.tests.support.compare import assert_close
 from inductor_vision.tests.support.compiled import (
     Compiled,
     compile_and_run,
-    constants_of_package,
-    run_python,
 )
 from inductor_vision.tests.support.layouts import strides_of
 from inductor_vision.tests.support.patch_conv2d import (
@@ -36,7 +31,6 @@ from inductor_vision.tests.support.patch_conv2d import (
 from torch import Tensor, nn
 from torch._inductor import config
 from torch._inductor.cpu_vec_isa import pick_vec_isa
-from torch.export import Dim
 
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 BACKWARD = OPS["patch_conv2d_backward"]
@@ -501,98 +495,3 @@ def test_wrong_shapes_are_the_same_error_as_in_eager_mode():
             compile_and_run(lambda wrong=wrong: patch_conv2d(*wrong.args, **wrong.kwargs))
         assert str(eager.value).startswith("patch_conv2d: ")
         assert str(eager.value) in str(compiled.value)
-
-
-# Packages
-
-
-class Packaged(nn.Module):
-    """A layer of each memory order, all of the same weight, and its gradients."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = PatchConv2d(20, 40, 3, padding=1)
-
-    def forward(self, *orders: Tensor) -> tuple[Tensor, ...]:
-        results = tuple(self.conv(x).relu() for x in orders)
-        geometry = [1, 1], [1, 1], [1, 1]
-        return *results, *BACKWARD(results[0], orders[0], self.conv.weight, self.conv.bias, *geometry, [True] * 3)
-
-    def reference(self, *orders: Tensor) -> tuple[Tensor, ...]:
-        return copy.deepcopy(self).double()(*(x.double() for x in orders))
-
-
-def call_of(batch: int, number: int, *size: int) -> tuple[Tensor, ...]:
-    return tuple(sample(Case(batch, number, 20, 40, size, layout=layout)).args[0] for layout in ORDERS)
-
-
-@pytest.fixture(scope="module")
-def package(tmp_path_factory) -> tuple[pathlib.Path, Packaged]:
-    """Compiled ahead of time, for all numbers and sizes of patches; the work is cut into blocks."""
-    network = Packaged()
-    shape = {0: Dim("batch", max=64), 1: Dim("number", max=2048), 3: Dim("height", max=64), 4: Dim("width", max=64)}
-    path = tmp_path_factory.mktemp("package") / "network.pt2"
-    with torch.no_grad(), pytest.MonkeyPatch.context() as monkeypatch, recorded_paths() as paths:
-        few_bytes(monkeypatch)
-        exported = torch.export.export(network, call_of(3, 7, 4, 5), dynamic_shapes=((shape,) * 3,))
-        torch._inductor.aoti_compile_and_package(exported, package_path=str(path))
-    assert [path.kind for path in paths] == ["template"] * 5
-    return path, network
-
-
-@pytest.mark.slow
-def test_packages_have_fused_kernels_and_packed_weights(package):
-    with zipfile.ZipFile(package[0]) as archive:
-        sources = {name: archive.read(name).decode() for name in archive.namelist() if name.endswith(".cpp")}
-    (kernels,) = (text for name, text in sources.items() if name.endswith(".kernel.cpp"))
-    assert kernels.count('extern "C"') == 5
-    forward, backward = "1, 3, 9, 20, 16", "1, 2, 9, 40, 16"
-    assert sorted(constants_of_package(package[0])) == sorted([forward, backward, "40"])
-
-
-RUN_PACKAGE = """
-import os, sys
-import torch
-
-def working_threads():
-    return len(os.listdir("/proc/self/task")) if os.path.exists("/proc/self/task") else 0
-
-model = torch._inductor.aoti_load_package(sys.argv[1])
-calls, results, working = torch.load(sys.argv[2]), {}, {}
-for threads in (1, 2, 3, 5):
-    torch.set_num_threads(threads)
-    results[threads] = [model(*call) for call in calls]
-    working[threads] = working_threads()
-present = {name.partition(".")[0] for name in sys.modules}
-assert not present & {"inductor_vision", "torchvision"}, present
-torch.save((results, working), sys.argv[3])
-"""
-
-
-@pytest.fixture(scope="module")
-def package_results(package, tmp_path_factory):
-    """What the package computes in a process of its own, with 1, 2, 3 and 5 threads."""
-    folder = tmp_path_factory.mktemp("run")
-    calls = [call_of(3, 7, 4, 5), call_of(2, 1, 1, 1), call_of(5, 129, 4, 4), call_of(1, 13, 9, 17)]
-    torch.save(calls, folder / "calls.pt")
-    run_python(RUN_PACKAGE, str(package[0]), str(folder / "calls.pt"), str(folder / "results.pt"))
-    return calls, *torch.load(folder / "results.pt")
-
-
-@pytest.mark.slow
-def test_packages_run_alone_on_all_sizes(package, package_results):
-    calls, results, _ = package_results
-    with torch.no_grad():
-        for call, result in zip(calls, results[2]):
-            for values, expected in zip(result, package[1].reference(*call), strict=True):
-                assert_close(values, expected, FP32, f"{tuple(call[0].shape)}")
-
-
-@pytest.mark.slow
-def test_every_number_of_threads_gives_the_same_bits(package_results):
-    _, results, working = package_results
-    for threads in (2, 3, 5):
-        for few, many in zip(results[1], results[threads]):
-            assert all(map(torch.equal, few, many))
-    if working[1]:
-        assert [working[threads] - working[1] for threads in (2, 3, 5)] == [1, 2, 4]

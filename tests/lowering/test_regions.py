@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import pathlib
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,10 +12,10 @@ from typing import Any
 import inductor_vision
 import pytest
 import torch
-from inductor_vision import multiscale_roi_align, ps_roi_align, ps_roi_pool, roi_align, roi_pool
+from inductor_vision import multiscale_roi_align, roi_align, roi_pool
 from inductor_vision.paths import recorded_paths
 from inductor_vision.tests.support.compare import assert_close
-from inductor_vision.tests.support.compiled import Compiled, caches_disabled, compile_and_run, run_python
+from inductor_vision.tests.support.compiled import Compiled, caches_disabled, compile_and_run
 from inductor_vision.tests.support.layouts import LAYOUTS, has_both_formats, strides_of
 from inductor_vision.tests.support.regions import (
     CASES,
@@ -747,119 +746,6 @@ def test_autocast_leaves_boxes_in_float32():
     assert compiled.kinds == ["template"]
     assert compiled.templates == 1
     assert_close(compiled.result, OPERATORS["roi_align"].oracle(maps, boxes, (3, 3), 1.0, 2, False), BF16)
-
-
-# Packages
-
-
-class AllOperators(nn.Module):
-    def forward(self, x: Tensor, split: Tensor, coarse: Tensor, rois: Sequence[Tensor]) -> list[Tensor]:
-        return [
-            roi_align(x, rois[0], (2, 3), 0.5, -1, True),
-            roi_pool(x, rois[1], (2, 3), 0.5),
-            ps_roi_align(split, rois[2], (2, 3), 0.5, -1),
-            ps_roi_pool(split, rois[3], (2, 3), 0.5),
-            multiscale_roi_align([x, coarse], rois[4], (2, 3), (0.5, 0.25), 2, canonical_scale=8, canonical_level=2),
-        ]
-
-
-OPS_OF_PACKAGE = (*EACH_OP, "roi_align")
-
-
-def call_of(**changes: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    case = Case(**changes)
-    rows, columns = (-(-length // 2) for length in case.size)
-    x, split = sample("roi_align", case).input, sample("ps_roi_align", case).input
-    coarse = sample("roi_align", dataclasses.replace(case, size=(rows, columns), regions=0)).input
-    return x, split, coarse, [sample("roi_align", case).rois.clone() for _ in OPS_OF_PACKAGE]
-
-
-PACKAGE_CALLS = {
-    "plain": {},
-    "no_regions": {"regions": 0},
-    "one_region": {"regions": 1, "batch": 1},
-    "large": {"regions": 33, "batch": 5, "size": (21, 18), "boxes": "inside"},
-    "narrow": {"size": (30, 2)},
-    "hostile": {"boxes": "hostile", "regions": 24},
-}
-
-
-@pytest.fixture(scope="module")
-def package(tmp_path_factory) -> pathlib.Path:
-    """All operators for all numbers of boxes and sizes of images, compiled ahead of time."""
-    batch, height, width = Dim("batch", max=64), Dim("height", max=512), Dim("width", max=512)
-    shape = {0: batch, 2: height, 3: width}
-    coarse = {0: batch, 2: Dim("rows", max=512), 3: Dim("columns", max=512)}
-    rois = [{0: Dim(f"regions{i}", max=4096)} for i in range(len(OPS_OF_PACKAGE))]
-    path = tmp_path_factory.mktemp("package") / "regions.pt2"
-    with torch.no_grad(), recorded_paths() as paths:
-        exported = torch.export.export(
-            AllOperators(), call_of(size=(11, 14)), dynamic_shapes=(shape, shape, coarse, rois)
-        )
-        torch._inductor.aoti_compile_and_package(exported, package_path=str(path))
-    assert sorted((path.op, path.kind) for path in paths) == sorted((op, "template") for op in OPS_OF_PACKAGE)
-    return path
-
-
-RUN_PACKAGE = """
-import sys
-import torch
-
-model = torch._inductor.aoti_load_package(sys.argv[1])
-calls, bad = torch.load(sys.argv[2])
-results = {}
-for threads in (1, 2, 3):
-    torch.set_num_threads(threads)
-    results[threads] = [model(*call) for call in calls]
-for call in bad:
-    try:
-        model(*call)
-    except RuntimeError as error:
-        print("RuntimeError:", error, flush=True)
-    else:
-        raise AssertionError("no error")
-results["after errors"] = [model(*call) for call in calls]
-present = {name.partition(".")[0] for name in sys.modules}
-assert not present & {"inductor_vision", "torchvision"}, present
-torch.save(results, sys.argv[3])
-"""
-
-
-@pytest.fixture(scope="module")
-def package_results(package, tmp_path_factory) -> tuple[dict[Any, list[list[Tensor]]], list[str]]:
-    """What the package computes in a process of its own, and the errors there about boxes that name no image."""
-    folder = tmp_path_factory.mktemp("run")
-    bad = []
-    for which in range(len(OPS_OF_PACKAGE)):
-        for image in NO_IMAGES:
-            bad.append(call_of())
-            bad[-1][-1][which][6, 0] = image
-    torch.save(([call_of(**changes) for changes in PACKAGE_CALLS.values()], bad), folder / "calls.pt")
-    printed = run_python(RUN_PACKAGE, str(package), str(folder / "calls.pt"), str(folder / "results.pt"))
-    return torch.load(folder / "results.pt"), printed.splitlines()
-
-
-@pytest.mark.parametrize("which", PACKAGE_CALLS)
-def test_packages_run_alone(package_results, which):
-    results = package_results[0][2][list(PACKAGE_CALLS).index(which)]
-    for result, expected in zip(results, AllOperators()(*call_of(**PACKAGE_CALLS[which])), strict=True):
-        assert_close(result, expected, FP32)
-
-
-def test_packages_give_the_same_bits_with_all_threads_and_after_errors(package_results):
-    results, _ = package_results
-    for key in (2, 3, "after errors"):
-        assert same_bits(results[1], results[key])
-
-
-def test_packages_report_boxes_that_name_no_image(package_results):
-    _, printed = package_results
-    errors = [line for line in printed if line.startswith("RuntimeError: ")]
-    expected = [op for op in OPS_OF_PACKAGE for _ in NO_IMAGES]
-    assert len(errors) == len(expected)
-    for error, op in zip(errors, expected):
-        assert error.startswith(f"RuntimeError: {op}: boxes[6] names image "), error
-        assert error.endswith(", which does not exist: there are 2"), error
 
 
 # Where no template takes a call

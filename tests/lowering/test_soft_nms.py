@@ -6,9 +6,8 @@ import pytest
 import torch
 from inductor_vision import batched_soft_nms, soft_nms
 from inductor_vision.tests.support.boxes import CALLS, Boxes, assert_taken, soft_nms_oracle
-from inductor_vision.tests.support.compiled import caches_disabled, compile_and_run, package_and_run_alone
+from inductor_vision.tests.support.compiled import caches_disabled, compile_and_run
 from torch import Tensor, nn
-from torch.export import Dim
 
 GAUSSIAN = {"sigma": 0.4, "min_score": 0.05, "method": "gaussian"}
 
@@ -85,16 +84,6 @@ def test_a_result_that_nothing_reads():
     compiled = compile_and_run(both, boxes, scores)
     assert compiled.kinds == ["template"] * 2
     torch.testing.assert_close(compiled.result, both(boxes, scores))
-
-
-def test_packages_run_alone(tmp_path):
-    many = {0: Dim.DYNAMIC}
-    exported = torch.export.export(Suppress(), Boxes(17).tensors(), dynamic_shapes=(many, many, many))
-    calls = [Boxes(2).tensors(), Boxes(90).tensors(), Boxes(90, "improper").tensors(), Boxes(0).tensors()]
-    results = package_and_run_alone(exported, calls, tmp_path)
-    assert len(results) == len(calls)
-    for call, result in zip(calls, results):
-        assert_right(tuple(result), *call)
 
 
 def test_wrong_arguments_are_reported():

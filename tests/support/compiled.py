@@ -117,13 +117,6 @@ torch.save(results, sys.argv[3])
 """
 
 
-def package_and_run_alone(exported: torch.export.ExportedProgram, calls: list[Any], folder: pathlib.Path) -> list[Any]:
-    """:func:`run_alone` on an AOTInductor package of a program."""
-    package = folder / "model.pt2"
-    torch._inductor.aoti_compile_and_package(exported, package_path=str(package))
-    return run_alone(package, calls, folder)
-
-
 def run_alone(package: pathlib.Path, calls: list[Any], folder: pathlib.Path) -> list[Any]:
     """The results of calls of a package, in a process that has neither this package nor torchvision."""
     arguments, results = (str(folder / name) for name in ("calls.pt", "results.pt"))

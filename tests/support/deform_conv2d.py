@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from hypothesis import assume, strategies as st
+from inductor_vision import DeformConv2d
 from inductor_vision.tests.support import convolution
+from inductor_vision.tests.support.compare import assert_close
 from inductor_vision.tests.support.convolution import Pair, gradient_like as gradient_like  # for whoever makes samples
 from inductor_vision.tests.support.layouts import LAYOUTS, arrange
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 
@@ -352,3 +354,31 @@ def oracle(
     if bias is not None:
         out += bias.detach().double().numpy()[:, None, None]
     return torch.from_numpy(out)
+
+
+class TwoConvolutions(nn.Module):
+    """A dense convolution with neighbours, and a depthwise one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = DeformConv2d(16, 16, 3, padding=1)
+        self.depthwise = DeformConv2d(16, 16, 3, padding=1, groups=16)
+
+    def forward(self, x: Tensor, offset: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        return self.dense(x, offset, mask).relu() + x, self.depthwise(x, offset, mask)
+
+    def reference(self, x: Tensor, offset: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        dense, depthwise = (
+            oracle(x, offset, conv.weight, conv.bias, padding=1, mask=mask) for conv in (self.dense, self.depthwise)
+        )
+        return dense.relu() + x.double(), depthwise
+
+    def assert_right(self, results: Sequence[Tensor], call: Sequence[Tensor]) -> None:
+        for result, expected in zip(results, self.reference(*call)):
+            assert_close(result, expected, torch.float32, f"{tuple(call[0].shape)}")
+
+    @staticmethod
+    def call(batch: int, *size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Its arguments."""
+        s = sample(Case(batch=batch, channels=16, out_channels=16, size=size))
+        return s.args[0], s.args[1], s.kwargs["mask"]

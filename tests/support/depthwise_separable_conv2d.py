@@ -7,18 +7,21 @@ calls that every implementation is tested on.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from hypothesis import assume, strategies as st
+from inductor_vision import DepthwiseSeparableConv2d
 from inductor_vision.tests.support import convolution
+from inductor_vision.tests.support.compare import assert_close
 from inductor_vision.tests.support.convolution import Pair, gradient_like as gradient_like  # for whoever makes samples
 from inductor_vision.tests.support.layouts import LAYOUTS, arrange
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 
@@ -230,3 +233,27 @@ def oracle(
         for o in range(len(mixing)):
             out[b, o, p, q] = second_function(float(last[o] + (mixing[o, :, 0, 0] * middle).sum()))
     return torch.from_numpy(out)
+
+
+class Network(nn.Module):
+    """A block of each kind that has packed weights of its own, from 16 channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = DepthwiseSeparableConv2d(16, 24, 3, padding=1, depthwise_activation="relu6")
+        self.second = DepthwiseSeparableConv2d(
+            16, 16, 3, 2, 1, channel_multiplier=2, bias=False, depthwise_activation="relu6"
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.first(x).relu(), self.second(x)
+
+    def assert_right(self, results: Sequence[Tensor], x: Tensor) -> None:
+        with torch.no_grad():
+            for result, expected in zip(results, copy.deepcopy(self).double()(x.double())):
+                assert_close(result, expected, torch.float32, f"{tuple(x.shape)}")
+
+    @staticmethod
+    def image(*size: int) -> Tensor:
+        """``[B, 16, H, W]`` of ``(B, H, W)``."""
+        return torch.randn(size[0], 16, *size[1:], generator=torch.Generator().manual_seed(sum(size)))
