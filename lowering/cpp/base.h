@@ -15,9 +15,11 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <exception>
 #include <memory>
 #include <new>
 #include <type_traits>
@@ -376,6 +378,36 @@ struct Tiling {
   int64_t begin(int64_t tile) const {
     return count * tile / tiles;
   }
+};
+
+// Carries an exception out of a parallel region, which none may leave by itself: it would end the process.  For what
+// cannot be allocated before the region.
+class ParallelExceptions {
+ public:
+  // Does nothing once something was thrown: there will be no result.
+  template <typename Task>
+  void run(const Task& task) {
+    if (thrown_) {
+      return;
+    }
+    try {
+      task();
+    } catch (...) {
+      if (!thrown_.exchange(true)) {
+        first_ = std::current_exception();
+      }
+    }
+  }
+  // To be called behind the region.
+  void rethrow() const {
+    if (first_ != nullptr) {
+      std::rethrow_exception(first_);
+    }
+  }
+
+ private:
+  std::atomic<bool> thrown_{false};
+  std::exception_ptr first_;
 };
 
 }  // namespace inductor_vision

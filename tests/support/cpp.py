@@ -99,14 +99,19 @@ def _compiler(name: str) -> str:
     return path
 
 
+def build(source: pathlib.Path, program: pathlib.Path, capability: Capability, *flags: str) -> pathlib.Path:
+    """Build a program, with the math flags that Inductor gives."""
+    libraries = [flag for path in library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
+    flags = (*_COMMON, *_MATH, *flags, *capability.flags)
+    _run([_compiler("g++"), *flags, source, "-o", program, *libraries, "-lc10", "-Wl,--as-needed", "-ltorch_cpu"])
+    return program
+
+
 def build_sanitized(
     source: pathlib.Path, program: pathlib.Path, capability: Capability, optimization: str
 ) -> pathlib.Path:
-    """Build a program with AddressSanitizer and UndefinedBehaviorSanitizer, and the math flags that Inductor gives."""
-    libraries = [flag for path in library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
-    flags = (*_COMMON, *_MATH, optimization, *_SANITIZED, *capability.flags)
-    _run([_compiler("g++"), *flags, source, "-o", program, *libraries, "-lc10", "-Wl,--as-needed", "-ltorch_cpu"])
-    return program
+    """:func:`build` with AddressSanitizer and UndefinedBehaviorSanitizer."""
+    return build(source, program, capability, optimization, *_SANITIZED)
 
 
 @contextlib.contextmanager
@@ -132,14 +137,17 @@ def sanitized_programs(
         yield lambda name: builds[name].result()
 
 
-def run_sanitized(program: pathlib.Path, *args: str) -> dict[str, float]:
+def run(program: pathlib.Path, *args: str, **environment: str) -> dict[str, float]:
     """Run it; the figures ``name=number`` that it prints."""
+    output = _run([program, *args], **_RUN_ENVIRONMENT, **environment)
+    return {name: float(value) for name, _, value in (word.partition("=") for word in output.split())}
+
+
+def run_sanitized(program: pathlib.Path, *args: str) -> dict[str, float]:
+    """:func:`run` what was built with sanitizers."""
     excused = program.with_suffix(".supp")
     excused.write_text(_UNDEFINED_IN_TORCH)
-    output = _run(
-        [program, *args], **_RUN_ENVIRONMENT, UBSAN_OPTIONS=f"halt_on_error=1:print_stacktrace=1:suppressions={excused}"
-    )
-    return {name: float(value) for name, _, value in (word.partition("=") for word in output.split())}
+    return run(program, *args, UBSAN_OPTIONS=f"halt_on_error=1:print_stacktrace=1:suppressions={excused}")
 
 
 def compile_only(compiler: str, source: pathlib.Path, capability: Capability, *flags: str) -> None:
