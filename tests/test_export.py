@@ -6,7 +6,7 @@ import pytest
 import torch
 from inductor_vision import accelerate_torchvision, export_detector
 from inductor_vision.export import _export_any_size
-from inductor_vision.tests.support.compiled import run_alone
+from inductor_vision.tests.support.compiled import run_alone, run_python
 from inductor_vision.tests.support.detectors import agreement, assert_same_detections, small_detector
 from torch import Tensor, nn
 
@@ -105,6 +105,51 @@ class Bright(nn.Module):
         brightness, place = image.mean(0).flatten().max(dim=0)
         x, y = place % image.shape[2], place // image.shape[2]
         return [{"boxes": torch.stack([x, y, x + 1, y + 1])[None], "scores": brightness[None]}]
+
+
+DETECTS_WITH_FUSED_PAIRS = """
+import sys
+import torch
+from inductor_vision import export_detector, fuse_depthwise_separable
+from inductor_vision.paths import recorded_paths
+from inductor_vision.perf.suites.detectors import detections_error  # in any order of equal scores
+from inductor_vision.tests.support.detectors import spread
+from torch import nn
+from torch._inductor import config
+from torchvision.models import detection
+
+fuse_depthwise_separable()
+torch.manual_seed(0)
+name, path = sys.argv[1:]
+sizes = {} if name.startswith("ssd") else {"min_size": 96, "max_size": 160}
+detector = getattr(detection, name)(weights=None, weights_backbone=None, num_classes=5, **sizes).eval()
+images = torch.rand(2, 3, 90, 120).unbind()
+with torch.no_grad():
+    for module in detector.modules():  # so that an image makes a difference behind so many layers
+        if isinstance(module, nn.BatchNorm2d):
+            module.train().momentum = 1.0
+    detector(images)
+    detector.eval()
+    if sizes:
+        spread(detector.rpn.head.cls_logits, 8)
+        spread(detector.roi_heads.box_predictor.cls_score, 8)
+    getattr(detector, "roi_heads", detector).score_thresh = 0.4
+    (stock,) = detector(images[:1])
+assert len(stock["boxes"]) > 4
+with config.patch({"aot_inductor.debug_compile": True}), recorded_paths() as paths:
+    export_detector(detector, images[0], path, any_size=False)
+pairs = [path.kind for path in paths if path.op == "depthwise_separable_conv2d"]
+assert pairs.count("fused") == pairs.count("template") > 0
+error = detections_error(torch._inductor.aoti_load_package(path)(images[0]), stock)
+assert error < 1e-4, error
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ssdlite320_mobilenet_v3_large", "fasterrcnn_mobilenet_v3_large_fpn"])
+def test_stock_models_of_depthwise_separable_pairs(torchvision, tmp_path, name):
+    """Operators on pairs, regions and boxes in one package; the pairs of all of a process are fused."""
+    run_python(DETECTS_WITH_FUSED_PAIRS, name, str(tmp_path / "detector.pt2"))
 
 
 def test_model_that_decides_by_size(tmp_path):

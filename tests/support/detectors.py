@@ -59,8 +59,8 @@ def _small_r_cnn(kind: str) -> nn.Module:
         box_score_thresh=0.05,
         box_detections_per_img=12,
     )
-    _spread(detector.rpn.head.cls_logits, 200)
-    _spread(detector.roi_heads.box_predictor.cls_score, 20)
+    spread(detector.rpn.head.cls_logits, 200)
+    spread(detector.roi_heads.box_predictor.cls_score, 20)
     return detector
 
 
@@ -87,11 +87,11 @@ def _small_one_shot_detector(kind: str) -> nn.Module:
         )
     for layer in detector.head.classification_head.modules():
         if isinstance(layer, nn.Conv2d):
-            _spread(layer, 8)
+            spread(layer, 8)
     return detector
 
 
-def _spread(layer: nn.Module, factor: float) -> None:
+def spread(layer: nn.Module, factor: float) -> None:
     """Have a layer give greater differences."""
     with torch.no_grad():
         layer.weight.mul_(factor)
