@@ -28,7 +28,7 @@ import torch
 
 from .ops.deform_conv2d import DeformConv2d
 from .paths import recorded_paths
-from .version import __version__
+from .version import NEWEST_TORCH, OLDEST_TORCH, __version__, tested_torch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +60,28 @@ def check_versions() -> Check:
         triton = "no triton (not needed)"
     python = f"Python {platform.python_version()}"
     found = f"inductor_vision {__version__}, torch {torch.__version__}, {python}, {triton}"
-    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
-        return Check("versions", "fail", found, "install a newer torch: pip install 'torch>=2.13'")
+    if _release(torch.__version__) < _release(OLDEST_TORCH):
+        return Check("versions", "fail", found, f"install a newer torch: pip install 'torch>={OLDEST_TORCH}'")
+    if _release(torch.__version__) > _release(NEWEST_TORCH):
+        remedy = f"{tested_torch()}: compare compiled results with eager ones, or use a newer inductor_vision"
+        return Check("versions", "warn", found, remedy)
     return Check("versions", "ok", found)
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")[:2]))
+
+
+def check_operators() -> Check:
+    """Inductor took the operators, and has what their kernels are made with."""
+    from .lowering.registry import require_lowerings
+
+    try:
+        require_lowerings("doctor")
+    except RuntimeError as error:
+        remedy = "use a torch that this release of inductor_vision is tested with, or a newer inductor_vision"
+        return Check("operators", "fail", str(error), remedy)
+    return Check("operators", "ok", "registered with Inductor")
 
 
 def usable_cores() -> int:
@@ -109,7 +128,7 @@ def check_bf16() -> Check:
 
 
 def find_compiler() -> str:
-    """The C++ compiler that Inductor will call. Raises RuntimeError if there is none, ImportError for unknown torch."""
+    """The C++ compiler that Inductor will call. Raises RuntimeError if there is none."""
     from .lowering.inductor import get_cpp_compiler
 
     return get_cpp_compiler()
@@ -120,9 +139,6 @@ def check_compiler() -> Check:
     try:
         compiler = find_compiler()
         version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
-    except ImportError as error:
-        remedy = f"use a release of inductor_vision for torch {torch.__version__}, or the torch that this one is for"
-        return Check("compiler", "fail", f"Inductor has not what this package uses of it: {error}", remedy)
     except (RuntimeError, OSError, subprocess.CalledProcessError):
         wanted = os.environ.get("CXX", "g++")
         remedy = "install g++ (Debian, Ubuntu: apt install g++), or let CXX name another compiler"
@@ -323,6 +339,10 @@ def examine() -> Iterator[Check]:
     yield check_versions()
     yield check_processor()
     yield check_bf16()
+    operators = check_operators()
+    yield operators
+    if operators.status == "fail":
+        return  # there are no kernels to look at
     compiler = check_compiler()
     yield compiler
     kernel = None

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .lowering.registry import why_not_installed
 from .paths import Path, recorded_paths
 
 
@@ -18,15 +19,18 @@ class Explanation:
     Attributes:
         paths: the path of each operator call, in the order of compilation; calls that were not compiled come as
             ``"eager"``, in the order of execution.
+        problem: why no operator at all has a kernel with this torch, so that all calls are ``"eager"``; else None.
     """
 
     paths: list[Path]
+    problem: str | None = None
 
     def __str__(self) -> str:
+        lines = [] if self.problem is None else [f"no operator of inductor_vision has a kernel: {self.problem}"]
         if not self.paths:
-            return "no operator of inductor_vision was called"
+            return "\n".join([*lines, "no operator of inductor_vision was called"])
         width = max(len(path.op) for path in self.paths)
-        return "\n".join(f"{path.op:{width}}  {path.kind}: {path.detail}" for path in self.paths)
+        return "\n".join([*lines, *(f"{path.op:{width}}  {path.kind}: {path.detail}" for path in self.paths)])
 
 
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
@@ -55,7 +59,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
         # isolate_recompiles is missing from the overloads that type checkers see.
         compiled = torch.compile(fn, backend=_fresh_inductor, isolate_recompiles=True)  # type: ignore[call-overload]
         compiled(*args, **kwargs)
-    return Explanation(list(paths))
+    return Explanation(list(paths), why_not_installed())
 
 
 def _fresh_inductor(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:

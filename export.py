@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .integrations.torchvision import accelerate_torchvision
+from .lowering.registry import require_lowerings
 
 _LARGEST_SIDE = 1 << 16  # of an image, in pixels
 _LARGEST_RATIO = 10  # of its sides
@@ -76,6 +77,7 @@ def export_detector(
         ValueError: the file's name does not end with ".pt2", the model is in training mode, the image is not
             ``[C, H, W]``, a label has a comma, the model does not return detections, or ``any_size`` is set and the
             model does not allow it.
+        RuntimeError: with this torch, kernels cannot be compiled.
     """
     path = pathlib.Path(path)
     if path.suffix != ".pt2":
@@ -87,6 +89,7 @@ def export_detector(
     if any("," in label for label in labels):
         raise ValueError(f"export_detector: labels must not have commas, got {list(labels)}")
     example_image = example_image.contiguous()
+    require_lowerings("export_detector")
     if importlib.util.find_spec("torchvision") is not None:  # else the model has nothing to do with it
         accelerate_torchvision()
     from .lowering.checks import inputs_checked

@@ -21,10 +21,10 @@ def install() -> None:
 
 
 def _eager_on_cpu(overload: torch._ops.OpOverload, original: Any) -> Any:
-    def lower(condition: Any, message: str, *rest: Any) -> Any:
-        from torch._inductor import config
-        from torch._inductor.lowering import fallback_handler
+    from torch._inductor import config
+    from torch._inductor.lowering import fallback_handler
 
+    def lower(condition: Any, message: str, *rest: Any) -> Any:
         if condition.get_device().type != "cpu" or config.cpu_backend != "triton":
             return original(condition, message, *rest)
         return fallback_handler(overload, add_to_fallback_set=False)(condition, message, *rest)

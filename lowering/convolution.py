@@ -25,14 +25,14 @@ def depends_on_data(size: Sequence[Any]) -> bool:
 
 def install() -> None:
     """Wrap Inductor's lowering of convolutions."""
+    from torch._inductor import ir
     from torch._inductor.lowering import lowerings
+    from torch._inductor.virtualized import V
 
     convolution = torch.ops.aten.convolution.default
     original = lowerings[convolution]
 
     def lower(x: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
-        from .inductor import V, ir
-
         if x.get_device().type != "cpu" or not depends_on_data(x.get_size()):
             return original(x, weight, *args, **kwargs)
         contiguous = ir.ExternKernel.require_contiguous_strides  # of 1 x 1 weights too: a convolution looks at these

@@ -23,10 +23,11 @@ from .inductor import (
     ir,
 )
 from .layout import image_and_format, realize_image
+from .machine import cache_bytes
 from .panels import MAX_DEPTH, PANEL_BYTES, bf16_dot_products, pack_panels
 from .registry import Template, constant_geometry, define_internal_op, template_for
 from .template import BlocksTemplate, ResultsTemplate, pointer, splice_header, view
-from .tuning import cache_bytes, fastest
+from .tuning import fastest
 
 
 @dataclasses.dataclass(frozen=True)

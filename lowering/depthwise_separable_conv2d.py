@@ -18,10 +18,10 @@ from ..ops.registry import accumulate_dtype
 from .constants import fold_constant
 from .inductor import DTYPE_TO_CPP, CppTemplateKernel, V, ir
 from .layout import image_and_format
+from .machine import cache_bytes
 from .panels import MAX_DEPTH, pack_panels
 from .registry import Template, constant_geometry, define_internal_op, template_for
 from .template import BlocksTemplate, ResultsTemplate, pointer, size_in_cpp, view
-from .tuning import cache_bytes
 
 # Of an activation's name, the C++ type in cpp/activations.h.
 _ACTIVATIONS = {

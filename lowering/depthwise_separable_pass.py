@@ -28,8 +28,8 @@ from ..ops.depthwise_separable_conv2d import IDENTITY
 from ..ops.registry import OPS
 from ..paths import record_path
 from .calls import Convolution, Norm, activation_of, convolution_of, norm_of, value_of
+from .machine import cache_bytes
 from .registry import refusal
-from .tuning import cache_bytes
 
 OP = "depthwise_separable_conv2d"
 

@@ -20,10 +20,10 @@ from ..ops.patch_conv2d import (
 )
 from .constants import fold_constant
 from .inductor import DTYPE_TO_CPP, CppTemplateKernel, V, ir, lowerings
+from .machine import cache_bytes
 from .panels import pack_panels
 from .registry import Template, constant_geometry, define_internal_op, template_for
 from .template import BlocksTemplate, ResultsTemplate, pointer, size_in_cpp
-from .tuning import cache_bytes
 
 _ORDERS: dict[tuple[int, ...], str] = {
     PATCHES_FIRST: "patches_first",

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from .inductor import DTYPE_TO_CPP, CppTemplateKernel, V, ir
 from .layout import first_result, realize_image, writes_channels_last
+from .machine import cache_bytes
 from .template import BlocksTemplate, double, pointer, view
-from .tuning import cache_bytes
 
 
 class RegionsTemplate(BlocksTemplate):

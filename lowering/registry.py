@@ -13,13 +13,14 @@ A family's templates are in ``lowering/<family>.py`` and its programs with Trito
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib
 import importlib.util
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,10 +28,11 @@ import torch.compiler.config
 from torch.utils._pytree import tree_leaves
 
 from ..ops.registry import NAMESPACE, OPS, TORCHVISION, VisionOp
-from ..paths import record_path
-from ..version import __version__
+from ..paths import logger, record_path
+from ..version import __version__, tested_torch
 from . import assertions, convolution
 from .hook import INDUCTOR_LOWERING
+from .machine import cache_bytes, instructions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,20 +124,32 @@ def define_internal_op(schema: str, *, fake: Callable[..., Any], lower: Callable
     return overload
 
 
+_broken: dict[str, str] = {}  # modules here that could not be imported, and why
+
+
 def _template(op: VisionOp) -> Template | None:
-    _import_if_there(op.family)
-    return _templates.get(op.name)
+    return _templates.get(op.name) if _import_if_there(op.family) else None
 
 
 def _triton_program(op: VisionOp) -> TritonProgram | None:
-    _import_if_there(f"triton.{op.family}")
-    return _triton_programs.get(op.name)
+    return _triton_programs.get(op.name) if _import_if_there(f"triton.{op.family}") else None
 
 
-def _import_if_there(name: str) -> None:
+def _import_if_there(name: str) -> bool:
+    """Import a module of this folder, of which there may be none. False where it does not load, as with a torch that
+    lacks what it uses: a user's graph is compiled without it then."""
     module = f"{__package__}.{name}"
-    if importlib.util.find_spec(module) is not None:
-        importlib.import_module(module)
+    if name not in _broken and importlib.util.find_spec(module) is not None:
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # of whatever kind: it is not the user's graph that is at fault
+            _broken[name] = _reason(error)
+            logger.warning("%s cannot be used: %s", module, _broken[name])
+    return name not in _broken
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error} (this is torch {torch.__version__}; {tested_torch()})"
 
 
 def _decompose_or_keep(op: VisionOp) -> Callable[..., Any]:
@@ -166,7 +180,10 @@ def _decompose_or_keep(op: VisionOp) -> Callable[..., Any]:
 def refusal(op: VisionOp, *args: Any, **kwargs: Any) -> str | None:
     """Why a call of the operator would not get its template; None if it would."""
     template = _template(op)
-    return _refusal(template, *args, **kwargs) if template else "this operator has no template"
+    if template is not None:
+        return _refusal(template, *args, **kwargs)
+    broken = _broken.get(op.family)
+    return f"its template does not load: {broken}" if broken else "this operator has no template"
 
 
 def _refusal(template: Template, *args: Any, **kwargs: Any) -> str | None:
@@ -195,8 +212,7 @@ def _generates_triton(device: torch.device) -> bool:
 def _lower(op: VisionOp) -> Callable[..., Any]:
     def lower(*args: Any, **kwargs: Any) -> Any:
         from torch._inductor.lowering import fallback_handler
-
-        from .inductor import V
+        from torch._inductor.virtualized import V
 
         template, node = _template(op), V.graph.current_node
         fakes = torch.fx.map_arg((node.args, node.kwargs), lambda argument: argument.meta["val"])
@@ -207,9 +223,78 @@ def _lower(op: VisionOp) -> Callable[..., Any]:
     return lower
 
 
+_not_installed: str | None = None
+
+
+def why_not_installed() -> str | None:
+    """Why Inductor could not be told about the operators; None if it was, or has not been imported yet.
+
+    It then takes them for anybody's custom operators: a compiled graph calls them, and their decompositions run as they
+    do eagerly.
+    """
+    return _not_installed
+
+
+def require_lowerings(caller: str) -> None:
+    """Raise RuntimeError if compiled code cannot have this package's kernels, which ``caller`` is nothing without."""
+    import torch._inductor.lowering  # noqa: F401  (has the operators installed, if it was not imported before)
+
+    _import_if_there("inductor")
+    broken = why_not_installed() or _broken.get("inductor")
+    if broken:
+        raise RuntimeError(f"{caller}: the kernels of inductor_vision cannot be compiled: {broken}")
+
+
 def install() -> None:
-    """Register every operator with Inductor. Runs once, when Inductor's own lowerings are defined."""
+    """Register every operator with Inductor. Runs once, when Inductor's own lowerings are defined.
+
+    That is inside of an import that every compilation makes, of models too that have none of these operators.
+    Therefore nothing is raised: where Inductor's private parts are not as expected they are left as they were, and a
+    warning says why.
+    """
+    global _not_installed
+    _not_installed = _enter(_register_operators, _serve_torchvision, _add_fusion_pass)
+    if _not_installed is not None:
+        logger.warning(
+            "inductor_vision's operators have no kernels, and run in compiled graphs as they do eagerly: %s",
+            _not_installed,
+        )
+
+
+def _enter(*steps: Callable[[], None]) -> str | None:
+    """Take steps that change Inductor's tables: all of them, or none if one fails, and why."""
+    try:
+        with _all_or_nothing():
+            for step in steps:
+                step()
+    except Exception as error:  # a newer torch may lack anything, and a user's process must survive that
+        return _reason(error)
+    return None
+
+
+@contextlib.contextmanager
+def _all_or_nothing() -> Iterator[None]:
+    """What is changed of Inductor's within this context is as it was if the context is left with an exception."""
+    from torch._inductor import config
     from torch._inductor.decomposition import decompositions, fast_random_decomps
+    from torch._inductor.lowering import fallbacks, lowerings, needs_realized_inputs
+
+    tables = [(table, table.copy()) for table in (decompositions, lowerings, fallbacks, needs_realized_inputs)]
+    passes, tag = config.pre_grad_custom_pass, torch.compiler.config.cache_key_tag
+    try:
+        yield
+        fast_random_decomps.cache_clear()  # it holds a copy of the table
+    except BaseException:
+        for table, before in tables:
+            table.clear()
+            table.update(before)
+        config.pre_grad_custom_pass, torch.compiler.config.cache_key_tag = passes, tag
+        raise
+
+
+def _register_operators() -> None:
+    from torch._inductor import config
+    from torch._inductor.decomposition import decompositions
     from torch._inductor.lowering import register_lowering
 
     for op in OPS.values():
@@ -217,10 +302,17 @@ def install() -> None:
         register_lowering(op.overload, type_promotion_kind=None)(_lower(op))
     convolution.install()
     assertions.install()
-    _serve_torchvision()
-    _add_fusion_pass()
-    fast_random_decomps.cache_clear()  # it holds a copy of the table
+    _ = config.cpu_backend  # read in every compilation: let it be missed now
     tag_caches()
+
+
+def _enter_later(caller: str, step: Callable[[], None]) -> None:
+    """Take a step that the user asks for: now if Inductor is there already, else :func:`install` takes it."""
+    if INDUCTOR_LOWERING not in sys.modules:
+        return
+    reason = _not_installed or _enter(step)
+    if reason is not None:
+        logger.warning("%s() does not change what is compiled: %s", caller, reason)
 
 
 _accelerated = False
@@ -230,18 +322,16 @@ def accelerate_torchvision() -> None:
     """See :func:`inductor_vision.accelerate_torchvision`; takes effect now, or once Inductor is imported."""
     global _accelerated
     _accelerated = True
-    if INDUCTOR_LOWERING in sys.modules:
-        _serve_torchvision()
+    _enter_later("accelerate_torchvision", _serve_torchvision)
 
 
 def _serve_torchvision() -> None:
-    from torch._inductor.decomposition import decompositions, fast_random_decomps
+    from torch._inductor.decomposition import decompositions
 
     if not _accelerated:
         return
     for name, function in TORCHVISION.items():
         decompositions[getattr(torch.ops.torchvision, name).default] = function
-    fast_random_decomps.cache_clear()
     tag_caches("torchvision")  # the same graph compiles to something else from now on
 
 
@@ -252,8 +342,7 @@ def fuse_depthwise_separable() -> None:
     """See :func:`inductor_vision.fuse_depthwise_separable`; takes effect now, or once Inductor is imported."""
     global _fuse_depthwise_separable
     _fuse_depthwise_separable = True
-    if INDUCTOR_LOWERING in sys.modules:
-        _add_fusion_pass()
+    _enter_later("fuse_depthwise_separable", _add_fusion_pass)
 
 
 def _add_fusion_pass() -> None:
@@ -285,13 +374,7 @@ def source_digest() -> str:
     return digest.hexdigest()[:16]
 
 
-def _instructions() -> str:
-    """The vector instructions, on which it depends how weights are packed."""
-    bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
-    return torch.backends.cpu.get_cpu_capability() + (" bf16" if bf16 else "")
-
-
-TAG = f"inductor_vision-{__version__}-{source_digest()}-{_instructions()}"
+TAG = f"inductor_vision-{__version__}-{source_digest()}-{instructions()}-{cache_bytes()}"
 
 
 def tag_caches(tag: str = TAG) -> None:

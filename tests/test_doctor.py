@@ -11,6 +11,8 @@ import time
 import pytest
 from inductor_vision import doctor
 from inductor_vision.doctor import Check, Kernel
+from inductor_vision.lowering import registry
+from inductor_vision.version import NEWEST_TORCH, OLDEST_TORCH
 
 
 def kernel(run=lambda: None, path="template", libraries=()) -> Kernel:
@@ -69,6 +71,20 @@ def test_old_torch(monkeypatch):
     check = doctor.check_versions()
     assert_off(check)
     assert "2.13" in check.remedy
+
+
+def test_torch_that_is_newer_than_the_tests(monkeypatch):
+    monkeypatch.setattr("torch.__version__", "2.99.0")
+    check = doctor.check_versions()
+    assert_off(check, "warn")
+    assert f"tested with torch {OLDEST_TORCH} to {NEWEST_TORCH}" in check.remedy
+
+
+def test_torch_that_the_operators_are_not_for(monkeypatch):
+    monkeypatch.setattr(registry, "_not_installed", "AttributeError: it has moved")
+    *_, check = doctor.examine()
+    assert_off(check)
+    assert "it has moved" in check.found and "torch" in check.remedy
 
 
 def test_one_thread_for_many_cores(monkeypatch):
