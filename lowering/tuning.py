@@ -1,41 +1,40 @@
 """Choices made by measurement, remembered on disk for each kind of CPU.
 
-Used under ``torch._inductor.config.max_autotune``. The file is in Inductor's cache directory and may be deleted at any
-time. Processes that tune at once wait for each other, and find what the first one measured.
+Used under ``torch._inductor.config.max_autotune``. There is a file for each choice, in Inductor's cache directory, and
+any may be deleted at any time. Processes that tune the same problem at once wait for each other, and find what the
+first one measured. Nothing about those files fails a compilation: where they cannot be read, locked or written, the
+problem is measured, and not remembered.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import pathlib
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
 from filelock import FileLock
 
+from ..paths import logger
 from .inductor import cache_dir, pick_vec_isa
 from .registry import TAG
 
 T = TypeVar("T")
 
 SECONDS = 0.5  # for each problem, compilation not counted
-
-
-def cache_bytes() -> int:
-    """Of the second-level cache of one core."""
-    return torch.cpu.get_capabilities().get("l2_cache_size", 0) or 512 << 10
+PATIENCE = 120  # seconds to wait for another process that measures the problem; compiling for it takes half a minute
 
 
 def machine() -> str:
     """What a measurement is valid for: this CPU, vector width, number of threads, and version of the kernels."""
-    capabilities = torch.cpu.get_capabilities()
-    model = capabilities.get("cpu_name") or platform.processor() or platform.machine()
-    l2_cache = capabilities.get("l2_cache_size", 0) >> 10
-    return f"{model}, {l2_cache} KiB L2, {pick_vec_isa()}, {torch.get_num_threads()} threads, {TAG}"
+    model = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
+    return f"{model}, {pick_vec_isa()}, {torch.get_num_threads()} threads, {TAG}"
 
 
 def fastest(problem: str, candidates: Sequence[T], prepare: Callable[[], Callable[[T], None]]) -> T:
@@ -46,37 +45,56 @@ def fastest(problem: str, candidates: Sequence[T], prepare: Callable[[], Callabl
         candidates: what to choose from; their ``repr`` tells them apart.
         prepare: makes ready to run, once, and returns a function that runs with a given candidate.
     """
-    path = pathlib.Path(cache_dir()) / "inductor_vision" / "tuned.json"
+    key = {"machine": machine(), "problem": problem}
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+    path = pathlib.Path(cache_dir()) / "inductor_vision" / "tuned" / f"{name}.json"
+
+    def known() -> T | None:
+        chosen = _read(path)
+        return next((candidate for candidate in candidates if repr(candidate) == chosen), None)
+
+    found = known()
+    if found is None:
+        with _locked(path) as alone:
+            found = known() if alone else None  # now, if another process was measuring it
+            if found is None:
+                found = _measure(candidates, prepare())
+                if alone:
+                    _write(path, {**key, "fastest": repr(found)})
+    return found
+
+
+@contextlib.contextmanager
+def _locked(path: pathlib.Path) -> Iterator[bool]:
+    """Whether this process is the only one that has to do with a file, within this context."""
+    with contextlib.ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(f"{path}.lock", timeout=PATIENCE))
+            alone = True
+        except (OSError, NotImplementedError) as error:  # filelock's: waited too long; locks are not to be had here
+            logger.info("measured, but not remembered: %s", error)
+            alone = False
+        yield alone
+
+
+def _read(path: pathlib.Path) -> str | None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError:  # nowhere to remember
-        return _measure(candidates, prepare())
-    with FileLock(f"{path}.lock"):
-        known = _read(path)
-        chosen = known.setdefault(machine(), {}).get(problem)
-        for candidate in candidates:
-            if repr(candidate) == chosen:
-                return candidate
-        best = _measure(candidates, prepare())
-        known[machine()][problem] = repr(best)
-        _replace(path, known)
-    return best
+        return json.loads(path.read_text())["fastest"]
+    except (OSError, ValueError, KeyError, TypeError):  # nothing yet, or a file that was damaged: measure anew
+        return None
 
 
-def _read(path: pathlib.Path) -> dict[str, dict[str, str]]:
-    try:
-        known = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):  # nothing yet, or a file that was damaged: measure anew
-        return {}
-    sound = isinstance(known, dict) and all(isinstance(choices, dict) for choices in known.values())
-    return known if sound else {}
-
-
-def _replace(path: pathlib.Path, content: dict[str, dict[str, str]]) -> None:
+def _write(path: pathlib.Path, content: dict[str, str]) -> None:
     """Write so that a reader, or a crash, never sees half a file."""
     new = path.with_suffix(f".{os.getpid()}.tmp")
-    new.write_text(json.dumps(content, indent=1, sort_keys=True))
-    new.replace(path)
+    try:
+        new.write_text(json.dumps(content, indent=1))
+        new.replace(path)
+    except OSError as error:
+        logger.info("measured, but not remembered: %s", error)
+        with contextlib.suppress(OSError):
+            new.unlink(missing_ok=True)
 
 
 def _measure(candidates: Sequence[T], run: Callable[[T], None]) -> T:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from filelock import FileLock
 from inductor_vision import DeformConv2d
 from inductor_vision.lowering import tuning
 from inductor_vision.tests.support.compare import assert_close
@@ -22,10 +25,18 @@ MILLISECONDS = [12, 3, 8]  # candidates, told apart by how long they take
 
 @pytest.fixture(autouse=True)
 def tuned(tmp_path, monkeypatch) -> pathlib.Path:
-    """The file, in a directory of the test's own."""
+    """The folder of what was measured, in one of the test's own."""
     monkeypatch.setattr(tuning, "cache_dir", lambda: str(tmp_path))
     monkeypatch.setattr(tuning, "SECONDS", 0.0)
-    return tmp_path / "inductor_vision" / "tuned.json"
+    return tmp_path / "inductor_vision" / "tuned"
+
+
+def remembered(tuned: pathlib.Path) -> list[dict[str, str]]:
+    return sorted((json.loads(path.read_text()) for path in tuned.glob("*.json")), key=lambda choice: choice["problem"])
+
+
+def choice(problem: str, fastest: str) -> dict[str, str]:
+    return {"machine": tuning.machine(), "problem": problem, "fastest": fastest}
 
 
 def sleeping() -> Callable[[int], None]:
@@ -38,14 +49,14 @@ def forbidden() -> Callable[[int], None]:
 
 def test_the_fast_candidate_is_found_and_remembered(tuned):
     assert tuning.fastest("problem", MILLISECONDS, sleeping) == 3
-    assert json.loads(tuned.read_text()) == {tuning.machine(): {"problem": "3"}}
+    assert remembered(tuned) == [choice("problem", "3")]
     assert tuning.fastest("problem", MILLISECONDS, forbidden) == 3
 
 
 def test_problems_are_told_apart(tuned):
     assert tuning.fastest("problem", MILLISECONDS, sleeping) == 3
     assert tuning.fastest("other", [9, 5], sleeping) == 5
-    assert json.loads(tuned.read_text()) == {tuning.machine(): {"problem": "3", "other": "5"}}
+    assert remembered(tuned) == [choice("other", "5"), choice("problem", "3")]
 
 
 def test_a_choice_that_is_no_candidate_any_more_is_measured_anew():
@@ -69,21 +80,81 @@ def test_a_choice_holds_for_one_vector_width():
         assert tuning.machine() != wide
 
 
-@pytest.mark.parametrize("content", [b"", b'{"a": {"prob', b"\xff\x00\xfe", b"[]", b'{"a": 1}'])
+@pytest.mark.parametrize("content", [b"", b'{"fastest": "prob', b"\xff\x00\xfe", b"[]", b'{"fastest": 1}', b"{}"])
 def test_a_damaged_file_is_measured_anew(tuned, content):
-    tuned.parent.mkdir()
-    tuned.write_bytes(content.replace(b'"a"', json.dumps(tuning.machine()).encode()))
+    tuning.fastest("problem", MILLISECONDS, sleeping)
+    (file,) = tuned.glob("*.json")
+    file.write_bytes(content)
     assert tuning.fastest("problem", MILLISECONDS, sleeping) == 3
     assert tuning.fastest("problem", MILLISECONDS, forbidden) == 3
 
 
-def test_a_candidate_that_fails_leaves_the_file_as_it_is(tuned):
+def test_a_candidate_that_fails_leaves_the_files_as_they_are(tuned):
     tuning.fastest("problem", MILLISECONDS, sleeping)
-    before = tuned.read_text()
     with pytest.raises(AssertionError):
         tuning.fastest("other", MILLISECONDS, forbidden)
-    assert tuned.read_text() == before
+    assert remembered(tuned) == [choice("problem", "3")]
     assert tuning.fastest("other", MILLISECONDS, sleeping) == 3
+
+
+def assert_measured_and_not_remembered(tuned: pathlib.Path) -> None:
+    for _ in range(2):
+        assert tuning.fastest("problem", MILLISECONDS, sleeping) == 3
+    assert not [path for path in tuned.rglob("*") if path.suffix != ".lock"]
+
+
+def test_no_directory_can_be_made(tuned):
+    tuned.parent.write_text("a file")
+    assert_measured_and_not_remembered(tuned)
+
+
+def test_a_directory_that_cannot_be_written(tuned, monkeypatch):
+    """Root may write whatever the permissions are: what opens files is told to refuse."""
+    tuned.mkdir(parents=True)
+    original = os.open
+
+    def refuse(path, flags, *args, **kwargs):
+        if flags & os.O_CREAT:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return original(path, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert_measured_and_not_remembered(tuned)
+    assert not list(tuned.iterdir())
+
+
+@pytest.mark.parametrize("when", ["write_text", "replace"])
+def test_a_full_disk(tuned, monkeypatch, when):
+    original = getattr(pathlib.Path, when)
+
+    def full(path, *args, **kwargs):
+        if when == "write_text":
+            original(path, "{")  # half of it
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(pathlib.Path, when, full)
+    assert_measured_and_not_remembered(tuned)
+
+
+def test_a_lock_that_is_not_released(tuned, monkeypatch):
+    """As of a process that was stopped. Other problems have locks of their own."""
+    monkeypatch.setattr(tuning, "PATIENCE", 0.1)
+    tuning.fastest("problem", MILLISECONDS, sleeping)
+    (file,) = tuned.glob("*.json")
+    with FileLock(f"{file}.lock"):
+        assert tuning.fastest("problem", MILLISECONDS, forbidden) == 3  # what is known is there for all to read
+        file.unlink()
+        assert_measured_and_not_remembered(tuned)
+        assert tuning.fastest("other", MILLISECONDS, sleeping) == 3
+        assert remembered(tuned) == [choice("other", "3")]
+
+
+def test_a_file_system_without_locks(tuned, monkeypatch):
+    def acquire(self, *args, **kwargs):
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    assert_measured_and_not_remembered(tuned)
 
 
 TUNE = """
@@ -138,10 +209,11 @@ def test_max_autotune_measures_once(tuned, monkeypatch, groups, layout):
             assert_close(compiled.result, oracle(x, offset, layer.weight, layer.bias, padding=1), x.dtype)
             assert compiled.paths[0].detail.endswith(repr(measured[0][1]))
     assert len(measured) == 1
-    ((problem, chosen),) = json.loads(tuned.read_text())[tuning.machine()].items()
+    (known,) = remembered(tuned)
+    problem = known["problem"]
     assert problem.startswith("deform_conv2d Instance(convolution=Convolution(channels=24")
     assert f"channels_last={layout == 'channels_last'}" in problem
-    assert chosen == repr(measured[0][1])
+    assert known["fastest"] == repr(measured[0][1])
 
 
 @pytest.mark.slow
@@ -151,5 +223,5 @@ def test_max_autotune_on_the_clock(tuned):
     with torch.no_grad():
         compiled = compile_and_run(layer, x, offset, config={"max_autotune": True})
     assert_close(compiled.result, oracle(x, offset, layer.weight, layer.bias, padding=1), x.dtype)
-    (chosen,) = json.loads(tuned.read_text())[tuning.machine()].values()
-    assert compiled.paths[0].detail.endswith(chosen)
+    (known,) = remembered(tuned)
+    assert compiled.paths[0].detail.endswith(known["fastest"])
