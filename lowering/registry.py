@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib
 import importlib.util
-import pathlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -29,10 +27,10 @@ from torch.utils._pytree import tree_leaves
 
 from ..ops.registry import NAMESPACE, OPS, TORCHVISION, VisionOp
 from ..paths import logger, record_path
-from ..version import __version__, tested_torch
+from ..version import tested_torch
 from . import assertions, convolution
+from .caches import TAG, backend_passes, tag_caches
 from .hook import INDUCTOR_LOWERING
-from .machine import cache_bytes, instructions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,7 +277,8 @@ def _all_or_nothing() -> Iterator[None]:
     from torch._inductor.decomposition import decompositions, fast_random_decomps
     from torch._inductor.lowering import fallbacks, lowerings, needs_realized_inputs
 
-    tables = [(table, table.copy()) for table in (decompositions, lowerings, fallbacks, needs_realized_inputs)]
+    changed = decompositions, lowerings, fallbacks, needs_realized_inputs, backend_passes()
+    tables = [(table, table.copy()) for table in changed]
     passes, tag = config.pre_grad_custom_pass, torch.compiler.config.cache_key_tag
     try:
         yield
@@ -356,29 +355,3 @@ def _add_fusion_pass() -> None:
     passes = get_custom_graph_passes(config.pre_grad_custom_pass)
     if not any(isinstance(other, FuseDepthwiseSeparable) for other in passes):
         config.pre_grad_custom_pass = [*passes, FuseDepthwiseSeparable(TAG)]
-
-
-def source_digest() -> str:
-    """Of all sources that decide what is compiled: a changed kernel must not be answered from a cache."""
-    package = pathlib.Path(__file__).parent.parent
-    digest = hashlib.sha256()
-    for folder, pattern in (
-        ("ops", "*.py"),
-        ("lowering", "*.py"),
-        ("lowering/triton", "*.py"),
-        ("lowering/cpp", "*.h"),
-    ):
-        for path in sorted((package / folder).glob(pattern)):
-            digest.update(path.name.encode())
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-TAG = f"inductor_vision-{__version__}-{source_digest()}-{instructions()}-{cache_bytes()}"
-
-
-def tag_caches(tag: str = TAG) -> None:
-    """Make a tag part of the key of Inductor's caches on disk, beside a user's tag."""
-    tags = [tag for tag in torch.compiler.config.cache_key_tag.split("+") if tag]
-    if tag not in tags:
-        torch.compiler.config.cache_key_tag = "+".join([*tags, tag])

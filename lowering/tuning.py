@@ -22,8 +22,8 @@ import torch
 from filelock import FileLock
 
 from ..paths import logger
+from .caches import TAG
 from .inductor import cache_dir, pick_vec_isa
-from .registry import TAG
 
 T = TypeVar("T")
 
