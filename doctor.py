@@ -46,6 +46,7 @@ class Kernel:
     """A deformable convolution that was compiled here and now."""
 
     run: Callable[[], Any]
+    eager: Callable[[], Any]  # computes the same, uncompiled
     seconds: float  # that compiling it took
     path: str  # "template", "decomposition" or "eager", see paths.py
     detail: str
@@ -141,7 +142,7 @@ def check_compiler() -> Check:
         version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
     except (RuntimeError, OSError, subprocess.CalledProcessError):
         wanted = os.environ.get("CXX", "g++")
-        remedy = "install g++ (Debian, Ubuntu: apt install g++), or let CXX name another compiler"
+        remedy = "install g++ (Debian, Ubuntu: apt install g++), or let CXX name the one that is there"
         return Check("compiler", "fail", f"{wanted} cannot be run", remedy)
     return Check("compiler", "ok", f"{shutil.which(compiler) or compiler}: {version.splitlines()[0]}")
 
@@ -170,7 +171,7 @@ def check_openmp() -> Check:
             environment = {**os.environ, "OMP_NUM_THREADS": str(cores)}
             threads = int(subprocess.run([program], check=True, capture_output=True, text=True, env=environment).stdout)
         except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
-            remedy = "install the compiler's OpenMP runtime (g++: libgomp; clang++: libomp-dev)"
+            remedy = "install g++ with its OpenMP runtime, libgomp, and let CXX name it; that of clang++ is another one"
             return Check("openmp", "fail", f"an OpenMP program does not build or run: {_last_line(error)}", remedy)
     if threads < cores:
         remedy = "unset OMP_THREAD_LIMIT and OMP_DYNAMIC, or raise the limit on processes (ulimit -u)"
@@ -192,16 +193,20 @@ def compile_kernel(folder: pathlib.Path) -> Kernel:
     # With its guards Dynamo would compile anew for another number of threads; this very kernel is to be measured.
     compiled = torch.compile(module, options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe})
 
+    @torch.no_grad()
     def run() -> Any:
-        with torch.no_grad():
-            return compiled(image, offset, mask)
+        return compiled(image, offset, mask)
+
+    @torch.no_grad()
+    def eager() -> Any:
+        return module(image, offset, mask)
 
     start = time.perf_counter()
     with recorded_paths() as paths:
         run()
     seconds = time.perf_counter() - start
     path, detail = (paths[-1].kind, paths[-1].detail) if paths else ("unknown", "")
-    return Kernel(run, seconds, path, detail, sorted(folder.rglob("*.so")))
+    return Kernel(run, eager, seconds, path, detail, sorted(folder.rglob("*.so")))
 
 
 def check_kernel(folder: pathlib.Path) -> tuple[Check, Kernel | None]:
@@ -266,6 +271,49 @@ def check_vectors(kernel: Kernel | None) -> Check:
     return Check("vectors", "ok", found)
 
 
+def compile_sum() -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """A sum as Inductor compiles it without this package, for any number of threads, and as it is in eager mode."""
+    torch.manual_seed(0)
+    numbers = torch.rand(1 << 18, dtype=torch.float64)
+
+    def eager() -> Any:
+        return (numbers * numbers).sum()
+
+    options = {"cpp.dynamic_threads": True, "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+    return torch.compile(eager, options=options), eager
+
+
+def check_values(kernel: Kernel | None) -> Check:
+    """Compiled code computes what eager mode does: this package's kernel, and a sum that is Inductor's alone."""
+    if kernel is None:
+        return Check("values", "warn", "not compared: no kernel", "first mend what is above")
+    before = torch.get_num_threads()
+    try:
+        for name, compiled, eager in (("a sum", *compile_sum()), ("deform_conv2d", kernel.run, kernel.eager)):
+            torch.set_num_threads(1)
+            expected = eager()
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                error = ((compiled() - expected).abs().max() / expected.abs().max()).item()
+                if not error < 1e-3:  # NaN is none of these
+                    found = (
+                        f"compiled on {_count(threads, 'thread')}, {name} is off by {error:.2g} of its largest value"
+                    )
+                    return Check("values", "fail", found, _remedy_of_values(loaded_openmp_runtimes() or []))
+    finally:
+        torch.set_num_threads(before)
+    return Check("values", "ok", "on one thread and on two, a sum and deform_conv2d are what they are in eager mode")
+
+
+def _remedy_of_values(runtimes: list[str]) -> str:
+    if len(runtimes) < 2:
+        return "compile with another compiler or release of it (CXX), and report what was found"
+    return (
+        f"{' and '.join(runtimes)} do not know each other's threads, as with clang++ beside a torch that uses libgomp: "
+        "compile with g++ (CXX=g++), or preload the compiler's runtime (LD_PRELOAD)"
+    )
+
+
 def measure_scaling(run: Callable[[], Any], threads: int, rounds: int = 20) -> tuple[float, float]:
     """Seconds on one thread and on ``threads``: the best of ``rounds``, sides interleaved."""
     before, best = torch.get_num_threads(), {1: float("inf"), threads: float("inf")}
@@ -322,7 +370,7 @@ def loaded_openmp_runtimes() -> list[str] | None:
 
 
 def check_runtimes() -> Check:
-    """One OpenMP runtime is loaded: two have a pool of threads each, which get into each other's way."""
+    """One OpenMP runtime is loaded: two have a pool of threads each, and may compute wrong values, see check_values."""
     runtimes = loaded_openmp_runtimes()
     if runtimes is None:
         return Check("runtimes", "ok", "unknown on this system")
@@ -330,7 +378,8 @@ def check_runtimes() -> Check:
     if not runtimes:
         return Check("runtimes", "fail", "no OpenMP runtime is loaded", "install a build of torch with OpenMP")
     if len(runtimes) > 1:
-        return Check("runtimes", "warn", found, "several OpenMP runtimes: unset LD_PRELOAD, use torch's compiler")
+        remedy = "several OpenMP runtimes: use torch's compiler (CXX=g++), unless one was preloaded to take all calls"
+        return Check("runtimes", "warn", found, remedy)
     return Check("runtimes", "ok", found)
 
 
@@ -354,6 +403,7 @@ def examine() -> Iterator[Check]:
             yield check_openmp()
             check, kernel = check_kernel(pathlib.Path(folder))
             yield check
+        yield check_values(kernel)
         yield check_vectors(kernel)
         yield check_threads(kernel)
     yield check_runtimes()

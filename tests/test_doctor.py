@@ -4,19 +4,22 @@ import json
 import os
 import pathlib
 import platform
+import shutil
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
 from inductor_vision import doctor
 from inductor_vision.doctor import Check, Kernel
 from inductor_vision.lowering import registry
+from inductor_vision.tests.support.compiled import run_python
 from inductor_vision.version import NEWEST_TORCH, OLDEST_TORCH
 
 
-def kernel(run=lambda: None, path="template", libraries=()) -> Kernel:
-    return Kernel(run, seconds=1.0, path=path, detail="", libraries=list(libraries))
+def kernel(run=lambda: None, eager=lambda: None, path="template", libraries=()) -> Kernel:
+    return Kernel(run, eager, seconds=1.0, path=path, detail="", libraries=list(libraries))
 
 
 def run_doctor(**environment: str) -> tuple[int, dict[str, Check]]:
@@ -44,8 +47,8 @@ def test_no_compiler():
     assert_off(checks["compiler"])
     assert "/nonexistent" in checks["compiler"].found
     assert "g++" in checks["compiler"].remedy
-    for name in ("vectors", "threads"):
-        assert checks[name].status == "warn" and "not measured" in checks[name].found
+    for name in ("values", "vectors", "threads"):
+        assert checks[name].status == "warn" and "no kernel" in checks[name].found
 
 
 @pytest.mark.slow
@@ -81,6 +84,8 @@ def test_torch_that_is_newer_than_the_tests(monkeypatch):
 
 
 def test_torch_that_the_operators_are_not_for(monkeypatch):
+    import torch._inductor.lowering  # noqa: F401  (what it installs is not to undo the following)
+
     monkeypatch.setattr(registry, "_not_installed", "AttributeError: it has moved")
     *_, check = doctor.examine()
     assert_off(check)
@@ -143,6 +148,60 @@ def test_kernel_off_its_fast_path(monkeypatch, tmp_path):
     check, _ = doctor.check_kernel(tmp_path)
     assert_off(check)
     assert "decomposition" in check.found
+
+
+RUNTIMES = ["/a/libgomp.so.1", "/b/libomp.so.5"]
+
+
+@pytest.mark.parametrize("wrong", ["a sum", "deform_conv2d", None])
+@pytest.mark.parametrize("runtimes", [RUNTIMES, RUNTIMES[:1]])
+def test_values_that_depend_on_threads(monkeypatch, wrong, runtimes):
+    """As with two OpenMP runtimes, of which each takes both threads for the first."""
+
+    def eager():
+        return torch.tensor([3.0, 4.0])
+
+    def half_is_lost():
+        return eager() * (1 if torch.get_num_threads() == 1 else torch.tensor([1, 0.5]))
+
+    def compiled(name):
+        return half_is_lost if name == wrong else eager
+
+    monkeypatch.setattr(doctor, "loaded_openmp_runtimes", lambda: runtimes)
+    monkeypatch.setattr(doctor, "compile_sum", lambda: (compiled("a sum"), eager))
+    before = torch.get_num_threads()
+    check = doctor.check_values(kernel(compiled("deform_conv2d"), eager))
+    assert torch.get_num_threads() == before
+    if wrong is None:
+        assert check.status == "ok"
+        return
+    assert_off(check)
+    assert check.found == f"compiled on 2 threads, {wrong} is off by 0.5 of its largest value"
+    assert ("CXX=g++" in check.remedy and RUNTIMES[1] in check.remedy) == (runtimes == RUNTIMES)
+
+
+def test_values_that_are_not_numbers(monkeypatch):
+    monkeypatch.setattr(doctor, "compile_sum", lambda: (lambda: torch.tensor(float("nan")), lambda: torch.tensor(1.0)))
+    assert_off(doctor.check_values(kernel()))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="clang++ is not installed")
+def test_clang_beside_libgomp(tmp_path):
+    """The sum alone is compiled by clang++; preloading is one of the cures that are given."""
+    program = """
+from inductor_vision import doctor
+total = doctor.compile_sum()
+doctor.compile_sum = lambda: total
+print(doctor.check_values(doctor.Kernel(*total, 0, "template", "", [])).status, *doctor.loaded_openmp_runtimes())
+"""
+    environment = {"CXX": "clang++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    status, *runtimes = run_python(program, **environment).split()
+    if len(runtimes) == 1:
+        pytest.skip(f"torch and clang++ share a runtime, {runtimes[0]}")
+    assert status == "fail"
+    (runtime,) = (path for path in runtimes if pathlib.Path(path).name.startswith("libomp"))
+    assert run_python(program, **environment, LD_PRELOAD=runtime).split()[0] == "ok"
 
 
 def test_vectors_not_picked(monkeypatch):
