@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
-from torch.nn.modules.utils import _pair
+
+from ..ops.registry import pair
 
 _aten = torch.ops.aten
 
@@ -126,7 +127,7 @@ def convolution_of(node: Node) -> Convolution | None:
         return None
     for name in ("stride", "padding", "dilation"):
         if not isinstance(a[name], str):
-            numbers = tuple(_pair(a[name]))
+            numbers = pair(name, a[name])
             a[name] = numbers * 2 if len(numbers) == 1 else numbers  # [2] is as good as [2, 2]
     return Convolution(node, **a)
 

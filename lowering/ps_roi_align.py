@@ -40,7 +40,7 @@ class PSRoIAlignBackwardTemplate(RegionsTemplate):
 
     def call(self, kernel: CppTemplateKernel, inputs: Sequence[ir.IRNode], store: str) -> str:
         return f"""
-    {self.function()}({self.view(kernel, 0)}, {self.boxes(kernel)}, {self.grad_bins()}, {self.sampling},
+    {self.function()}({self.view(kernel, 0)}, {self.boxes(kernel)}, {self.grad_bins(kernel)}, {self.sampling},
         {self.grad_maps(kernel, self.spatial_scale)}, {store});"""
 
 

@@ -37,7 +37,7 @@ class PSRoIPoolBackwardTemplate(RegionsTemplate):
 
     def call(self, kernel: CppTemplateKernel, inputs: Sequence[ir.IRNode], store: str) -> str:
         return f"""
-    {self.function()}({self.view(kernel, 0)}, {self.boxes(kernel)}, {self.grad_bins()},
+    {self.function()}({self.view(kernel, 0)}, {self.boxes(kernel)}, {self.grad_bins(kernel)},
         {self.grad_maps(kernel, self.spatial_scale)}, {store});"""
 
 

@@ -42,13 +42,13 @@ class RegionsTemplate(BlocksTemplate):
         fields.append(pointer(kernel, *levels) if levels else "nullptr")
         return f"inductor_vision::Boxes<{DTYPE_TO_CPP[rois.get_dtype()]}>{{{', '.join(fields)}}}"
 
-    def bins(self) -> str:
+    def bins(self, kernel: CppTemplateKernel) -> str:
         """PH and PW of a forward kernel."""
-        return f"inductor_vision::Bins{{{', '.join(map(str, self.size[2:]))}}}"
+        return f"inductor_vision::Bins{{{', '.join(self.output_size(kernel)[2:])}}}"
 
-    def grad_bins(self) -> str:
+    def grad_bins(self, kernel: CppTemplateKernel) -> str:
         """PH and PW of a backward kernel."""
-        return f"inductor_vision::Bins{{{', '.join(map(str, self.inputs[0].get_size()[2:]))}}}"
+        return f"inductor_vision::Bins{{{', '.join(kernel.size(self.inputs[0], d) for d in (2, 3))}}}"
 
     def feature_maps(self, kernel: CppTemplateKernel, image: int, spatial_scale: float) -> str:
         """The maps of a level, one of the images, in C++."""
@@ -67,8 +67,9 @@ class RegionsTemplate(BlocksTemplate):
 
     def position_sensitive_maps(self, kernel: CppTemplateKernel, spatial_scale: float) -> str:
         """The maps of a position-sensitive operator in C++."""
-        fields = [self.feature_maps(kernel, 0, spatial_scale), kernel.size(self.inputs[0], 0), str(self.size[1])]
-        fields.append(self.bins())
+        channels = self.output_size(kernel)[1]
+        fields = [self.feature_maps(kernel, 0, spatial_scale), kernel.size(self.inputs[0], 0), channels]
+        fields.append(self.bins(kernel))
         return f"inductor_vision::PositionSensitiveMaps<{DTYPE_TO_CPP[self.dtype]}>{{{', '.join(fields)}}}"
 
     def grad_maps(self, kernel: CppTemplateKernel, spatial_scale: float = 1.0, level: int = 0) -> str:

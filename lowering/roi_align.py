@@ -24,7 +24,7 @@ class RoIAlignTemplate(RegionsTemplate):
 
     def call(self, kernel: CppTemplateKernel, inputs: Sequence[ir.IRNode], store: str) -> str:
         return f"""{self.pyramid(kernel, self.spatial_scales)}
-    {self.function()}(pyramid, {self.boxes(kernel)}, {self.bins()}, {self.sampling}, {store});"""
+    {self.function()}(pyramid, {self.boxes(kernel)}, {self.bins(kernel)}, {self.sampling}, {store});"""
 
 
 class RoIAlignBackwardTemplate(RegionsTemplate):
@@ -40,7 +40,7 @@ class RoIAlignBackwardTemplate(RegionsTemplate):
 
     def call(self, kernel: CppTemplateKernel, inputs: Sequence[ir.IRNode], store: str) -> str:
         return f"""
-    {self.function()}({self.view(kernel, 0)}, {self.boxes(kernel)}, {self.grad_bins()}, {self.sampling},
+    {self.function()}({self.view(kernel, 0)}, {self.boxes(kernel)}, {self.grad_bins(kernel)}, {self.sampling},
         {self.grad_maps(kernel, self.spatial_scale, self.level)}, {store});"""
 
 

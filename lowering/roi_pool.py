@@ -27,7 +27,7 @@ class RoIPoolTemplate(RegionsTemplate):
         argmax = bool(self.store_functions)
         return f"""{self.pyramid(kernel, [self.spatial_scale])}
     {self.function(str(argmax).lower())}(
-        pyramid, {self.boxes(kernel)}, {self.bins()}, {store}{"" if argmax else ", nullptr"});"""
+        pyramid, {self.boxes(kernel)}, {self.bins(kernel)}, {store}{"" if argmax else ", nullptr"});"""
 
 
 class RoIPoolBackwardTemplate(RegionsTemplate):
@@ -41,7 +41,7 @@ class RoIPoolBackwardTemplate(RegionsTemplate):
 
     def call(self, kernel: CppTemplateKernel, inputs: Sequence[ir.IRNode], store: str) -> str:
         return f"""
-    {self.function()}({self.view(kernel, 0)}, {self.view(kernel, 1)}, {self.boxes(kernel)}, {self.grad_bins()},
+    {self.function()}({self.view(kernel, 0)}, {self.view(kernel, 1)}, {self.boxes(kernel)}, {self.grad_bins(kernel)},
         {self.grad_maps(kernel)}, {store});"""
 
 

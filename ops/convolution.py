@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,19 +13,6 @@ from torch._prims_common import suggest_memory_format
 from .registry import check
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
-    """A number for each of height and width.
-
-    Raises:
-        ValueError: it is a word, as torch.nn.Conv2d takes for its padding.
-    """
-    if isinstance(value, str):
-        raise ValueError(f"{name} must be a number, or one for each of height and width, got {value!r}")
-    # Not torch.nn's _pair, which Dynamo refuses to trace for a number that may change from call to call.
-    pair: Any = tuple(value) if isinstance(value, Iterable) else (value, value)
-    return pair
 
 
 def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:

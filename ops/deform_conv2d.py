@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 
-from .convolution import check_convolution, check_dtypes, check_gradient, empty_output, gradient_format, pair
-from .registry import accumulate_dtype, check, define_op, forbid_double_backward, serves_torchvision
+from .convolution import check_convolution, check_dtypes, check_gradient, empty_output, gradient_format
+from .registry import accumulate_dtype, check, define_op, forbid_double_backward, pair, serves_torchvision
 
 
 def deform_conv2d(

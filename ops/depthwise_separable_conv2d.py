@@ -22,9 +22,8 @@ from .convolution import (
     empty_output,
     gradient_format,
     gradients_like,
-    pair,
 )
-from .registry import accumulate_dtype, check, define_op, forbid_double_backward
+from .registry import accumulate_dtype, check, define_op, forbid_double_backward, pair
 
 
 def depthwise_separable_conv2d(

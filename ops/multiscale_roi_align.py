@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.utils import _pair
 
-from .regions import regions_of
-from .registry import replaces_torchvision
+from .regions import bins_of, regions_of
+from .registry import pair, replaces_torchvision
 from .roi_align import align_on_levels
 
 
@@ -50,7 +49,7 @@ def multiscale_roi_align(
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not go together, or a box names an image that does not exist.
-        ValueError, TypeError: ``boxes`` or ``spatial_scales`` are not as described.
+        ValueError, TypeError: ``boxes``, ``output_size`` or ``spatial_scales`` are not as described.
     """
     rois = regions_of("multiscale_roi_align", boxes)
     if len(spatial_scales) != len(features) or not features:
@@ -67,7 +66,9 @@ def multiscale_roi_align(
                 f"got {list(spatial_scales)}"
             )
         levels = assign_levels(rois, finest, coarsest, canonical_scale, canonical_level)
-    return align_on_levels(features, rois, levels, spatial_scales, _pair(output_size), sampling_ratio, aligned)
+    return align_on_levels(
+        features, rois, levels, spatial_scales, bins_of("multiscale_roi_align", output_size), sampling_ratio, aligned
+    )
 
 
 def _finest_and_coarsest(spatial_scales: Sequence[float]) -> tuple[int, int]:
@@ -117,7 +118,7 @@ class MultiScaleRoIAlign(nn.Module):
     ) -> None:
         super().__init__()
         self.featmap_names = featmap_names
-        self.output_size = _pair(output_size)
+        self.output_size = pair("output_size", output_size)
         self.sampling_ratio = sampling_ratio
         self.canonical_scale = canonical_scale
         self.canonical_level = canonical_level

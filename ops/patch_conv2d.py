@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .convolution import check_convolution, check_dtypes, check_gradient, pair
-from .registry import accumulate_dtype, check, define_op, forbid_double_backward
+from .convolution import check_convolution, check_dtypes, check_gradient
+from .registry import accumulate_dtype, check, define_op, forbid_double_backward, pair
 
 
 def patch_conv2d(

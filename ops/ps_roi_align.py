@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
-from torch.nn.modules.utils import _pair
 
 from .regions import (
     MapSize,
     Pixels,
     SampledAxis,
     adaptive_grid,
+    bins_of,
     channel_mapping,
     check_grad,
     check_position_sensitive,
@@ -56,9 +56,11 @@ def ps_roi_align(
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not go together, or a box names an image that does not exist.
-        ValueError, TypeError: ``boxes`` is neither of the two.
+        ValueError, TypeError: ``boxes`` or ``output_size`` is neither of the two.
     """
-    return _op(input, regions_of("ps_roi_align", boxes), spatial_scale, *_pair(output_size), sampling_ratio)
+    return _op(
+        input, regions_of("ps_roi_align", boxes), spatial_scale, *bins_of("ps_roi_align", output_size), sampling_ratio
+    )
 
 
 class PSRoIAlign(nn.Module):

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
-from torch.nn.modules.utils import _pair
 
 from .regions import (
     MapSize,
     Pixels,
     PooledAxis,
+    bins_of,
     channel_mapping,
     check_grad,
     check_position_sensitive,
@@ -56,9 +56,9 @@ def ps_roi_pool(
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not go together, or a box names an image that does not exist.
-        ValueError, TypeError: ``boxes`` is neither of the two.
+        ValueError, TypeError: ``boxes`` or ``output_size`` is neither of the two.
     """
-    return _op(input, regions_of("ps_roi_pool", boxes), spatial_scale, *_pair(output_size))
+    return _op(input, regions_of("ps_roi_pool", boxes), spatial_scale, *bins_of("ps_roi_pool", output_size))
 
 
 class PSRoIPool(nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from .boxes import rounded_quotient
-from .registry import accumulate_dtype, check
+from .registry import accumulate_dtype, check, pair
 
 _FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -49,6 +49,18 @@ def regions_of(op: str, boxes: Tensor | Sequence[Tensor]) -> Tensor:
     boxes = [box.to(accumulate_dtype(box.dtype)) for box in boxes]  # the low precisions cannot count images
     images = [torch.full_like(box[:, :1], i) for i, box in enumerate(boxes)]
     return torch.cat([torch.cat(images), torch.cat(list(boxes))], dim=1)
+
+
+def bins_of(op: str, output_size: int | Sequence[int]) -> tuple[int, int]:
+    """PH and PW from what users give.
+
+    Raises:
+        ValueError: neither one number nor two.
+    """
+    bins = pair("output_size", output_size)
+    if len(bins) != 2:
+        raise ValueError(f"{op}: output_size must be a number or a pair, got {bins}")
+    return bins
 
 
 class MapSize(NamedTuple):
@@ -87,13 +99,13 @@ def check_regions(op: str, inputs: Sequence[Tensor], rois: Tensor, bins: Sequenc
         ):
             check(op, got == expected, f"{name} must have the {what} of the first map, {expected}, got {got}")
     check_rois(op, rois, input)
-    check(op, min(bins) > 0, f"output_size must be positive, got {tuple(bins)}")
+    check(op, bins[0] > 0 and bins[1] > 0, f"output_size must be positive, got {tuple(bins)}")
     return MapSize(input.shape[0], int(input.shape[1]), *input.shape[2:])
 
 
 def check_position_sensitive(op: str, input: Tensor, rois: Tensor, bins: Sequence[int]) -> tuple[Any, ...]:
     """As :func:`check_regions`, for operators whose bins have channels of their own; the shape of the result."""
-    height, width = map(int, bins)
+    height, width = bins
     size = check_regions(op, [input], rois, bins)
     check(
         op,

@@ -13,7 +13,7 @@ An operator of this package is, to PyTorch, a custom op in the namespace ``induc
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -136,6 +136,19 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 def check(op: str, condition: bool, message: str) -> None:
     """Raise a RuntimeError that names the operator, eagerly and while a graph is traced, unless the condition holds."""
     torch._check(condition, lambda: f"{op}: {message}")
+
+
+def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
+    """A number for each of height and width.
+
+    Raises:
+        ValueError: it is a word, as torch.nn.Conv2d takes for its padding.
+    """
+    if isinstance(value, str):
+        raise ValueError(f"{name} must be a number, or one for each of height and width, got {value!r}")
+    # Not torch.nn's _pair, which Dynamo refuses to trace for a number that may change from call to call.
+    pair: Any = tuple(value) if isinstance(value, Iterable) else (value, value)
+    return pair
 
 
 def forbid_double_backward(op: VisionOp, forward: str) -> None:

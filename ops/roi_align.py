@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
-from torch.nn.modules.utils import _pair
 
 from .regions import (
     MapSize,
     Pixels,
     SampledAxis,
     adaptive_grid,
+    bins_of,
     check_grad,
     check_regions,
     empty_regions,
@@ -62,10 +62,12 @@ def roi_align(
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not go together, or a box names an image that does not exist.
-        ValueError, TypeError: ``boxes`` is neither of the two.
+        ValueError, TypeError: ``boxes`` or ``output_size`` is neither of the two.
     """
     rois = regions_of("roi_align", boxes)
-    return align_on_levels([input], rois, None, [spatial_scale], _pair(output_size), sampling_ratio, aligned)
+    return align_on_levels(
+        [input], rois, None, [spatial_scale], bins_of("roi_align", output_size), sampling_ratio, aligned
+    )
 
 
 def align_on_levels(
@@ -121,7 +123,7 @@ class Arguments(NamedTuple):
 
     @property
     def bins(self) -> tuple[int, int]:
-        return int(self.pooled_height), int(self.pooled_width)
+        return self.pooled_height, self.pooled_width
 
 
 class BackwardArguments(NamedTuple):

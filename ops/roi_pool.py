@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
-from torch.nn.modules.utils import _pair
 
 from .regions import (
     Pixels,
     PooledAxis,
+    bins_of,
     check_grad,
     check_regions,
     empty_regions,
@@ -51,9 +51,9 @@ def roi_pool(
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not go together, or a box names an image that does not exist.
-        ValueError, TypeError: ``boxes`` is neither of the two.
+        ValueError, TypeError: ``boxes`` or ``output_size`` is neither of the two.
     """
-    out, _ = _op(input, regions_of("roi_pool", boxes), spatial_scale, *_pair(output_size))
+    out, _ = _op(input, regions_of("roi_pool", boxes), spatial_scale, *bins_of("roi_pool", output_size))
     return out
 
 
@@ -81,7 +81,7 @@ def _fake(
     input: Tensor, rois: Tensor, spatial_scale: float, pooled_height: int, pooled_width: int
 ) -> tuple[Tensor, Tensor]:
     size = check_regions("roi_pool", [input], rois, (pooled_height, pooled_width))
-    out = empty_regions(input, (rois.shape[0], size.channels, int(pooled_height), int(pooled_width)))
+    out = empty_regions(input, (rois.shape[0], size.channels, pooled_height, pooled_width))
     return out, torch.empty_like(out, dtype=torch.int32)
 
 
@@ -96,7 +96,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """The maxima, and where in its plane of the input each is: int32, row by row, -1 where there is none. The loop over
     pixels is as it is in ``pixels``."""
-    bins = int(pooled_height), int(pooled_width)
+    bins = pooled_height, pooled_width
     size = check_regions("roi_pool", [input], rois, bins)
     dtype, memory_format = input.dtype, suggest_memory_format(input)
     rois = rois.to(accumulate_dtype(dtype))

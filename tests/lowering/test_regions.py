@@ -802,3 +802,33 @@ def test_other_backends_get_what_loops_over_data_as_it_is(op, backward):
     assert set(paths) == {f"{name}: eager ({reason})"}
     assert getattr(torch.ops.inductor_vision, name).default in targets
     assert_close(first(result), first(expected), FP32)
+
+
+def test_the_number_of_bins_may_vary(unoptimized):
+    def pool(maps, rois, n):
+        fine, coarse = maps
+        return [
+            roi_align(fine, rois, n, 0.5, 2),
+            roi_pool(fine, rois, (n, 3)),
+            ps_roi_align(fine, rois, (n, 2), 0.5, 2),
+            ps_roi_pool(fine, rois, (2, n)),
+            multiscale_roi_align([fine, coarse], rois, n, [0.5, 0.25], 2),
+        ]
+
+    def train(pool, n):
+        torch.manual_seed(n)
+        maps = [torch.randn(2, 24, size, size, requires_grad=True) for size in (12, 6)]
+        rois = torch.tensor([[0.0, 1, 1, 9, 9], [1, 2, 2, 8, 11], [0, 3, 0, 20, 24]])
+        results = pool(maps, rois, n)
+        gradients = torch.autograd.grad(sum(result.square().sum() for result in results), maps)
+        return [*results, *gradients]
+
+    compiled = compile_and_run(pool, 2, dynamic=True, run=train)
+    assert [(path.op, path.kind) for path in compiled.paths if not path.op.endswith("backward")] == [
+        (op, "template") for op in ("roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool", "roi_align")
+    ]
+    for n in (3, 4):
+        with torch.compiler.set_stance("fail_on_recompile"):
+            result = train(compiled.function, n)
+        for one, expected in zip(result, train(pool, n), strict=True):
+            assert_close(one, expected, FP32)

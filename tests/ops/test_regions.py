@@ -641,6 +641,13 @@ def test_wrong_boxes(op, wrong):
 
 
 @every_op
+@pytest.mark.parametrize("wrong", [(2,), (2, 3, 4)])
+def test_wrong_output_size(op, wrong):
+    with pytest.raises(ValueError, match=re.escape(f"{op}: output_size must be a number or a pair, got {wrong}")):
+        function(op)(RIGHT["input"], RIGHT["boxes"], wrong)
+
+
+@every_op
 def test_wrong_regions_of_the_custom_operator(op):
     s = sample(op, "plain")
     s = s.replace(rois=s.rois[:, 1:])
