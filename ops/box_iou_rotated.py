@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from .boxes import check_boxes
-from .registry import check, define_op
+from .registry import check, define_op, is_proxy, not_scriptable, record_call
 
 COLUMNS = "x, y, width, height, angle"
 
 
+@not_scriptable
 def box_iou_rotated(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     r"""Intersection over union of rotated boxes; :func:`torchvision.ops.box_iou` with ``fmt="cxcywhr"``.
 
@@ -35,6 +36,8 @@ def box_iou_rotated(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     Raises:
         RuntimeError: shapes, dtypes or devices do not go together.
     """
+    if is_proxy(boxes1, boxes2):
+        return record_call(box_iou_rotated, **locals())
     return _op(boxes1.detach(), boxes2.detach())
 
 

@@ -12,9 +12,22 @@ from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 
 from .convolution import check_convolution, check_dtypes, check_gradient, empty_output, gradient_format
-from .registry import accumulate_dtype, check, define_op, forbid_double_backward, pair, serves_torchvision
+from .registry import (
+    accumulate_dtype,
+    check,
+    define_op,
+    forbid_double_backward,
+    is_proxy,
+    not_scriptable,
+    pair,
+    record_call,
+    register_autograd,
+    serves_torchvision,
+)
+from .transforms import as_one_batch
 
 
+@not_scriptable
 def deform_conv2d(
     input: Tensor,
     offset: Tensor,
@@ -55,10 +68,13 @@ def deform_conv2d(
     Raises:
         RuntimeError: shapes, dtypes or devices do not go together. The message says what was expected.
     """
+    if is_proxy(input, offset, weight):
+        return record_call(deform_conv2d, **locals())
     geometry = pair("stride", stride), pair("padding", padding), pair("dilation", dilation)
     return _op(input, offset, weight, bias, *geometry, mask)
 
 
+@not_scriptable
 class DeformConv2d(nn.Module):
     """Deformable convolution with weights of its own; a drop-in for :class:`torchvision.ops.DeformConv2d`.
 
@@ -268,6 +284,7 @@ _op = define_op(
     family="deform_conv2d",
     decomposition=_decomposition,
     fake=_fake,
+    fold=as_one_batch(0, 1, 7),
 )
 
 
@@ -357,6 +374,7 @@ _op_backward = define_op(
     decomposition=_decomposition_backward,
     fake=_fake_backward,
     autocast=False,
+    fold=as_one_batch(0, 1, 2, 8, unless=lambda *args: args[-1][2] or args[-1][3]),  # gradients of weight and bias
 )
 
 
@@ -374,7 +392,7 @@ def _autograd(ctx, grad):
     return (*grads[:4], None, None, None, grads[4])
 
 
-torch.library.register_autograd(_op.overload, _autograd, setup_context=_setup_context)
+register_autograd(_op, _autograd, setup_context=_setup_context)
 forbid_double_backward(_op_backward, "deform_conv2d")
 
 

@@ -23,9 +23,21 @@ from .convolution import (
     gradient_format,
     gradients_like,
 )
-from .registry import accumulate_dtype, check, define_op, forbid_double_backward, pair
+from .registry import (
+    accumulate_dtype,
+    check,
+    define_op,
+    forbid_double_backward,
+    is_proxy,
+    not_scriptable,
+    pair,
+    record_call,
+    register_autograd,
+)
+from .transforms import as_one_batch
 
 
+@not_scriptable
 def depthwise_separable_conv2d(
     input: Tensor,
     depthwise_weight: Tensor,
@@ -72,6 +84,8 @@ def depthwise_separable_conv2d(
         ValueError: there is no activation of that name, or ``padding`` is a word.
         RuntimeError: shapes, dtypes or devices do not go together. The message says what was expected.
     """
+    if is_proxy(input, depthwise_weight, pointwise_weight):
+        return record_call(depthwise_separable_conv2d, **locals())
     for argument, name in (
         ("depthwise_activation", depthwise_activation),
         ("pointwise_activation", pointwise_activation),
@@ -129,6 +143,7 @@ def _check_activation(argument: str, name: str | None) -> None:
         raise ValueError(f"{argument} must be None or one of {', '.join(known)}, got {name!r}")
 
 
+@not_scriptable
 class DepthwiseSeparableConv2d(nn.Module):
     """Depthwise-separable convolution with weights of its own.
 
@@ -442,6 +457,7 @@ _op = define_op(
     decomposition=_decomposition,
     fake=_fake,
     autocast="lower",  # it takes the place of two convolutions, which autocast runs in the lower precision
+    fold=as_one_batch(0),
 )
 
 
@@ -573,6 +589,7 @@ _op_backward = define_op(
     decomposition=functools.partial(gradients, depthwise=_depthwise_gradients),
     fake=_fake_backward,
     autocast=False,
+    fold=as_one_batch(0, 1, unless=lambda *args: any(args[-1][1:])),  # gradients of weights and biases
 )
 
 
@@ -587,5 +604,5 @@ def _autograd(ctx, grad):
     return (*(g if want else None for g, want in zip(grads, wanted)), None, None, None, None)
 
 
-torch.library.register_autograd(_op.overload, _autograd, setup_context=_setup_context)
+register_autograd(_op, _autograd, setup_context=_setup_context)
 forbid_double_backward(_op_backward, "depthwise_separable_conv2d")

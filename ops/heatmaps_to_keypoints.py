@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .registry import accumulate_dtype, check, define_op, replaces_torchvision
+from .transforms import as_one_batch
 
 
 @replaces_torchvision("models.detection.roi_heads.heatmaps_to_keypoints")
@@ -94,4 +95,5 @@ _op = define_op(
     fake=_fake,
     autocast=False,  # it computes in float32 at least
     untraceable=_loop,
+    fold=as_one_batch(0, 1),
 )

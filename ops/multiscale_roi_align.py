@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from .regions import bins_of, regions_of
-from .registry import pair, replaces_torchvision
+from .registry import is_proxy, not_scriptable, pair, record_call, replaces_torchvision
 from .roi_align import align_on_levels
 
 
+@not_scriptable
 def multiscale_roi_align(
     features: Sequence[Tensor],
     boxes: Tensor | Sequence[Tensor],
@@ -51,6 +52,8 @@ def multiscale_roi_align(
         RuntimeError: shapes, dtypes or devices do not go together, or a box names an image that does not exist.
         ValueError, TypeError: ``boxes``, ``output_size`` or ``spatial_scales`` are not as described.
     """
+    if is_proxy(features, boxes):
+        return record_call(multiscale_roi_align, **locals())
     rois = regions_of("multiscale_roi_align", boxes)
     if len(spatial_scales) != len(features) or not features:
         raise ValueError(
@@ -99,6 +102,18 @@ def _infer_scales(features: Sequence[Tensor], image_shapes: Sequence[Sequence[in
     return [2.0 ** round(math.log2(feature.shape[2] / height)) for feature in features]
 
 
+@torch.fx.wrap  # it looks at what torch.fx does not know
+def _features_and_scales(
+    x: Mapping[str, Tensor], names: Sequence[str], image_shapes: Sequence[Sequence[int]]
+) -> tuple[list[Tensor], list[float]]:
+    """The maps that are pooled from, and the scale of each."""
+    features = _of_one_dtype([feature for name, feature in x.items() if name in names])
+    if not features:
+        raise ValueError(f"MultiScaleRoIAlign: none of {list(names)} is among the maps {list(x)}")
+    return features, _infer_scales(features, image_shapes)
+
+
+@not_scriptable
 class MultiScaleRoIAlign(nn.Module):
     """See :func:`multiscale_roi_align`; a drop-in for :class:`torchvision.ops.MultiScaleRoIAlign`.
 
@@ -133,10 +148,7 @@ class MultiScaleRoIAlign(nn.Module):
             image_shapes: (height, width) of the images that the maps are of; the largest decides the scales of the
                 maps, which are rounded to powers of two.
         """
-        features = _of_one_dtype([feature for name, feature in x.items() if name in self.featmap_names])
-        if not features:
-            raise ValueError(f"MultiScaleRoIAlign: none of {list(self.featmap_names)} is among the maps {list(x)}")
-        scales = _infer_scales(features, image_shapes)
+        features, scales = _features_and_scales(x, self.featmap_names, image_shapes)
         return multiscale_roi_align(
             features,
             boxes,

@@ -6,9 +6,18 @@ import torch
 from torch import Tensor
 
 from .boxes import as_integers, check_scored_boxes, indices, iou, loop, suppress_greedily
-from .registry import accumulate_dtype, define_op, replaces_torchvision, serves_torchvision
+from .registry import (
+    accumulate_dtype,
+    define_op,
+    is_proxy,
+    not_scriptable,
+    record_call,
+    replaces_torchvision,
+    serves_torchvision,
+)
 
 
+@not_scriptable
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     r"""The boxes that overlap no better one too much; a drop-in for :func:`torchvision.ops.nms`.
 
@@ -33,9 +42,12 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     Raises:
         RuntimeError: shapes, dtypes or devices do not go together.
     """
+    if is_proxy(boxes, scores):
+        return record_call(nms, **locals())
     return indices(_op(boxes, scores, None, iou_threshold))
 
 
+@not_scriptable
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
     """:func:`nms` in each class by itself; a drop-in for :func:`torchvision.ops.batched_nms`.
 
@@ -52,6 +64,8 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     Raises:
         RuntimeError: shapes, dtypes or devices do not go together.
     """
+    if is_proxy(boxes, scores):
+        return record_call(batched_nms, **locals())
     if boxes.dim() == 1 and boxes.shape[0] == 0:  # which torchvision takes for no boxes
         boxes = boxes.reshape(0, 4)
     return indices(_op(boxes, scores, as_integers(idxs), iou_threshold))

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from .box_iou_rotated import COLUMNS, iou_rotated
 from .boxes import as_integers, check_scored_boxes, indices, loop, suppress_greedily
-from .registry import define_op
+from .registry import define_op, is_proxy, not_scriptable, record_call
 
 
+@not_scriptable
 def nms_rotated(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     """:func:`nms` of rotated boxes: those that overlap no better one by more than the threshold.
 
@@ -30,9 +31,12 @@ def nms_rotated(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     Raises:
         RuntimeError: shapes, dtypes or devices do not go together.
     """
+    if is_proxy(boxes, scores):
+        return record_call(nms_rotated, **locals())
     return indices(_op(boxes, scores, None, iou_threshold))
 
 
+@not_scriptable
 def batched_nms_rotated(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
     """:func:`nms_rotated` in each class by itself.
 
@@ -46,6 +50,8 @@ def batched_nms_rotated(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_thresho
     Raises:
         RuntimeError: shapes, dtypes or devices do not go together.
     """
+    if is_proxy(boxes, scores):
+        return record_call(batched_nms_rotated, **locals())
     return indices(_op(boxes, scores, as_integers(idxs), iou_threshold))
 
 

@@ -11,9 +11,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .convolution import check_convolution, check_dtypes, check_gradient
-from .registry import accumulate_dtype, check, define_op, forbid_double_backward, pair
+from .registry import (
+    accumulate_dtype,
+    check,
+    define_op,
+    forbid_double_backward,
+    is_proxy,
+    not_scriptable,
+    pair,
+    record_call,
+    register_autograd,
+)
+from .transforms import as_one_batch
 
 
+@not_scriptable
 def patch_conv2d(
     input: Tensor,
     weight: Tensor,
@@ -51,6 +63,8 @@ def patch_conv2d(
         ValueError: ``padding`` is a word.
         RuntimeError: shapes, dtypes or devices do not go together. The message says what was expected.
     """
+    if is_proxy(input, weight):
+        return record_call(patch_conv2d, **locals())
     if weight.dim() == 4 and input.dim() >= 4:  # the operator's groups follow from the shapes
         channels, group_channels = int(input.shape[-3]), int(weight.shape[1])
         if groups <= 0 or group_channels * groups != channels:
@@ -64,6 +78,7 @@ def patch_conv2d(
     return out.squeeze(0) if unbatched else out
 
 
+@not_scriptable
 class PatchConv2d(nn.Conv2d):
     """A :class:`torch.nn.Conv2d` over ``[B, N, C, H, W]`` or ``[N, C, H, W]``; see :func:`patch_conv2d`.
 
@@ -194,6 +209,7 @@ _op = define_op(
     decomposition=_decomposition,
     fake=_fake,
     autocast="lower",  # as autocast runs a convolution
+    fold=as_one_batch(0),
 )
 
 
@@ -252,6 +268,7 @@ _op_backward = define_op(
     decomposition=_decomposition_backward,
     fake=_fake_backward,
     autocast=False,
+    fold=as_one_batch(0, 1, unless=lambda *args: args[-1][1] or args[-1][2]),  # gradients of weight and bias
 )
 
 
@@ -266,5 +283,5 @@ def _autograd(ctx, grad):
     return (*(g if want else None for g, want in zip(grads, wanted)), None, None, None)
 
 
-torch.library.register_autograd(_op.overload, _autograd, setup_context=_setup_context)
+register_autograd(_op, _autograd, setup_context=_setup_context)
 forbid_double_backward(_op_backward, "patch_conv2d")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 
@@ -20,11 +19,22 @@ from .regions import (
     check_position_sensitive,
     empty_regions,
     images_of,
+    on_all_images,
     regions_of,
 )
-from .registry import accumulate_dtype, define_op, forbid_double_backward, serves_torchvision
+from .registry import (
+    accumulate_dtype,
+    define_op,
+    forbid_double_backward,
+    is_proxy,
+    not_scriptable,
+    record_call,
+    register_autograd,
+    serves_torchvision,
+)
 
 
+@not_scriptable
 def ps_roi_align(
     input: Tensor,
     boxes: Tensor | Sequence[Tensor],
@@ -58,11 +68,14 @@ def ps_roi_align(
         RuntimeError: shapes, dtypes or devices do not go together, or a box names an image that does not exist.
         ValueError, TypeError: ``boxes`` or ``output_size`` is neither of the two.
     """
+    if is_proxy(input, boxes):
+        return record_call(ps_roi_align, **locals())
     return _op(
         input, regions_of("ps_roi_align", boxes), spatial_scale, *bins_of("ps_roi_align", output_size), sampling_ratio
     )
 
 
+@not_scriptable
 class PSRoIAlign(nn.Module):
     """See :func:`ps_roi_align`; a drop-in for :class:`torchvision.ops.PSRoIAlign`."""
 
@@ -128,6 +141,7 @@ _op = define_op(
     fake=_fake,
     autocast=False,  # the low precisions are computed in float32 as it is, and the boxes are never converted
     untraceable=lambda *args: adaptive_grid(args[-1]),
+    fold=on_all_images(),
 )
 
 
@@ -166,6 +180,7 @@ _op_backward = define_op(
     fake=_fake_backward,
     autocast=False,
     untraceable=lambda *args: adaptive_grid(args[-1]),
+    fold=on_all_images(size=3),
 )
 
 
@@ -180,7 +195,7 @@ def _autograd(ctx, grad):
     return _op_backward(grad, rois, ctx.spatial_scale, ctx.size, ctx.sampling_ratio), None, None, None, None, None
 
 
-torch.library.register_autograd(_op.overload, _autograd, setup_context=_setup_context)
+register_autograd(_op, _autograd, setup_context=_setup_context)
 forbid_double_backward(_op_backward, "ps_roi_align")
 
 

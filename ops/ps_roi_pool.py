@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 
@@ -19,12 +18,23 @@ from .regions import (
     check_position_sensitive,
     empty_regions,
     images_of,
+    on_all_images,
     pooled_bins,
     regions_of,
 )
-from .registry import accumulate_dtype, define_op, forbid_double_backward, serves_torchvision
+from .registry import (
+    accumulate_dtype,
+    define_op,
+    forbid_double_backward,
+    is_proxy,
+    not_scriptable,
+    record_call,
+    register_autograd,
+    serves_torchvision,
+)
 
 
+@not_scriptable
 def ps_roi_pool(
     input: Tensor, boxes: Tensor | Sequence[Tensor], output_size: int | Sequence[int], spatial_scale: float = 1.0
 ) -> Tensor:
@@ -58,9 +68,12 @@ def ps_roi_pool(
         RuntimeError: shapes, dtypes or devices do not go together, or a box names an image that does not exist.
         ValueError, TypeError: ``boxes`` or ``output_size`` is neither of the two.
     """
+    if is_proxy(input, boxes):
+        return record_call(ps_roi_pool, **locals())
     return _op(input, regions_of("ps_roi_pool", boxes), spatial_scale, *bins_of("ps_roi_pool", output_size))
 
 
+@not_scriptable
 class PSRoIPool(nn.Module):
     """See :func:`ps_roi_pool`; a drop-in for :class:`torchvision.ops.PSRoIPool`."""
 
@@ -119,6 +132,7 @@ _op = define_op(
     fake=_fake,
     autocast=False,  # the low precisions are computed in float32 as it is, and the boxes are never converted
     untraceable=pooled_bins,
+    fold=on_all_images(),
 )
 
 
@@ -149,6 +163,7 @@ _op_backward = define_op(
     fake=_fake_backward,
     autocast=False,
     untraceable=pooled_bins,
+    fold=on_all_images(size=3),
 )
 
 
@@ -163,7 +178,7 @@ def _autograd(ctx, grad):
     return _op_backward(grad, rois, ctx.spatial_scale, ctx.size), None, None, None, None
 
 
-torch.library.register_autograd(_op.overload, _autograd, setup_context=_setup_context)
+register_autograd(_op, _autograd, setup_context=_setup_context)
 forbid_double_backward(_op_backward, "ps_roi_pool")
 
 

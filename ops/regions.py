@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .boxes import rounded_quotient
 from .registry import accumulate_dtype, check, pair
+from .transforms import Fold, flattened, unflattened
 
 _FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -167,6 +169,41 @@ def images_of(op: str, rois: Tensor, batch: Any) -> Tensor:
     exists = (image > -1) & (image.trunc() < batch)  # NaN fails
     torch._assert_async(exists.all(), f"{op}: boxes name an image that does not exist")
     return image.where(exists, 0).long()  # a GPU may read before it finds out
+
+
+def on_all_images(size: int | None = None) -> Fold:
+    """How :func:`torch.vmap` computes calls of an operator on regions as one: all of their regions on all their images.
+
+    Args:
+        size: of an operator that makes a gradient, which argument is the size of its result. Others take maps first.
+    """
+
+    def fold(op: Any, count: int, args: Sequence[Any], differ: Sequence[bool]) -> Any:
+        folded = [
+            flattened(arg, differs, count) if isinstance(arg, Tensor) and (i > 0 or size is not None) else arg
+            for i, (arg, differs) in enumerate(zip(args, differ))
+        ]
+        if size is not None:
+            batch, *rest = args[size]
+            folded[size] = [count * batch, *rest]
+            folded[1] = _on_images_of_calls(folded[1], count, batch)
+        elif differ[0]:
+            folded[0] = tree_map(lambda map: map.flatten(0, 1), args[0])
+            folded[1] = _on_images_of_calls(folded[1], count, tree_leaves(args[0])[0].shape[1])
+        return tree_map(lambda result: unflattened(result, count), op(*folded))
+
+    return fold
+
+
+def _on_images_of_calls(rois: Tensor, count: int, batch: Any) -> Tensor:
+    """Regions of one call after the other, on images of one call after the other."""
+    rois = unflattened(
+        rois.to(accumulate_dtype(rois.dtype)), count
+    )  # [V, K, 5]; the low precisions cannot count images
+    image, box = rois.split((1, 4), dim=2)
+    exists = (image > -1) & (image.trunc() < batch)
+    first = torch.arange(count, device=rois.device)[:, None, None] * batch
+    return torch.cat([(image.trunc() + first).where(exists, -1), box], dim=2).flatten(0, 1)
 
 
 class Pixels:

@@ -7,19 +7,22 @@ An operator of this package is, to PyTorch, a custom op in the namespace ``induc
 * :mod:`inductor_vision.lowering` may say how Inductor turns it into one fused kernel.
 
 :func:`define_op` registers the first two and an autocast rule; autograd is added by the file that defines the op, with
-:func:`torch.library.register_autograd`.
+:func:`register_autograd`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function
+from torch.utils._pytree import tree_leaves
 
 from ..paths import record_path
+from . import transforms
 
 NAMESPACE = "inductor_vision"
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -59,6 +62,7 @@ def define_op(
     fake: Callable[..., Any],
     autocast: bool | Literal["lower"] = True,
     untraceable: Callable[..., str | None] = lambda *args: None,
+    fold: transforms.Fold | None = None,
 ) -> VisionOp:
     """Define ``inductor_vision::<schema>``.
 
@@ -71,6 +75,7 @@ def define_op(
             "lower": autocast computes it in the lower precision, as it does convolutions.
         untraceable: from the operator's arguments, why the decomposition cannot become part of a graph; None if it can.
             Such a call, where no template takes it, runs in a compiled graph as it does eagerly.
+        fold: how :func:`torch.vmap` computes a batch of calls as one; without, it runs one after the other.
 
     Raises:
         ValueError: an operator of that name exists.
@@ -92,6 +97,7 @@ def define_op(
         rule = _in_lower_precision if autocast == "lower" else _in_float32
         for device in ("CPU", "CUDA"):
             _library.impl(name, rule(op, device), f"Autocast{device}")
+    torch.library.register_vmap(qualified, transforms.vmap_rule(op, fold), lib=_library)
     OPS[name] = op
     return op
 
@@ -138,6 +144,36 @@ def check(op: str, condition: bool, message: str) -> None:
     torch._check(condition, lambda: f"{op}: {message}")
 
 
+def is_proxy(*args: Any) -> bool:
+    """Whether arguments, or items of lists, are what :func:`torch.fx.symbolic_trace` passes: no shapes to decide by."""
+    items = (item for arg in args for item in (arg if isinstance(arg, (list, tuple)) else (arg,)))
+    return any(isinstance(item, torch.fx.Proxy) for item in items)
+
+
+def record_call(function: Callable[..., Any], **arguments: Any) -> Any:
+    """Have :func:`torch.fx.symbolic_trace` record a call of a public function, whichever module makes it;
+    :func:`torch.fx.wrap` sees only those of its own module."""
+    return handle_torch_function(function, tree_leaves(arguments), **arguments)
+
+
+_T = TypeVar("_T", bound=Callable[..., Any])
+
+
+def not_scriptable(public: _T) -> _T:
+    """Have :func:`torch.jit.script` of a public function or module, or of what calls it, say what to do instead."""
+
+    def refuse(*self: Any) -> Any:
+        raise RuntimeError(
+            f"inductor_vision.{public.__name__}: torch.jit.script is not supported. Compile with torch.compile, or "
+            "export with torch.export. A model that must be scripted too takes torchvision's operators, which "
+            "inductor_vision.accelerate_torchvision() has torch.compile and torch.export replace with these"
+        )
+
+    # torch.jit.script calls it, if there is one, before it compiles anything.
+    public.__prepare_scriptable__ = refuse  # type: ignore[attr-defined]  # of functions and classes alike
+    return public
+
+
 def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
     """A number for each of height and width.
 
@@ -151,13 +187,21 @@ def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
     return pair
 
 
+def register_autograd(
+    op: VisionOp, backward: Callable[..., Any], *, setup_context: Callable[..., None] | None = None
+) -> None:
+    """Give an operator its gradient. The functions are as :func:`torch.library.register_autograd` takes them."""
+    kernel = transforms.autograd_kernel(op, backward, setup_context)
+    _library.impl(op.name, kernel, "Autograd", with_keyset=True)
+
+
 def forbid_double_backward(op: VisionOp, forward: str) -> None:
     """Have the gradient of a backward operator be a clear error."""
 
     def raise_error(ctx: Any, *grads: Any) -> Any:
         raise RuntimeError(f"{forward}: double backward is not supported")
 
-    torch.library.register_autograd(op.overload, raise_error)
+    register_autograd(op, raise_error)
 
 
 def serves_torchvision(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

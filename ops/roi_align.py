@@ -19,11 +19,23 @@ from .regions import (
     check_regions,
     empty_regions,
     images_of,
+    on_all_images,
     regions_of,
 )
-from .registry import accumulate_dtype, check, define_op, forbid_double_backward, serves_torchvision
+from .registry import (
+    accumulate_dtype,
+    check,
+    define_op,
+    forbid_double_backward,
+    is_proxy,
+    not_scriptable,
+    record_call,
+    register_autograd,
+    serves_torchvision,
+)
 
 
+@not_scriptable
 def roi_align(
     input: Tensor,
     boxes: Tensor | Sequence[Tensor],
@@ -64,6 +76,8 @@ def roi_align(
         RuntimeError: shapes, dtypes or devices do not go together, or a box names an image that does not exist.
         ValueError, TypeError: ``boxes`` or ``output_size`` is neither of the two.
     """
+    if is_proxy(input, boxes):
+        return record_call(roi_align, **locals())
     rois = regions_of("roi_align", boxes)
     return align_on_levels(
         [input], rois, None, [spatial_scale], bins_of("roi_align", output_size), sampling_ratio, aligned
@@ -86,6 +100,7 @@ def align_on_levels(
     return _op(features, rois, levels, spatial_scales, *output_size, sampling_ratio, aligned)
 
 
+@not_scriptable
 class RoIAlign(nn.Module):
     """See :func:`roi_align`; a drop-in for :class:`torchvision.ops.RoIAlign`."""
 
@@ -208,6 +223,7 @@ _op = define_op(
     fake=_fake,
     autocast=False,  # the low precisions are computed in float32 as it is, and the boxes are never converted
     untraceable=lambda *args: adaptive_grid(args[-2]),
+    fold=on_all_images(),
 )
 
 
@@ -240,6 +256,7 @@ _op_backward = define_op(
     fake=_fake_backward,
     autocast=False,
     untraceable=lambda *args: adaptive_grid(args[-2]),
+    fold=on_all_images(size=5),
 )
 
 
@@ -262,7 +279,7 @@ def _autograd(ctx, grad):
     return grads, None, None, None, None, None, None, None
 
 
-torch.library.register_autograd(_op.overload, _autograd, setup_context=_setup_context)
+register_autograd(_op, _autograd, setup_context=_setup_context)
 forbid_double_backward(_op_backward, "roi_align")
 
 

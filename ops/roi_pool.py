@@ -17,12 +17,24 @@ from .regions import (
     check_regions,
     empty_regions,
     images_of,
+    on_all_images,
     pooled_bins,
     regions_of,
 )
-from .registry import accumulate_dtype, check, define_op, forbid_double_backward, serves_torchvision
+from .registry import (
+    accumulate_dtype,
+    check,
+    define_op,
+    forbid_double_backward,
+    is_proxy,
+    not_scriptable,
+    record_call,
+    register_autograd,
+    serves_torchvision,
+)
 
 
+@not_scriptable
 def roi_pool(
     input: Tensor, boxes: Tensor | Sequence[Tensor], output_size: int | Sequence[int], spatial_scale: float = 1.0
 ) -> Tensor:
@@ -53,10 +65,13 @@ def roi_pool(
         RuntimeError: shapes, dtypes or devices do not go together, or a box names an image that does not exist.
         ValueError, TypeError: ``boxes`` or ``output_size`` is neither of the two.
     """
+    if is_proxy(input, boxes):
+        return record_call(roi_pool, **locals())
     out, _ = _op(input, regions_of("roi_pool", boxes), spatial_scale, *bins_of("roi_pool", output_size))
     return out
 
 
+@not_scriptable
 class RoIPool(nn.Module):
     """See :func:`roi_pool`; a drop-in for :class:`torchvision.ops.RoIPool`."""
 
@@ -116,6 +131,7 @@ _op = define_op(
     fake=_fake,
     autocast=False,  # a maximum is the same in every precision
     untraceable=pooled_bins,
+    fold=on_all_images(),
 )
 
 
@@ -154,6 +170,7 @@ _op_backward = define_op(
     decomposition=_decomposition_backward,
     fake=_fake_backward,
     autocast=False,
+    fold=on_all_images(size=3),
 )
 
 
@@ -169,7 +186,7 @@ def _autograd(ctx, grad, _):
     return _op_backward(grad, *ctx.saved_tensors, ctx.size), None, None, None, None
 
 
-torch.library.register_autograd(_op.overload, _autograd, setup_context=_setup_context)
+register_autograd(_op, _autograd, setup_context=_setup_context)
 forbid_double_backward(_op_backward, "roi_pool")
 
 

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from .boxes import as_integers, check_scored_boxes, iou, loop, pad
-from .registry import accumulate_dtype, check, define_op
+from .registry import accumulate_dtype, check, define_op, is_proxy, not_scriptable, record_call
 
 METHODS = ("linear", "gaussian")
 
 
+@not_scriptable
 def soft_nms(
     boxes: Tensor,
     scores: Tensor,
@@ -50,9 +51,12 @@ def soft_nms(
     Raises:
         RuntimeError: shapes, dtypes or devices do not go together, ``sigma`` is not positive, there is no such method.
     """
+    if is_proxy(boxes, scores):
+        return record_call(soft_nms, **locals())
     return _taken(boxes, scores, None, iou_threshold, sigma, min_score, method)
 
 
+@not_scriptable
 def batched_soft_nms(
     boxes: Tensor,
     scores: Tensor,
@@ -74,6 +78,8 @@ def batched_soft_nms(
     Raises:
         RuntimeError: as :func:`soft_nms`.
     """
+    if is_proxy(boxes, scores):
+        return record_call(batched_soft_nms, **locals())
     return _taken(boxes, scores, as_integers(idxs), iou_threshold, sigma, min_score, method)
 
 
