@@ -19,9 +19,40 @@ def as_integers(classes: Tensor) -> Tensor:
     return classes.double().view(torch.int64).where(classes != 0, 0)  # equal where the numbers are; -0 is 0
 
 
-def indices(padded: Tensor) -> Tensor:
-    """What an operator's result of a fixed size, which ends in -1, stands for."""
-    return padded[padded >= 0]
+# Operators on boxes have results of a fixed size: indices of boxes, which end in -1. Public functions select what these
+# stand for in their own bodies: where Dynamo does not capture sizes that depend on data, it breaks the graph once for
+# each function that it is in by then.
+
+
+def are_boxes(op: str, padded: Tensor) -> Tensor:
+    """Which indices are not -1.
+
+    Raises:
+        RuntimeError: they are those of several calls, under :func:`torch.vmap`.
+    """
+    # Compiled code has torch's own error: Dynamo would keep the question in its graph.
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(padded):
+        raise RuntimeError(
+            f"{op}: how many boxes are kept depends on data, which torch.vmap does not support; give max_detections"
+        )
+    return padded >= 0
+
+
+def first(op: str, max_detections: int, indices: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+    """The results of an operator for at most that many boxes: indices, and then -1; values, and then 0; and how many.
+
+    Raises:
+        ValueError: ``max_detections`` is negative.
+    """
+    if max_detections < 0:
+        raise ValueError(f"{op}: max_detections must not be negative, got {max_detections}")
+
+    def of_all(tensor: Tensor, padding: int) -> Tensor:
+        # Of this size whatever that of the tensor is, which may be dynamic.
+        return torch.cat([tensor, tensor.new_full((max_detections,), padding)]).narrow(0, 0, max_detections)
+
+    indices = of_all(indices, -1)
+    return indices, *(of_all(value, 0) for value in values), (indices >= 0).sum()
 
 
 def pad(indices: list[Tensor], like: Tensor) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
-from .boxes import as_integers, check_scored_boxes, indices, iou, loop, suppress_greedily
+from .boxes import are_boxes, as_integers, check_scored_boxes, first, iou, loop, suppress_greedily
 from .registry import (
     accumulate_dtype,
     define_op,
@@ -17,8 +19,18 @@ from .registry import (
 )
 
 
+@overload
+def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor: ...
+
+
+@overload
+def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, *, max_detections: int) -> tuple[Tensor, Tensor]: ...
+
+
 @not_scriptable
-def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+def nms(
+    boxes: Tensor, scores: Tensor, iou_threshold: float, *, max_detections: int | None = None
+) -> Tensor | tuple[Tensor, ...]:
     r"""The boxes that overlap no better one too much; a drop-in for :func:`torchvision.ops.nms`.
 
     Boxes are decided by falling score, equal ones in their order, NaN first. A box is kept unless
@@ -34,41 +46,62 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
             float32.
         scores: ``[N]``, of any of these dtypes.
         iou_threshold: compared in float64, whatever the dtype of the boxes.
+        max_detections: at most so many boxes are kept, the best, and results are of that size.
 
     Returns:
         int64 ``[M]``, the indices of the boxes that are kept, best first. In a compiled graph M is a size that depends
-        on data, and may be 0.
+        on data, and may be 0. With ``max_detections``, int64 ``[max_detections]``, these indices and then -1, and an
+        int64 scalar, how many there are before the -1: no size depends on data.
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not go together.
+        ValueError: ``max_detections`` is negative.
     """
     if is_proxy(boxes, scores):
         return record_call(nms, **locals())
-    return indices(_op(boxes, scores, None, iou_threshold))
+    padded = _op(boxes, scores, None, iou_threshold)
+    if max_detections is not None:
+        return first("nms", max_detections, padded)
+    return padded[are_boxes("nms", padded)]
+
+
+@overload
+def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor: ...
+
+
+@overload
+def batched_nms(
+    boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float, *, max_detections: int
+) -> tuple[Tensor, Tensor]: ...
 
 
 @not_scriptable
-def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
+def batched_nms(
+    boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float, *, max_detections: int | None = None
+) -> Tensor | tuple[Tensor, ...]:
     """:func:`nms` in each class by itself; a drop-in for :func:`torchvision.ops.batched_nms`.
 
     torchvision moves the classes apart where boxes are few, which rounds the coordinates differently, and lets classes
     meet where they are negative. Here the result is that of :func:`nms` for each class, always.
 
     Args:
-        boxes, scores, iou_threshold: see :func:`nms`.
+        boxes, scores, iou_threshold, max_detections: see :func:`nms`.
         idxs: ``[N]``, the class of each box, of any dtype.
 
     Returns:
-        int64 ``[M]``, the indices of the boxes that are kept, of all classes, best first.
+        As :func:`nms`, the indices of the boxes that are kept, of all classes, best first.
 
     Raises:
-        RuntimeError: shapes, dtypes or devices do not go together.
+        RuntimeError, ValueError: as :func:`nms`.
     """
     if is_proxy(boxes, scores):
         return record_call(batched_nms, **locals())
     if boxes.dim() == 1 and boxes.shape[0] == 0:  # which torchvision takes for no boxes
         boxes = boxes.reshape(0, 4)
-    return indices(_op(boxes, scores, as_integers(idxs), iou_threshold))
+    padded = _op(boxes, scores, as_integers(idxs), iou_threshold)
+    if max_detections is not None:
+        return first("batched_nms", max_detections, padded)
+    return padded[are_boxes("batched_nms", padded)]
 
 
 def _fake(boxes: Tensor, scores: Tensor, classes: Tensor | None, iou_threshold: float) -> Tensor:

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
 from .box_iou_rotated import COLUMNS, iou_rotated
-from .boxes import as_integers, check_scored_boxes, indices, loop, suppress_greedily
+from .boxes import are_boxes, as_integers, check_scored_boxes, first, loop, suppress_greedily
 from .registry import define_op, is_proxy, not_scriptable, record_call
 
 
+@overload
+def nms_rotated(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor: ...
+
+
+@overload
+def nms_rotated(
+    boxes: Tensor, scores: Tensor, iou_threshold: float, *, max_detections: int
+) -> tuple[Tensor, Tensor]: ...
+
+
 @not_scriptable
-def nms_rotated(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+def nms_rotated(
+    boxes: Tensor, scores: Tensor, iou_threshold: float, *, max_detections: int | None = None
+) -> Tensor | tuple[Tensor, ...]:
     """:func:`nms` of rotated boxes: those that overlap no better one by more than the threshold.
 
     Boxes are decided by falling score, equal ones in their order, NaN first. Overlaps are those of
@@ -23,36 +37,57 @@ def nms_rotated(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
             or float16.
         scores: ``[N]``, of any of these dtypes.
         iou_threshold: compared in float64.
+        max_detections: at most so many boxes are kept, the best, and results are of that size.
 
     Returns:
         int64 ``[M]``, the indices of the boxes that are kept, best first. In a compiled graph M is a size that depends
-        on data, and may be 0.
+        on data, and may be 0. With ``max_detections``, int64 ``[max_detections]``, these indices and then -1, and an
+        int64 scalar, how many there are before the -1: no size depends on data.
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not go together.
+        ValueError: ``max_detections`` is negative.
     """
     if is_proxy(boxes, scores):
         return record_call(nms_rotated, **locals())
-    return indices(_op(boxes, scores, None, iou_threshold))
+    padded = _op(boxes, scores, None, iou_threshold)
+    if max_detections is not None:
+        return first("nms_rotated", max_detections, padded)
+    return padded[are_boxes("nms_rotated", padded)]
+
+
+@overload
+def batched_nms_rotated(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor: ...
+
+
+@overload
+def batched_nms_rotated(
+    boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float, *, max_detections: int
+) -> tuple[Tensor, Tensor]: ...
 
 
 @not_scriptable
-def batched_nms_rotated(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
+def batched_nms_rotated(
+    boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float, *, max_detections: int | None = None
+) -> Tensor | tuple[Tensor, ...]:
     """:func:`nms_rotated` in each class by itself.
 
     Args:
-        boxes, scores, iou_threshold: see :func:`nms_rotated`.
+        boxes, scores, iou_threshold, max_detections: see :func:`nms_rotated`.
         idxs: ``[N]``, the class of each box, of any dtype.
 
     Returns:
-        int64 ``[M]``, the indices of the boxes that are kept, of all classes, best first.
+        As :func:`nms_rotated`, the indices of the boxes that are kept, of all classes, best first.
 
     Raises:
-        RuntimeError: shapes, dtypes or devices do not go together.
+        RuntimeError, ValueError: as :func:`nms_rotated`.
     """
     if is_proxy(boxes, scores):
         return record_call(batched_nms_rotated, **locals())
-    return indices(_op(boxes, scores, as_integers(idxs), iou_threshold))
+    padded = _op(boxes, scores, as_integers(idxs), iou_threshold)
+    if max_detections is not None:
+        return first("batched_nms_rotated", max_detections, padded)
+    return padded[are_boxes("batched_nms_rotated", padded)]
 
 
 def _fake(boxes: Tensor, scores: Tensor, classes: Tensor | None, iou_threshold: float) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .boxes import as_integers, check_scored_boxes, iou, loop, pad
+from .boxes import are_boxes, as_integers, check_scored_boxes, first, iou, loop, pad
 from .registry import accumulate_dtype, check, define_op, is_proxy, not_scriptable, record_call
 
 METHODS = ("linear", "gaussian")
@@ -19,7 +19,9 @@ def soft_nms(
     sigma: float = 0.5,
     min_score: float = 1e-3,
     method: str = "linear",
-) -> tuple[Tensor, Tensor]:
+    *,
+    max_detections: int | None = None,
+) -> tuple[Tensor, ...]:
     r"""Lowers the scores of boxes that overlap better ones, instead of removing them.
 
     The box of the highest score is taken, of equal ones the first, and the score of every other box is multiplied by a
@@ -43,17 +45,25 @@ def soft_nms(
         min_score: boxes are dropped whose score is, or becomes, less than that; compared in float64, before scores are
             rounded to their dtype.
         method: "linear" or "gaussian".
+        max_detections: at most so many boxes are taken, and results are of that size.
 
     Returns:
         int64 ``[M]``, the indices of the boxes that are not dropped, best first, and ``[M]``, their scores when they
-        were taken, of the dtype of ``scores``. In a compiled graph M is a size that depends on data, and may be 0.
+        were taken, of the dtype of ``scores``. In a compiled graph M is a size that depends on data, and may be 0. With
+        ``max_detections``, ``[max_detections]`` each, the indices and then -1, the scores and then 0, and an int64
+        scalar, how many there are: no size depends on data.
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not go together, ``sigma`` is not positive, there is no such method.
+        ValueError: ``max_detections`` is negative.
     """
     if is_proxy(boxes, scores):
         return record_call(soft_nms, **locals())
-    return _taken(boxes, scores, None, iou_threshold, sigma, min_score, method)
+    padded, lowered = _op(boxes.detach(), scores.detach(), None, iou_threshold, sigma, min_score, method)
+    if max_detections is not None:
+        return first("soft_nms", max_detections, padded, lowered)
+    taken = are_boxes("soft_nms", padded).nonzero()[:, 0]  # once: both results are of one size
+    return padded[taken], lowered[taken]
 
 
 @not_scriptable
@@ -65,28 +75,29 @@ def batched_soft_nms(
     sigma: float = 0.5,
     min_score: float = 1e-3,
     method: str = "linear",
-) -> tuple[Tensor, Tensor]:
+    *,
+    max_detections: int | None = None,
+) -> tuple[Tensor, ...]:
     """:func:`soft_nms` in each class by itself.
 
     Args:
-        boxes, scores, iou_threshold, sigma, min_score, method: see :func:`soft_nms`.
+        boxes, scores, iou_threshold, sigma, min_score, method, max_detections: see :func:`soft_nms`.
         idxs: ``[N]``, the class of each box, of any dtype.
 
     Returns:
-        Indices and scores as those of :func:`soft_nms`, of all classes, best first.
+        As :func:`soft_nms`, of all classes, best first.
 
     Raises:
-        RuntimeError: as :func:`soft_nms`.
+        RuntimeError, ValueError: as :func:`soft_nms`.
     """
     if is_proxy(boxes, scores):
         return record_call(batched_soft_nms, **locals())
-    return _taken(boxes, scores, as_integers(idxs), iou_threshold, sigma, min_score, method)
-
-
-def _taken(boxes: Tensor, scores: Tensor, classes: Tensor | None, *rule: float | str) -> tuple[Tensor, Tensor]:
-    indices, lowered = _op(boxes.detach(), scores.detach(), classes, *rule)
-    taken = (indices >= 0).nonzero()[:, 0]  # once: both results are of one size
-    return indices[taken], lowered[taken]
+    classes = as_integers(idxs)
+    padded, lowered = _op(boxes.detach(), scores.detach(), classes, iou_threshold, sigma, min_score, method)
+    if max_detections is not None:
+        return first("batched_soft_nms", max_detections, padded, lowered)
+    taken = are_boxes("batched_soft_nms", padded).nonzero()[:, 0]  # once: both results are of one size
+    return padded[taken], lowered[taken]
 
 
 def check_arguments(boxes: Tensor, scores: Tensor, classes: Tensor | None, sigma: float, method: str) -> None:

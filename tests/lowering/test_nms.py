@@ -111,6 +111,19 @@ def test_as_many_boxes_as_data_say():
         )
 
 
+def test_results_of_a_fixed_size():
+    boxes, scores, classes = Boxes(90).tensors()
+
+    def best(boxes: Tensor, scores: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+        kept, count = batched_nms(boxes, scores, classes, 0.1, max_detections=100)
+        return boxes[kept].where(kept[:, None] >= 0, 0), count
+
+    compiled = compile_and_run(best, boxes, scores, classes)
+    assert compiled.kinds == ["template"]
+    for ours, eager in zip(compiled.result, best(boxes, scores, classes), strict=True):
+        assert torch.equal(ours, eager)
+
+
 class Stock(nn.Module):
     def __init__(self, ops) -> None:
         super().__init__()

@@ -274,9 +274,13 @@ def nms() -> Part:
             inductor_vision.nms(boxes, scores, 0.3),
             inductor_vision.batched_nms(boxes, scores, classes, 0.5),
             inductor_vision.nms(boxes, scores, -0.5),
+            *inductor_vision.nms(boxes, scores, 0.3, max_detections=20),
         )
 
     def assert_right(results: Any, boxes: Tensor, scores: Tensor, classes: Tensor) -> None:
+        *results, best, count = results
+        assert count == min(20, len(results[0]))
+        assert best.tolist() == results[0][:20].tolist() + [-1] * (20 - count)
         if len(boxes) == LARGE:
             assert torch.equal(results[0], inductor_vision.nms(boxes, scores, 0.3))
             return
@@ -288,7 +292,7 @@ def nms() -> Part:
         assert [indices.tolist() for indices in results] == expected
 
     boxes = (Boxes(17), Boxes(2), Boxes(90), Boxes(90, "improper"), Boxes(0), Boxes(LARGE))
-    return Part(function, [call.tensors() for call in boxes], ((0,),) * 3, assert_right, ["nms"] * 3)
+    return Part(function, [call.tensors() for call in boxes], ((0,),) * 3, assert_right, ["nms"] * 4)
 
 
 def nms_rotated() -> Part:

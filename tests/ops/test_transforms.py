@@ -14,7 +14,6 @@ from inductor_vision import (
     deform_conv2d,
     depthwise_separable_conv2d,
     multiscale_roi_align,
-    nms,
     patch_conv2d,
     ps_roi_align,
     ps_roi_pool,
@@ -364,12 +363,3 @@ def test_compiled_forward_mode_says_that_it_is_not_supported(op):
         torch.compile(jvp, backend="aot_eager", fullgraph=True)(x)
     with pytest.raises(RuntimeError, match=re.escape(NOT_FORWARD)), forward_ad.dual_level():
         torch.compile(function, backend="aot_eager")(forward_ad.make_dual(x, x))
-
-
-# Without gradients
-
-
-def test_vmap_of_what_keeps_boxes_says_that_sizes_depend_on_data():
-    boxes, scores = torch.rand(3, 8, 4), torch.rand(3, 8)
-    with pytest.raises(RuntimeError, match="dynamic shape"):
-        torch.vmap(lambda boxes, scores: nms(boxes, scores, 0.5))(boxes, scores)
