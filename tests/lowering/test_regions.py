@@ -12,7 +12,7 @@ from typing import Any
 import inductor_vision
 import pytest
 import torch
-from inductor_vision import multiscale_roi_align, roi_align, roi_pool
+from inductor_vision import multiscale_roi_align, ps_roi_align, ps_roi_pool, roi_align, roi_pool
 from inductor_vision.paths import recorded_paths
 from inductor_vision.tests.support.compare import assert_close
 from inductor_vision.tests.support.compiled import Compiled, caches_disabled, compile_and_run
