@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..ops.convolution import empty_output
 from ..ops.deform_conv2d import Arguments, differentiable
-from ..ops.registry import accumulate_dtype
+from ..ops.registry import OPS, accumulate_dtype
 from .constants import fold_constant
 from .inductor import (
     DTYPE_TO_CPP,
@@ -24,7 +24,7 @@ from .inductor import (
 )
 from .layout import image_and_format, realize_image
 from .machine import cache_bytes
-from .panels import MAX_DEPTH, PANEL_BYTES, bf16_dot_products, pack_panels
+from .panels import MAX_DEPTH, PANEL_BYTES, bf16_dot_products, pack_panels, unpack_panels
 from .registry import Template, constant_geometry, define_internal_op, template_for
 from .template import BlocksTemplate, ResultsTemplate, pointer, splice_header, view
 from .tuning import fastest
@@ -152,6 +152,22 @@ def pack(convolution: Convolution, weight: Tensor) -> tuple[str, Tensor]:
     weight = weight.reshape(groups, outputs, inputs, taps)
     pairs = convolution.dtype == torch.bfloat16 and inputs % 2 == 0 and bf16_dot_products()
     return "gemm", pack_panels(weight, pairs)
+
+
+def unpack(kind: str, packed: Tensor, shape: Sequence[int]) -> Tensor:
+    """The weight of this shape that :func:`pack` packed."""
+    out_channels, _, *kernel = shape
+    if kind == "shared":
+        return packed.reshape(1, 1, *kernel).expand(shape)
+    if kind == "depthwise":
+        return packed.t().reshape(shape)
+    return unpack_panels(packed, out_channels // int(packed.shape[0])).reshape(shape)
+
+
+def _prepacked_body(*args: Any) -> Tensor:
+    call, (shape, kind) = Arguments(*args[:-2]), args[-2:]
+    weight = unpack(kind, call.weight, shape).to(call.input.dtype)
+    return OPS["deform_conv2d"].decomposition(*call._replace(weight=weight))
 
 
 def _fake_prepacked(*args: Any) -> Tensor:
@@ -388,6 +404,7 @@ extern "C" void run(const {scalar}* image, const {scalar}* offset, const {scalar
 _prepacked = define_internal_op(
     "deform_conv2d_prepacked(Tensor input, Tensor offset, Tensor packed, Tensor? bias, int[2] stride, int[2] padding, "
     "int[2] dilation, Tensor? mask, int[4] weight_shape, str kind) -> Tensor",
+    body=_prepacked_body,
     fake=_fake_prepacked,
     lower=_lower,
 )

@@ -13,13 +13,20 @@ import torch
 from torch import Tensor
 
 from ..ops.convolution import empty_output, gradient_format
-from ..ops.depthwise_separable_conv2d import IDENTITY, Arguments, DepthwiseGradients, check_arguments, gradients
-from ..ops.registry import accumulate_dtype
+from ..ops.depthwise_separable_conv2d import (
+    IDENTITY,
+    Arguments,
+    DepthwiseGradients,
+    check_arguments,
+    depthwise_gradients,
+    gradients,
+)
+from ..ops.registry import OPS, accumulate_dtype
 from .constants import fold_constant
 from .inductor import DTYPE_TO_CPP, CppTemplateKernel, V, ir
 from .layout import image_and_format
 from .machine import cache_bytes
-from .panels import MAX_DEPTH, pack_panels
+from .panels import MAX_DEPTH, pack_panels, unpack_panels
 from .registry import Template, constant_geometry, define_internal_op, template_for
 from .template import BlocksTemplate, ResultsTemplate, pointer, size_in_cpp, view
 
@@ -144,6 +151,36 @@ def _depthwise_gradients(call: Arguments, grad_hidden: Tensor | None, wanted: De
     )
 
 
+def _unpacked(
+    input: Tensor,
+    depthwise: Tensor,
+    pointwise: Tensor,
+    depthwise_bias: Tensor | None,
+    pointwise_bias: Tensor | None,
+    separable: Separable,
+) -> Arguments:
+    """The operator's arguments from what :func:`_pack_depthwise` made of them, and ``pointwise``, ``[O, M * C]``."""
+    geometry = separable.stride, separable.padding, separable.dilation
+    packed = Arguments(input, depthwise.t(), pointwise, depthwise_bias, pointwise_bias, *geometry, separable.activation)
+    depthwise = _by_channel(packed, packed.depthwise_weight).reshape(-1, 1, *separable.kernel)
+    pointwise = _by_channel(packed, pointwise.t()).t()[:, :, None, None]
+    if depthwise_bias is not None:
+        depthwise_bias = _by_channel(packed, depthwise_bias).flatten().to(input.dtype)
+    return packed._replace(
+        depthwise_weight=depthwise.to(input.dtype),
+        pointwise_weight=pointwise.to(input.dtype),
+        depthwise_bias=depthwise_bias,
+    )
+
+
+def _prepacked_body(input: Tensor, depthwise: Tensor, packed: Tensor, *args: Any) -> Tensor:
+    depthwise_bias, pointwise_bias, *fields, _ = args
+    separable = Separable(*fields)
+    pointwise = unpack_panels(packed, separable.out_channels)[0, :, :, 0]  # [O, M * C]
+    call = _unpacked(input, depthwise, pointwise, depthwise_bias, pointwise_bias, separable)
+    return OPS["depthwise_separable_conv2d"].decomposition(*call)
+
+
 def _fake_prepacked(input: Tensor, *args: Any) -> Tensor:
     return empty_output(input, args[5], args[-1])
 
@@ -213,6 +250,24 @@ class DepthwiseSeparableConv2dTemplate(BlocksTemplate):
     const inductor_vision::SeparableBlocking blocking{{{self.separable.blocking(self.dtype)}}};
     const auto store = {store};
     inductor_vision::depthwise_separable_conv2d<{instance}>(op, blocking, store);"""
+
+
+def _gradients_body(
+    grad_hidden: Tensor | None, input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
+) -> tuple[Tensor, ...]:
+    separable, (_, channels_last, wanted) = Separable(*args[:-3]), args[-3:]
+    pointwise = weight.new_empty(separable.out_channels, weight.shape[1])  # its values do not matter
+    call = _unpacked(input, weight, pointwise, bias, None, separable)
+    if grad_hidden is not None:
+        grad_hidden = _by_channel(call, grad_hidden.t()).t()
+    half = depthwise_gradients(call, grad_hidden, DepthwiseGradients(*wanted))
+    format = torch.channels_last if channels_last else torch.contiguous_format
+    return (
+        input.new_empty(0) if half.input is None else half.input.to(input.dtype).contiguous(memory_format=format),
+        weight.new_empty(0) if half.weight is None else _by_multiplier(call, half.weight).t().contiguous(),
+        weight.new_empty(0) if half.bias is None else _by_multiplier(call, half.bias).flatten(),
+        weight.new_empty(0) if half.hidden is None else _by_multiplier(call, half.hidden.t()).t().contiguous(),
+    )
 
 
 def _fake_gradients(grad_hidden: Tensor | None, input: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -296,12 +351,14 @@ class DepthwiseGradientsTemplate(ResultsTemplate):
 _prepacked = define_internal_op(
     "depthwise_separable_conv2d_prepacked(Tensor input, Tensor depthwise, Tensor packed, Tensor? depthwise_bias, "
     f"Tensor? pointwise_bias, {Separable.SCHEMA}, SymInt[2] out_size) -> Tensor",
+    body=_prepacked_body,
     fake=_fake_prepacked,
     lower=_lower,
 )
 _gradients = define_internal_op(
     "depthwise_separable_conv2d_gradients(Tensor? grad_hidden, Tensor input, Tensor depthwise, Tensor? bias, "
     f"{Separable.SCHEMA}, SymInt[2] out_size, bool channels_last, bool[4] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+    body=_gradients_body,
     fake=_fake_gradients,
     lower=_lower_gradients,
 )

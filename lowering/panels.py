@@ -35,3 +35,10 @@ def pack_panels(weight: Tensor, pairs: bool = False) -> Tensor:
     if pairs:
         return weight.reshape(groups, panels, lanes, inputs // 2, 2, taps).permute(0, 1, 5, 3, 2, 4).contiguous()
     return weight.to(dtype).reshape(groups, panels, lanes, inputs, taps).permute(0, 1, 4, 3, 2).contiguous()
+
+
+def unpack_panels(packed: Tensor, outputs: int) -> Tensor:
+    """The weight ``[G, Og, Cg, K]``, with so many outputs Og, that :func:`pack_panels` packed."""
+    if packed.dim() == 6:  # pairs: they become one dimension
+        packed = packed.permute(0, 1, 2, 3, 5, 4).flatten(3, 4)
+    return packed.permute(0, 1, 4, 3, 2).flatten(1, 2)[:, :outputs]

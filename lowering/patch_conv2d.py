@@ -14,14 +14,16 @@ from ..ops.patch_conv2d import (
     CHANNELS_LAST,
     PATCHES_FIRST,
     Arguments,
+    arranged,
     check_arguments,
     empty_patches,
     memory_order,
 )
+from ..ops.registry import OPS
 from .constants import fold_constant
 from .inductor import DTYPE_TO_CPP, CppTemplateKernel, V, ir, lowerings
 from .machine import cache_bytes
-from .panels import pack_panels
+from .panels import pack_panels, unpack_panels
 from .registry import Template, constant_geometry, define_internal_op, template_for
 from .template import BlocksTemplate, ResultsTemplate, pointer, size_in_cpp
 
@@ -44,6 +46,11 @@ class Convolution:
     groups: int
 
     SCHEMA = "int out_channels, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, int groups"
+
+    @property
+    def geometry(self) -> tuple[Sequence[int], ...]:
+        """As the operator takes it."""
+        return self.stride, self.padding, self.dilation
 
     @property
     def arguments(self) -> list[Any]:
@@ -115,6 +122,21 @@ def _prepack_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     if wanted[1] or wanted_bias:
         grad_weight, grad_bias = _sums(grad, call.input, *convolution.arguments, wanted[1], wanted_bias)
     return grad_input, grad_weight, grad_bias
+
+
+def _prepacked_body(input: Tensor, packed: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+    convolution, (out_size, order, transposed) = Convolution(*args[:-3]), args[-3:]
+    weight = unpack_panels(packed, convolution.out_channels // convolution.groups)  # [G, Og, Cg, K]
+    if transposed:
+        weight = weight.transpose(1, 2)
+    weight = weight.flatten(0, 1).unflatten(2, tuple(convolution.kernel)).to(input.dtype)
+    if transposed:
+        of_input = empty_patches(input, convolution.out_channels, out_size)  # its values do not matter
+        gradient_of = Arguments(of_input, weight, None, *convolution.geometry)
+        out, *_ = OPS["patch_conv2d_backward"].decomposition(input, *gradient_of, [True, False, False])
+    else:
+        out = OPS["patch_conv2d"].decomposition(input, weight, bias, *convolution.geometry)
+    return arranged(out, order)
 
 
 def _fake_prepacked(input: Tensor, packed: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
@@ -197,6 +219,15 @@ class PatchConv2dTemplate(BlocksTemplate):
     inductor_vision::patch_conv2d<{arguments}>(op, {pointer(kernel, weight)}, blocking, store);"""
 
 
+def _sums_body(grad: Tensor, input: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    convolution, wanted = Convolution(*args[:-2]), args[-2:]
+    group_channels = int(input.shape[2]) // convolution.groups
+    weight = input.new_empty(convolution.out_channels, group_channels, *convolution.kernel)  # values do not matter
+    gradients_of = Arguments(input, weight, weight[:, 0, 0, 0], *convolution.geometry)
+    _, *gradients = OPS["patch_conv2d_backward"].decomposition(grad, *gradients_of, [False, *wanted])
+    return tuple(gradients)
+
+
 def _fake_sums(grad: Tensor, input: Tensor, out_channels: int, kernel: Sequence[int], *args: Any) -> tuple[Tensor, ...]:
     groups, weight, bias = args[-3:]
     size = [out_channels, int(input.shape[2]) // groups, *kernel]
@@ -236,11 +267,13 @@ class PatchSumsTemplate(ResultsTemplate):
 _prepacked = define_internal_op(
     f"patch_conv2d_prepacked(Tensor input, Tensor packed, Tensor? bias, {Convolution.SCHEMA}, SymInt[2] out_size, "
     "int[5] order, bool transposed) -> Tensor",
+    body=_prepacked_body,
     fake=_fake_prepacked,
     lower=_lower,
 )
 _sums = define_internal_op(
     f"patch_conv2d_sums(Tensor grad, Tensor input, {Convolution.SCHEMA}, bool weight, bool bias) -> (Tensor, Tensor)",
+    body=_sums_body,
     fake=_fake_sums,
     lower=_lower_sums,
 )

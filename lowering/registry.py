@@ -105,17 +105,24 @@ def _declare(declared: dict[str, Any], kind: str, op: str, what: Any) -> None:
     declared[op] = what
 
 
-def define_internal_op(schema: str, *, fake: Callable[..., Any], lower: Callable[..., Any]) -> torch._ops.OpOverload:
-    """Define an operator that exists only in graphs that Inductor compiles, and how Inductor lowers it."""
+def define_internal_op(
+    schema: str, *, body: Callable[..., Any], fake: Callable[..., Any], lower: Callable[..., Any]
+) -> torch._ops.OpOverload:
+    """Define an operator that stands in graphs in the place of another, and how Inductor lowers it.
+
+    Others than Inductor use its table of decompositions too, and run what they get: its debugging backends, minifiers,
+    :meth:`torch.export.ExportedProgram.run_decompositions`.
+
+    Args:
+        body: computes it by aten, usually as the decomposition of the other one, with the weight put back in order.
+        fake: shapes, strides and dtypes of the result.
+        lower: from Inductor IR to Inductor IR.
+    """
     from torch._inductor.lowering import register_lowering
 
     name = schema.partition("(")[0]
-
-    def run(*args: Any) -> Any:
-        raise NotImplementedError(f"{NAMESPACE}::{name} exists only in graphs that Inductor compiles; it cannot be run")
-
     _internal.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _internal.impl(name, run, "CompositeExplicitAutograd")
+    _internal.impl(name, body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_internal)
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
     register_lowering(overload, type_promotion_kind=None)(lower)

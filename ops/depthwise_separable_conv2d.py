@@ -543,7 +543,7 @@ def gradients(grad: Tensor, *args: Any, depthwise: Callable[..., DepthwiseGradie
     return gradients_like(arguments.tensors, results, arguments.input)
 
 
-def _depthwise_gradients(
+def depthwise_gradients(
     arguments: Arguments, grad_hidden: Tensor | None, wanted: DepthwiseGradients
 ) -> DepthwiseGradients:
     """By aten. The convolution is computed again.
@@ -586,7 +586,7 @@ _op_backward = define_op(
     "Tensor? depthwise_bias, Tensor? pointwise_bias, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, "
     "str activation, bool[5] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     family="depthwise_separable_conv2d",
-    decomposition=functools.partial(gradients, depthwise=_depthwise_gradients),
+    decomposition=functools.partial(gradients, depthwise=depthwise_gradients),
     fake=_fake_backward,
     autocast=False,
     fold=as_one_batch(0, 1, unless=lambda *args: any(args[-1][1:])),  # gradients of weights and biases
