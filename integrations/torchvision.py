@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import inspect
 import logging
 import pkgutil
 import sys
@@ -13,9 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..lowering import registry as lowering_registry
 from ..ops import heatmaps_to_keypoints, torchvision_detection  # noqa: F401  (declare what they replace)
+from ..ops.boxes import check_scored_boxes
 from ..ops.registry import TORCHVISION, TORCHVISION_PYTHON
 
 logger = logging.getLogger("inductor_vision")
@@ -52,8 +53,6 @@ _SCHEMAS = (
 
 _HAVE_FAKE_KERNELS = ("nms", "qnms")  # torchvision registers these in Python, library or not
 
-_REPLACED = "_inductor_vision_replaced"  # set on functions that were put in place of torchvision's
-
 _stand_ins: torch.library.Library | None = None  # holds the definitions alive
 
 
@@ -79,7 +78,8 @@ def accelerate_torchvision() -> None:
     if _stand_ins is None and not _compiled_library_loads():
         _define_operators()
     for function, replacement in TORCHVISION_PYTHON.items():
-        _replace_in_compiled_code(function, replacement)
+        _exchange(function, functools.partial(_in_compiled_code, replacement))
+    _exchange("_meta_registrations.meta_nms", lambda stock: _fake_nms)
     lowering_registry.accelerate_torchvision()
 
 
@@ -115,33 +115,47 @@ def _define_operators() -> None:
     logger.info("torchvision's compiled library does not load; its operators are defined by inductor_vision")
 
 
-def _replace_in_compiled_code(function: str, replacement: Callable[..., Any]) -> None:
-    """Of a function of a module, or a method of a class."""
-    path, _, name = f"torchvision.{function}".rpartition(".")
-    owner = pkgutil.resolve_name(path)
-    original = getattr(owner, name)
-    if hasattr(original, _REPLACED):
+def _exchange(path: str, choose: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Have a function of torchvision's, or a method of one of its classes, run what is chosen at each call.
+
+    What is exchanged is the function's code, not the name of the function in a module: who has imported the function
+    before, or keeps it in a class, a closure, a default argument or a partial, has the very same object, so that
+    there is nobody whom this does not reach. ``__wrapped__`` is the function as it was, which is where its signature
+    and the source that torch.jit.script compiles are looked up.
+
+    Args:
+        choose: from the function as it was, what runs.
+    """
+    function: Any = pkgutil.resolve_name(f"torchvision.{path}")
+    if hasattr(function, "__wrapped__"):
         return
+    stock: Any = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    functools.update_wrapper(stock, function, updated=())
+    del stock.__wrapped__
+    stock.__kwdefaults__ = function.__kwdefaults__
+    name = f"_inductor_vision_{function.__qualname__}"
+    function.__globals__[name] = functools.partial(choose, stock)
+    function.__code__ = _run_chosen.__code__.replace(co_name=function.__name__, co_names=(name,))
+    function.__defaults__ = function.__kwdefaults__ = None  # those of what runs count
+    function.__wrapped__ = stock
 
-    is_compiling = torch.compiler.is_compiling
 
-    def choose(*args: Any, **kwargs: Any) -> Any:
-        return (replacement if is_compiling() else original)(*args, **kwargs)
+def _run_chosen(*args: Any, **kwargs: Any) -> Any:
+    return _CHOOSE()(*args, **kwargs)  # type: ignore[name-defined]  # noqa: F821 (a copy of this code names it)
 
-    # torch.jit.script compiles the source of what is wrapped, and looks names up where this function would.
-    choose = types.FunctionType(choose.__code__, original.__globals__, name, closure=choose.__closure__)
-    functools.update_wrapper(choose, original)
-    setattr(choose, _REPLACED, True)
-    if inspect.isclass(owner):
-        setattr(owner, name, choose)
-        return
-    # torch.jit.script, which cannot compile `choose`, takes the original of functions that are marked so. So does
-    # Dynamo, which is told to take the replacement for the original; what traces without Dynamo calls `choose`.
-    choose.__dict__.update({"__script_if_tracing_wrapper": True, "__original_fn": original})
-    torch.compiler.substitute_in_graph(original, skip_signature_check=True)(replacement)
-    for key, module in list(sys.modules.items()):  # torchvision's modules import functions from each other
-        if key.partition(".")[0] == "torchvision" and vars(module).get(name) is original:
-            setattr(module, name, choose)
+
+def _in_compiled_code(replacement: Callable[..., Any], stock: Callable[..., Any]) -> Callable[..., Any]:
+    # Programs for ONNX have no use for this package's operators, and its exporter does not know them.
+    for_inductor = torch.compiler.is_compiling() and not torch.onnx.is_in_onnx_export()
+    return replacement if for_inductor else stock
+
+
+def _fake_nms(dets: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """torchvision's says that at least two boxes are kept, and programs that call its operator stop where fewer are."""
+    check_scored_boxes("nms", dets, scores, None)
+    return dets.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
 
 
 def _missing(name: str):

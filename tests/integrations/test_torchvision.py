@@ -262,6 +262,117 @@ def test_stock_pooler_trains(stock):
         assert_close(gradient, expected, torch.float32)
 
 
+HELD_BEFORE = """
+import functools, inspect, pickle
+import torch, torchvision
+from torch import Tensor, nn
+from torchvision.models.detection.roi_heads import paste_masks_in_image
+from torchvision.ops import batched_nms, nms as suppress
+
+class Detector(nn.Module):
+    suppress = staticmethod(suppress)
+
+    def forward(self, boxes, scores):
+        return self.suppress(boxes, scores, 0.5)
+
+def enclosing():
+    held = suppress
+    return lambda boxes, scores: held(boxes, scores, 0.5)
+
+def with_default(boxes, scores, function=suppress):
+    return function(boxes, scores, 0.5)
+
+HELD = {"suppress": suppress}
+callers = {
+    "module": lambda boxes, scores: suppress(boxes, scores, 0.5),
+    "other function": lambda boxes, scores: batched_nms(boxes, scores, torch.zeros_like(scores), 0.5),
+    "class": Detector(),
+    "closure": enclosing(),
+    "default": with_default,
+    "partial": functools.partial(suppress, iou_threshold=0.5),
+    "dictionary": lambda boxes, scores: HELD["suppress"](boxes, scores, 0.5),
+    "operator": lambda boxes, scores: torch.ops.torchvision.nms(boxes, scores, 0.5),
+}
+signatures = [inspect.signature(function) for function in (suppress, batched_nms, paste_masks_in_image)]
+torch.jit.script(suppress)
+
+import inductor_vision
+from inductor_vision.paths import recorded_paths
+
+for _ in range(2):  # the second call changes nothing
+    inductor_vision.accelerate_torchvision()
+"""
+
+REACHED = """
+class Caller(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, boxes, scores):
+        return self.function(boxes, scores)
+
+many = {0: torch.export.Dim.DYNAMIC}
+seen = []
+
+def backend(graph, inputs):
+    seen.append(str(graph.graph))
+    return graph
+
+torch._dynamo.config.capture_dynamic_output_shape_ops = True
+for name, function in callers.items():
+    torch._dynamo.reset()
+    exported = torch.export.export(Caller(function), (torch.rand(5, 4), torch.rand(5)), dynamic_shapes=(many, many))
+    compiled = torch.compile(Caller(function), backend=backend, fullgraph=True)
+    for count in (5, 1, 0):
+        boxes, scores = torch.tensor([[0.0, 0.0, 2.0, 3.0]]).repeat(count, 1), torch.rand(count)
+        for run in (exported.module(), compiled):
+            assert len(run(boxes, scores)) == min(count, 1), (name, count)
+    for graph in (str(exported.graph), seen[-1]):
+        assert ("inductor_vision.nms" in graph) == (name != "operator"), (name, graph)
+"""
+
+UNCHANGED_EAGERLY = """
+boxes, scores = torch.rand(50, 4).sort(dim=1).values, torch.rand(50)
+with recorded_paths() as paths:
+    for name, function in callers.items():
+        assert torch.equal(function(boxes, scores), torch.ops.torchvision.nms(boxes, scores, 0.5)), name
+    assert paste_masks_in_image(torch.rand(1, 1, 5, 5), boxes[:1], (8, 8)).shape == (1, 1, 8, 8)  # a default
+assert paths == [], paths
+changed = suppress, batched_nms, paste_masks_in_image
+assert [inspect.signature(function) for function in changed] == signatures
+assert pickle.loads(pickle.dumps(suppress)) is suppress
+traced = torch.jit.trace(callers["module"], (boxes, scores))
+assert torch.equal(traced(boxes, scores), suppress(boxes, scores, 0.5))
+"""
+
+
+def test_whoever_holds_a_stock_function_is_reached(torchvision):
+    """One box or none is kept: torchvision's operator tells programs that there are two at least."""
+    run_python(HELD_BEFORE + REACHED)
+
+
+def test_stock_functions_are_unchanged_eagerly(torchvision):
+    run_python(HELD_BEFORE + UNCHANGED_EAGERLY)
+
+
+def test_stock_functions_are_scripted_as_they_were(stock):
+    accelerate_torchvision()
+    nms, batched_nms = stock.ops.nms, stock.ops.batched_nms
+    paste_masks_in_image = stock.models.detection.roi_heads.paste_masks_in_image
+
+    def suppress(boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        return nms(boxes, scores, 0.5), batched_nms(boxes, scores, torch.zeros_like(scores), 0.5)
+
+    boxes, scores = torch.rand(50, 4).sort(dim=1).values, torch.rand(50)
+    with recorded_paths() as paths:
+        for kept in (*torch.jit.script(suppress)(boxes, scores), torch.jit.script(nms)(boxes, scores, 0.5)):
+            assert torch.equal(kept, nms(boxes, scores, 0.5))
+        masks = torch.jit.script(paste_masks_in_image)(torch.rand(1, 1, 5, 5), boxes[:1], (8, 8))  # a default
+    assert masks.shape == (1, 1, 8, 8)
+    assert paths == []
+
+
 def test_torchvision_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(ImportError, match=r"pip install inductor_vision\[torchvision\]"):
