@@ -1,0 +1,119 @@
+"""This package's operators as those of ONNX."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..ops.registry import OPS
+
+_LARGEST = torch.iinfo(torch.int64).max
+
+
+def onnx_translation_table() -> dict[Any, Callable[..., Any]]:
+    """What ``torch.onnx.export`` needs to know of this package's operators.
+
+    .. code-block:: python
+
+        table = inductor_vision.onnx_translation_table()
+        torch.onnx.export(model, inputs, "model.onnx", dynamo=True, opset_version=19, custom_translation_table=table)
+
+    There are translations of those that ONNX has operators for: ``deform_conv2d`` (DeformConv, of opset 19),
+    ``roi_align`` and ``multiscale_roi_align`` (RoiAlign, on each of several maps for all regions), ``nms`` and
+    ``batched_nms`` (NonMaxSuppression, which is of float32; classes are integers, and boxes of different ones are moved
+    apart, which rounds them). What becomes of improper boxes is up to who runs the model.
+
+    Stock torchvision functions need no table: given a model, ``torch.onnx.export`` exports them as torchvision's own
+    operators, whether :func:`inductor_vision.accelerate_torchvision` was called or not. A program that ``torch.export``
+    made after that call holds this package's operators, and does need it: so stock detectors are exported.
+
+    Raises:
+        ImportError: onnxscript is not installed.
+    """
+    import onnxscript  # noqa: F401  (here rather than in the exporter, whose errors would not name it)
+
+    translations: dict[str, Callable[..., Any]] = {
+        "deform_conv2d": _deform_conv2d,
+        "roi_align": _roi_align,
+        "nms": _nms,
+    }
+    return {OPS[name].overload: translation for name, translation in translations.items()}
+
+
+# Arguments without annotations are taken as they are: values of the ONNX model, lists of these, or constants.
+
+
+def _deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask):
+    from onnxscript import opset19 as op
+
+    _, group_channels, *kernel = weight.shape
+    return op.DeformConv(
+        input,
+        weight,
+        offset,
+        bias,
+        mask,
+        strides=stride,
+        pads=[*padding, *padding],
+        dilations=dilation,
+        group=input.shape[1] // group_channels,
+        offset_group=offset.shape[1] // (2 * kernel[0] * kernel[1]),
+    )
+
+
+def _roi_align(inputs, rois, levels, spatial_scales, pooled_height, pooled_width, sampling_ratio, aligned):
+    from onnxscript import INT64, opset18 as op
+
+    images = op.Cast(op.Gather(rois, op.Constant(value_int=0), axis=1), to=INT64.dtype)
+    boxes = op.CastLike(op.Gather(rois, op.Constant(value_ints=[1, 2, 3, 4]), axis=1), inputs[0])
+    out = None
+    for level, (input, spatial_scale) in enumerate(zip(inputs, spatial_scales)):
+        aligned_on_it = op.RoiAlign(
+            input,
+            boxes,
+            images,
+            coordinate_transformation_mode="half_pixel" if aligned else "output_half_pixel",
+            output_height=pooled_height,
+            output_width=pooled_width,
+            sampling_ratio=max(sampling_ratio, 0),
+            spatial_scale=spatial_scale,
+        )
+        if levels is None:
+            return aligned_on_it
+        here = op.Equal(levels, op.Constant(value_int=level))
+        here = op.Unsqueeze(here, op.Constant(value_ints=[1, 2, 3]))
+        # A region on none of the maps stays zero.
+        others = op.CastLike(op.Constant(value_float=0.0), input) if out is None else out
+        out = op.Where(here, aligned_on_it, others)
+    return out
+
+
+def _nms(boxes, scores, classes, iou_threshold):
+    from onnxscript import FLOAT, opset18 as op
+
+    boxes, scores = op.Cast(boxes, to=FLOAT.dtype), op.Cast(scores, to=FLOAT.dtype)
+    if classes is not None:
+        boxes = op.Add(boxes, _moved_apart(op, boxes, classes))
+    chosen = op.NonMaxSuppression(
+        op.Unsqueeze(boxes, op.Constant(value_ints=[0])),
+        op.Unsqueeze(scores, op.Constant(value_ints=[0, 1])),
+        op.Constant(value_int=_LARGEST),
+        op.Constant(value_float=iou_threshold),
+    )  # [M, 3]: image, class, box
+    kept = op.Gather(chosen, op.Constant(value_int=2), axis=1)
+    missing = op.Sub(op.Shape(boxes, start=0, end=1), op.Shape(kept))
+    return op.Concat(kept, op.Expand(op.Constant(value_int=-1), missing), axis=0)
+
+
+def _moved_apart(op, boxes, classes):
+    """By how much the boxes of each class are moved, [N, 1], so that none meets one of another class."""
+    from onnxscript import FLOAT
+
+    zero = op.Constant(value_floats=[0.0])  # there may be no boxes
+    coordinates = op.Concat(op.Reshape(boxes, op.Constant(value_ints=[-1])), zero, axis=0)
+    extent = op.Sub(op.ReduceMax(coordinates, keepdims=0), op.ReduceMin(coordinates, keepdims=0))
+    _, _, number, _ = op.Unique(classes)
+    moved = op.Mul(op.Cast(number, to=FLOAT.dtype), op.Add(extent, op.Constant(value_float=1.0)))
+    return op.Unsqueeze(moved, op.Constant(value_ints=[1]))
