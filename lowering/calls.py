@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..ops.registry import pair
+from .names import layer_of
 
 _aten = torch.ops.aten
 
@@ -112,9 +113,16 @@ class Convolution:
         padded = not isinstance(self.padding, str) and any(self.padding)  # a 1 x 1 kernel has no "same" to pad for
         return kernel == (1, 1) and self.stride == (1, 1) and not padded and self.groups == 1
 
+    @property
+    def parameters(self) -> dict[str, Node]:
+        return {"weight": self.weight, **({} if self.bias is None else {"bias": self.bias})}
+
     def __str__(self) -> str:
+        """``features.0 (3 x 3, 8 channels)``; a call that is not a layer's is ``conv2d in features``."""
+        path, kind = layer_of(self.node)
+        name = path if kind == "Conv2d" else f"conv2d in {path}" if path else "conv2d"
         channels, _, *kernel = value_of(self.weight).shape
-        return f"{self.node} ({' x '.join(map(str, kernel))}, {channels} channels)"
+        return f"{name} ({' x '.join(map(str, kernel))}, {channels} channels)"
 
 
 def convolution_of(node: Node) -> Convolution | None:
@@ -150,8 +158,10 @@ class Norm:
         return [tensor for tensor in tensors if tensor is not None]
 
     @property
-    def parameters(self) -> list[Node]:
-        return [*self.tensors, *([self.eps] if isinstance(self.eps, Node) else [])]
+    def parameters(self) -> dict[str, Node]:
+        """By name; epsilon where it is a node."""
+        names = "running_mean", "running_var", "weight", "bias", "eps"
+        return {name: node for name in names if isinstance(node := getattr(self, name), Node)}
 
 
 def norm_of(node: Node | None, input: Node) -> Norm | None:
@@ -161,6 +171,16 @@ def norm_of(node: Node | None, input: Node) -> Norm | None:
     if a["input"] is not input:
         return None
     return Norm(node, *(a[field.name] for field in dataclasses.fields(Norm)[1:]))
+
+
+def statistics_of(node: Node) -> list[Node] | None:
+    """The running statistics that a batch norm changes, none in eval mode; None of what is no batch norm."""
+    if "batch_norm" not in str(getattr(node.target, "__name__", node.target)):
+        return None
+    if node.target not in _NORMS:
+        return node.all_input_nodes  # those that only torch itself calls
+    a = _bind(node, _NORMS[node.target])
+    return [tensor for tensor in (a["running_mean"], a["running_var"]) if tensor is not None] if a["training"] else []
 
 
 def activation_of(node: Node | None) -> str | None:

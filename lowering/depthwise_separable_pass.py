@@ -11,6 +11,7 @@ those of ``torch.export``, of aten operators.
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,9 @@ from ..ops.depthwise_separable_conv2d import IDENTITY
 from ..ops.registry import OPS
 from ..paths import record_path
 from .calls import Convolution, Norm, activation_of, convolution_of, norm_of, value_of
+from .changes import changed_by, memory_of
 from .machine import cache_bytes
+from .names import name_of
 from .registry import refusal
 
 OP = "depthwise_separable_conv2d"
@@ -81,10 +84,27 @@ class Pair:
         return [part if isinstance(part, Node) else part.node for part in parts if part is not None]
 
     @property
-    def parameters(self) -> list[Node]:
-        """Weights, biases and statistics."""
-        convolutions = self.depthwise.tensors[1:] + self.pointwise.tensors[1:]
-        return convolutions + [parameter for norm in self.norms for parameter in norm.parameters]
+    def parameters(self) -> dict[str, Node]:
+        """Weights, biases and statistics, by what they are to the depthwise convolution."""
+        parameters = {}
+        for owner, convolution, norm in (
+            ("its", self.depthwise, self.depthwise_norm),
+            ("the pointwise convolution's", self.pointwise, self.pointwise_norm),
+        ):
+            parameters.update({f"{owner} {name}": node for name, node in convolution.parameters.items()})
+            if norm is not None:
+                parameters.update({f"{owner} batch norm's {name}": node for name, node in norm.parameters.items()})
+        return parameters
+
+    @property
+    def tensors(self) -> dict[str, Node]:
+        """What the operator takes, by name."""
+        return {"its input": self.depthwise.input, **self.parameters}
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether gradients may be wanted."""
+        return bool(value_of(self.nodes[-1]).requires_grad)
 
     def __str__(self) -> str:
         return f"{self.depthwise} with {self.pointwise}"
@@ -104,12 +124,12 @@ def find_pair(depthwise: Convolution) -> Pair | str:
         node = activation = follower
         follower = _only_user(node)
     if follower is None:
-        return f"its result is not only the input of a pointwise convolution, but of {', '.join(map(str, node.users))}"
+        return f"its result is not only the input of a pointwise convolution, but {_uses(node)}"
     pointwise = convolution_of(follower)
     if pointwise is None or pointwise.input is not node:
-        return f"it is followed by {follower}, not by a pointwise convolution"
+        return f"it is followed by {_name(follower)}, not by a pointwise convolution"
     if not pointwise.is_pointwise:
-        return f"{pointwise} is not a plain 1 x 1 convolution"
+        return f"it is followed by {pointwise}, which is not a plain 1 x 1 convolution"
     pointwise_norm = norm_of(_only_user(pointwise.node), pointwise.node)
     if pointwise_norm is not None and (pointwise_norm.training or pointwise_norm.running_mean is None):
         pointwise_norm = None  # stays where it is
@@ -127,18 +147,31 @@ def _only_user(node: Node) -> Node | None:
     return users[0] if len(users) == 1 and users[0].op != "output" else None
 
 
+_PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor)
+
+
+def _name(node: Node) -> str:
+    return str(convolution_of(node) or name_of(node))
+
+
+def _uses(node: Node) -> str:
+    users = [_name(user) for user in node.users if user.op != "output"]
+    uses = [f"that of {', '.join(users)}"] if users else []
+    return ", and ".join([*uses, *(["a result"] if len(users) < len(node.users) else [])])
+
+
 def _test_tensors(pair: Pair) -> str | None:
-    convolutions = pair.depthwise, pair.pointwise
-    nodes = [node for convolution in convolutions for node in (*convolution.tensors, convolution.node)]
-    nodes += [tensor for norm in pair.norms for tensor in norm.tensors]
-    values = [value_of(node) for node in nodes]
-    for node, value in zip(nodes, values):
-        if type(value) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor):
-            return f"{node} is not a plain tensor"
+    results = {"its result": pair.depthwise.node, "the pointwise convolution's result": pair.pointwise.node}
+    for name, node in {**pair.tensors, **results}.items():
+        value = value_of(node)
+        if not isinstance(value, Tensor):  # an epsilon
+            continue
+        if type(value) not in _PLAIN:
+            return f"{name} is a {type(value).__name__}, not a plain tensor"
         if value.device.type != "cpu":
-            return f"{node} is on {value.device}, and the kernel is for the CPU"
+            return f"{name} is on {value.device}, and the kernel is for the CPU"
         if value.dtype not in FLOAT_DTYPES:
-            return f"{node} is of {value.dtype}"
+            return f"{name} is of {value.dtype}"
     if value_of(pair.depthwise.input).dim() != 4:
         return "its input has no batch"
     return None
@@ -173,27 +206,67 @@ _CHANGES_OF_MODE = (
 
 def _test_surroundings(pair: Pair) -> str | None:
     """The pair is computed where the depthwise convolution is: all it needs must be there, in the same mode."""
-    graph, nodes = pair.depthwise.node.graph, pair.nodes
-    computed = {node for node in pair.parameters if not _movable(node)}
-    memory = {_storage(node) for node in pair.parameters} - {None}
+    graph, last = pair.depthwise.node.graph, pair.nodes[-1]
+    computed = {node: name for name, node in pair.parameters.items() if not _movable(node)}
     for node in _after(pair.depthwise.node):
         if node in computed:
-            return f"{node} is computed after it"
+            return f"{computed[node]} is computed after it"
         if getattr(node.target, "__name__", "") in _CHANGES_OF_MODE:
-            return f"{node} lies between it and {nodes[-1]}"
-        if node not in nodes and any(_storage(used) in memory for used in node.all_input_nodes):
-            return f"{node} uses its weights before {nodes[-1]}, and might change them"
-        if node is nodes[-1]:
+            return f"between it and {pair.pointwise} is {_name(node)}"
+        if node is last:
             break
     if any("functorch" in (getattr(node.target, "__module__", None) or "") for node in graph.nodes):
         return "the graph transforms functions (torch.func)"
     return None
 
 
-def _storage(node: Node) -> int | None:
-    """Tells whether tensors share memory."""
-    value = value_of(node)
-    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
+def _test_gradients(pair: Pair) -> str | None:
+    """For gradients the operator saves all that it takes, which must not be changed then.
+
+    A convolution saves its input and weight if it has gradients at all. Where the depthwise one does, who changes them
+    gets the same error with the pair and without it.
+    """
+    if not pair.differentiable:
+        return None
+    weight, norm = pair.depthwise.weight, pair.depthwise_norm
+    trained = [node for node in pair.depthwise.tensors[1:] + (norm.tensors if norm else []) if _is_trained(node)]
+    if trained and weight not in trained:
+        return "gradients are wanted of its bias or batch norm, but not of its weight"
+    if not trained and not _is_trained(pair.depthwise.input):
+        return f"gradients are wanted of {pair.pointwise}, but not of it: it would not save its input for them"
+    memory = memory_of(pair.tensors.values())
+    for node in pair.depthwise.node.graph.find_nodes(op="placeholder"):
+        # AOTAutograd cannot save one. It sees plain tensors, as does Dynamo but for the type.
+        if _is_subclass(node.type) and memory & memory_of([node]):
+            return f"gradients are wanted, and {name_of(node)} is a {node.type.__name__}, not a plain tensor"
+    return None
+
+
+def _is_trained(node: Node) -> bool:
+    return bool(value_of(node).requires_grad)
+
+
+def _is_subclass(type: Any) -> bool:
+    return isinstance(type, builtins.type) and issubclass(type, Tensor) and type not in _PLAIN
+
+
+def _test_changes(pair: Pair) -> str | None:
+    """No parameter may be changed in place before all of the pair was computed, and nothing that is saved thereafter.
+
+    An input that is changed in between is none: the pair is computed where the depthwise convolution was.
+    """
+    tensors = pair.tensors if pair.differentiable else pair.parameters
+    memory = {name: memory_of([node]) for name, node in tensors.items()}
+    all_memory = set().union(*memory.values())
+    nodes = set(pair.nodes)
+    for node in _after(pair.depthwise.node):
+        if node is pair.nodes[-1] and not pair.differentiable:
+            break
+        changed = set() if node in nodes else changed_by(node, all_memory)
+        if changed:
+            names = [name for name, of_it in memory.items() if of_it & changed]
+            return f"{' and '.join(names)} may be changed in place after it, by {_name(node)}"
+    return None
 
 
 def _movable(node: Node) -> bool:
@@ -269,6 +342,8 @@ _TESTS: Sequence[Callable[[Pair], str | None]] = (
     _test_tensors,
     _test_geometry,
     _test_surroundings,
+    _test_gradients,
+    _test_changes,
     _test_template,
     _test_gain,
 )
@@ -281,7 +356,7 @@ def replace(pair: Pair) -> None:
     """Put the operator in the place of the depthwise convolution, and take out what it stands for."""
     graph, first, last = pair.depthwise.node.graph, pair.depthwise.node, pair.nodes[-1]
     later = set(_after(first))
-    for parameter in pair.parameters:
+    for parameter in pair.parameters.values():
         if parameter in later and parameter.op != "placeholder":
             first.prepend(parameter)
     with graph.inserting_before(first):

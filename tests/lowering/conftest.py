@@ -1,0 +1,24 @@
+"""Switches of passes, each undone when a test has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from inductor_vision import fuse_depthwise_separable
+from inductor_vision.lowering import registry
+
+
+@pytest.fixture
+def switch(monkeypatch) -> Iterator[None]:
+    """What the test switches on is undone."""
+    monkeypatch.setattr(registry, "_fuse_depthwise_separable", False)
+    from torch._inductor import config
+
+    with config.patch(pre_grad_custom_pass=None):
+        yield
+
+
+@pytest.fixture
+def switched_on(switch) -> None:
+    fuse_depthwise_separable()
