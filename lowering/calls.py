@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
+from ..ops.depthwise_separable_conv2d import ACTIVATIONS, IDENTITY, format_activation
 from ..ops.registry import pair
-from .names import layer_of
+from .names import layer_of, parameters_of
 
 _aten = torch.ops.aten
 
@@ -41,34 +43,20 @@ _NORMS = {
     _aten.batch_norm.default: _NORM,
 }
 
-# What computes an activation; the first argument is its input, others must be as given here, where given.
-_ACTIVATIONS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
-    "relu": (
-        (F.relu, torch.relu, torch.relu_, "relu", "relu_", _aten.relu.default, _aten.relu_.default),
-        {},
-    ),
-    "relu6": (
-        (
-            F.relu6,
-            F.hardtanh,
-            F.hardtanh_,
-            _aten.relu6.default,
-            _aten.relu6_.default,
-            _aten.hardtanh.default,
-            _aten.hardtanh_.default,
-        ),
-        {"min_val": 0, "max_val": 6},
-    ),
-    "leaky_relu": (
-        (F.leaky_relu, F.leaky_relu_, _aten.leaky_relu.default, _aten.leaky_relu_.default),
-        {"negative_slope": 0.01},
-    ),
-    "hardsigmoid": ((F.hardsigmoid, _aten.hardsigmoid.default, _aten.hardsigmoid_.default), {}),
-    "hardswish": ((F.hardswish, _aten.hardswish.default, _aten.hardswish_.default), {}),
-    "silu": ((F.silu, _aten.silu.default, _aten.silu_.default), {}),
-    "gelu": ((F.gelu, _aten.gelu.default, _aten.gelu_.default), {"approximate": "none"}),
-}
-_NAMES = {target: name for name, (targets, _) in _ACTIVATIONS.items() for target in targets}
+
+def _forms(name: str) -> Iterator[Any]:
+    """What calls a function of this name: functions and methods of torch and operators of aten, in place or not."""
+    for form in (name, f"{name}_"):
+        yield form  # of a method
+        yield from (getattr(module, form, None) for module in (F, torch, torch._C._nn))
+        if hasattr(_aten, form):
+            yield getattr(_aten, form).default
+
+
+_ACTIVATIONS = {form: name for name in ACTIVATIONS if name != IDENTITY for form in _forms(name) if form is not None}
+
+# Arguments of such functions that are no parameters of ours, and what they must be.
+_NEUTRAL = {"approximate": "none", "scale": 1, "input_scale": 1}
 
 
 def _bind(node: Node, parameters: dict[str, Any]) -> dict[str, Any]:
@@ -183,14 +171,20 @@ def statistics_of(node: Node) -> list[Node] | None:
     return [tensor for tensor in (a["running_mean"], a["running_var"]) if tensor is not None] if a["training"] else []
 
 
-def activation_of(node: Node | None) -> str | None:
-    if node is None or node.op not in ("call_function", "call_method") or node.target not in _NAMES:
+def activation_of(node: Node) -> str | None:
+    """An activation as the operator is given it; None of what is none, or has parameters that are not known."""
+    name = _ACTIVATIONS.get(node.target) if node.op in ("call_function", "call_method") else None
+    if name is None:
         return None
-    name = _NAMES[node.target]
-    wanted = _ACTIVATIONS[name][1]
-    if node.target in (F.relu6, _aten.relu6.default, _aten.relu6_.default):
-        wanted = {}
-    # The limits of hardtanh are -1 and 1 unless they are given; other defaults are what is wanted.
-    defaults = {"min_val": -1, "max_val": 1} if name == "relu6" else wanted
-    given = {**defaults, **dict(zip(wanted, node.args[1:])), **node.kwargs}
-    return name if all(given[key] == value for key, value in wanted.items()) else None
+    defaults = ACTIVATIONS[name].parameters
+    names = parameters_of(node.target)[1:] or list(defaults)  # functions in C++ say nothing
+    given = {**defaults, **_NEUTRAL, **dict(zip(names, node.args[1:])), **node.kwargs}
+    parameters: dict[str, Any] = {key: given[key] for key in defaults}
+    if len(node.args) > 1 + len(names) or any(isinstance(value, Node) for value in parameters.values()):
+        return None
+    if any(given[key] != value for key, value in _NEUTRAL.items()):
+        return None
+    return "relu6" if (name, parameters) == _RELU6 else format_activation(name, parameters)
+
+
+_RELU6 = ("hardtanh", {"min_val": 0, "max_val": 6})

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from ..ops.convolution import empty_output, gradient_format
 from ..ops.depthwise_separable_conv2d import (
-    IDENTITY,
     Arguments,
     DepthwiseGradients,
     check_arguments,
     depthwise_gradients,
     gradients,
+    parse_activation,
 )
 from ..ops.registry import OPS, accumulate_dtype
 from .constants import fold_constant
@@ -28,19 +28,7 @@ from .layout import image_and_format
 from .machine import cache_bytes
 from .panels import MAX_DEPTH, pack_panels, unpack_panels
 from .registry import Template, constant_geometry, define_internal_op, template_for
-from .template import BlocksTemplate, ResultsTemplate, pointer, size_in_cpp, view
-
-# Of an activation's name, the C++ type in cpp/activations.h.
-_ACTIVATIONS = {
-    IDENTITY: "Identity",
-    "relu": "Relu",
-    "relu6": "Relu6",
-    "leaky_relu": "LeakyRelu",
-    "hardsigmoid": "Hardsigmoid",
-    "hardswish": "Hardswish",
-    "silu": "Silu",
-    "gelu": "Gelu",
-}
+from .template import BlocksTemplate, ResultsTemplate, double, pointer, size_in_cpp, view
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +64,15 @@ class Separable:
         scalar = DTYPE_TO_CPP[image.get_dtype()]
         return f"const inductor_vision::DepthwiseSeparableConv2d<{scalar}> op{{{', '.join(map(str, fields))}}};"
 
-    @property
-    def activation_type(self) -> str:
-        return f"inductor_vision::{_ACTIVATIONS[self.activation]}"
+    def declare_activation(self) -> str:
+        """C++ that defines `Activation`, a type of cpp/activations.h; of leaky_relu, ``LeakyRelu<its parameters>``."""
+        activation = parse_activation(self.activation)
+        assert activation is not None
+        name = "".join(word.capitalize() for word in self.activation.partition("(")[0].split("_"))
+        if not activation.parameters:
+            return f"using Activation = inductor_vision::{name};"
+        values = (f"static constexpr double {k}() {{ return {double(v)}; }}" for k, v in activation.parameters.items())
+        return f"struct Parameters {{ {' '.join(values)} }}; using Activation = inductor_vision::{name}<Parameters>;"
 
     def blocking(self, dtype: torch.dtype) -> int:
         """SeparableBlocking: pixels of a tile whose hidden channels and sums take half of the second-level cache."""
@@ -244,12 +238,12 @@ class DepthwiseSeparableConv2dTemplate(BlocksTemplate):
         image, *tensors = inputs
         depthwise, pointwise, *biases = (tensors.pop(0) if present else None for present in self.present)
         out_size = self.output_size(kernel)[2:]
-        instance = f"{str(self.channels_last).lower()}, {self.separable.activation_type}"
         return f"""
     {self.separable.declare(kernel, image, [depthwise, biases[0], pointwise, biases[1]], out_size)}
     const inductor_vision::SeparableBlocking blocking{{{self.separable.blocking(self.dtype)}}};
+    {self.separable.declare_activation()}
     const auto store = {store};
-    inductor_vision::depthwise_separable_conv2d<{instance}>(op, blocking, store);"""
+    inductor_vision::depthwise_separable_conv2d<{str(self.channels_last).lower()}, Activation>(op, blocking, store);"""
 
 
 def _gradients_body(
@@ -343,8 +337,8 @@ class DepthwiseGradientsTemplate(ResultsTemplate):
             f"const inductor_vision::SeparableGradients<{DTYPE_TO_CPP[image.get_dtype()]}> gradients"
             f"{{{', '.join(fields)}}};",
             f"const inductor_vision::SeparableBackwardBlocking blocking{{{cache_bytes() // 2}}};",
-            f"inductor_vision::depthwise_separable_conv2d_backward<{self.separable.activation_type}>"
-            "(op, gradients, blocking);",
+            self.separable.declare_activation(),
+            "inductor_vision::depthwise_separable_conv2d_backward<Activation>(op, gradients, blocking);",
         ]
 
 

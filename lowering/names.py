@@ -42,7 +42,7 @@ def _target(node: Node) -> str:
 
 
 def _arguments(node: Node) -> list[str]:
-    arguments = [*itertools.zip_longest(_parameters(node.target)[: len(node.args)], node.args), *node.kwargs.items()]
+    arguments = [*itertools.zip_longest(parameters_of(node.target)[: len(node.args)], node.args), *node.kwargs.items()]
     return [
         repr(value) if name is None else f"{name}={value!r}"
         for name, value in arguments
@@ -50,7 +50,7 @@ def _arguments(node: Node) -> list[str]:
     ]
 
 
-def _parameters(target: Any) -> list[str]:
+def parameters_of(target: Any) -> list[str]:
     """Names of what is given by position; none where they are not known, as of functions that are written in C++."""
     if isinstance(target, torch._ops.OpOverload):
         return [argument.name for argument in target._schema.arguments]

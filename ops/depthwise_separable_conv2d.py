@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -73,8 +74,10 @@ def depthwise_separable_conv2d(
         pointwise_bias: ``[O]``.
         stride, padding, dilation: of the depthwise convolution; one number, or one for each of height and width.
         depthwise_activation, pointwise_activation: what follows each convolution, none or one of ``"relu"``,
-            ``"relu6"``, ``"leaky_relu"`` (slope 0.01), ``"hardsigmoid"``, ``"hardswish"``, ``"silu"`` and ``"gelu"``
-            (exact): the functions of these names in :mod:`torch.nn.functional`.
+            ``"relu6"``, ``"leaky_relu"``, ``"hardtanh"``, ``"elu"``, ``"hardsigmoid"``, ``"hardswish"``, ``"sigmoid"``,
+            ``"tanh"``, ``"silu"``, ``"mish"`` and ``"gelu"`` (exact): the functions of these names in
+            :mod:`torch.nn.functional`. A slope, limits or alpha that are not the defaults are given with the name:
+            ``"leaky_relu(0.2)"``, ``"hardtanh(-2, 2)"``, ``"elu(0.5)"``.
 
     Returns:
         ``[B, O, Ho, Wo]`` (or ``[O, Ho, Wo]``) with :math:`H_o = \lfloor (H + 2\,\text{padding} -
@@ -86,11 +89,8 @@ def depthwise_separable_conv2d(
     """
     if is_proxy(input, depthwise_weight, pointwise_weight):
         return record_call(depthwise_separable_conv2d, **locals())
-    for argument, name in (
-        ("depthwise_activation", depthwise_activation),
-        ("pointwise_activation", pointwise_activation),
-    ):
-        _check_activation(argument, name)
+    _check_activation("depthwise_activation", depthwise_activation)
+    last = _check_activation("pointwise_activation", pointwise_activation)
     unbatched = input.dim() == 3
     arguments = Arguments(
         input.unsqueeze(0) if unbatched else input,
@@ -106,41 +106,89 @@ def depthwise_separable_conv2d(
     out = _trained_eagerly(arguments) if _trains_eagerly(arguments) else _op(*arguments)
     out = out.squeeze(0) if unbatched else out
     # Not part of the operator: Inductor fuses what follows into the kernel's store, whatever it is.
-    return ACTIVATIONS[pointwise_activation or IDENTITY].function(out)
+    return last(out)
 
 
-class Activation(NamedTuple):
-    """A function of each element.
+@dataclasses.dataclass(frozen=True)
+class Activation:
+    """A function of each element, with parameters or without.
 
     Attributes:
-        function: of a tensor.
-        gradient: of its input, from the gradient of its result and the input.
+        function: of a tensor and the parameters.
+        gradient: of its input, from the gradient of its result, the input, and the parameters.
+        parameters: the parameters by name; defaults in the table.
     """
 
-    function: Callable[[Tensor], Tensor]
-    gradient: Callable[[Tensor, Tensor], Tensor]
+    function: Callable[..., Tensor]
+    gradient: Callable[..., Tensor]
+    parameters: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.function(x, *self.parameters.values())
+
+    def backward(self, grad: Tensor, x: Tensor) -> Tensor:
+        return self.gradient(grad, x, *self.parameters.values())
 
 
 _aten = torch.ops.aten
 
 IDENTITY = "identity"  # what the operator calls no activation
 
+# By the names that they have in torch. Of each there is a C++ type in lowering/cpp/activations.h, and a branch in
+# lowering/triton/depthwise_separable_conv2d.py.
 ACTIVATIONS = {
     IDENTITY: Activation(lambda x: x, lambda grad, x: grad),
     "relu": Activation(F.relu, lambda grad, x: _aten.threshold_backward(grad, x, 0)),
     "relu6": Activation(F.relu6, lambda grad, x: _aten.hardtanh_backward(grad, x, 0, 6)),
-    "leaky_relu": Activation(F.leaky_relu, lambda grad, x: _aten.leaky_relu_backward(grad, x, 0.01, False)),
+    "leaky_relu": Activation(
+        F.leaky_relu, lambda grad, x, slope: _aten.leaky_relu_backward(grad, x, slope, False), {"negative_slope": 0.01}
+    ),
+    "hardtanh": Activation(_aten.hardtanh, _aten.hardtanh_backward, {"min_val": -1.0, "max_val": 1.0}),
+    "elu": Activation(F.elu, lambda grad, x, alpha: _aten.elu_backward(grad, alpha, 1, 1, False, x), {"alpha": 1.0}),
     "hardsigmoid": Activation(F.hardsigmoid, _aten.hardsigmoid_backward),
     "hardswish": Activation(F.hardswish, _aten.hardswish_backward),
+    "sigmoid": Activation(torch.sigmoid, lambda grad, x: _aten.sigmoid_backward(grad, x.sigmoid())),
+    "tanh": Activation(torch.tanh, lambda grad, x: _aten.tanh_backward(grad, x.tanh())),
     "silu": Activation(F.silu, _aten.silu_backward),
+    "mish": Activation(F.mish, _aten.mish_backward),
     "gelu": Activation(F.gelu, _aten.gelu_backward),
 }
 
 
-def _check_activation(argument: str, name: str | None) -> None:
-    known = [known for known in ACTIVATIONS if known != IDENTITY]
-    if name is not None and name not in known:
-        raise ValueError(f"{argument} must be None or one of {', '.join(known)}, got {name!r}")
+def parse_activation(text: str) -> Activation | None:
+    """The activation that is called ``"relu"``, or ``"leaky_relu(0.2)"``; None if there is none."""
+    # Methods of strings, which Dynamo computes; it does not know regular expressions.
+    name, parenthesis, rest = text.partition("(")
+    activation = ACTIVATIONS.get(name)
+    if activation is None or not parenthesis:
+        return activation
+    try:
+        values = [float(number) for number in rest.removesuffix(")").split(",")]
+    except ValueError:  # no number
+        return None
+    if not rest.endswith(")") or len(values) != len(activation.parameters):
+        return None
+    return dataclasses.replace(activation, parameters=dict(zip(activation.parameters, values)))
+
+
+def format_activation(name: str, parameters: dict[str, float]) -> str:
+    """What :func:`parse_activation` reads."""
+    if parameters == ACTIVATIONS[name].parameters:
+        return name
+    return f"{name}({', '.join(repr(float(value)) for value in parameters.values())})"
+
+
+def _known_activations(names: Iterable[str]) -> str:
+    return ", ".join(f"{name}({', '.join(p)})" if (p := ACTIVATIONS[name].parameters) else name for name in names)
+
+
+def _check_activation(argument: str, text: str | None) -> Activation:
+    """The activation; raises ValueError if there is none of that name."""
+    activation = None if text == IDENTITY else parse_activation(IDENTITY if text is None else text)
+    if activation is None:
+        known = _known_activations(name for name in ACTIVATIONS if name != IDENTITY)
+        raise ValueError(f"{argument} must be None or one of {known}, got {text!r}")
+    return activation
 
 
 @not_scriptable
@@ -154,7 +202,7 @@ class DepthwiseSeparableConv2d(nn.Module):
         kernel_size, stride, padding, dilation: of the depthwise convolution.
         channel_multiplier: M, how many filters each input channel has.
         bias: whether both convolutions have one.
-        depthwise_activation, pointwise_activation: names of what follows each convolution.
+        depthwise_activation, pointwise_activation: what follows each convolution, as the function takes it.
 
     Raises:
         ValueError: there is no activation of that name, or ``padding`` is a word.
@@ -356,6 +404,12 @@ class Arguments(NamedTuple):
         return self[:5]
 
     @property
+    def function(self) -> Activation:
+        activation = parse_activation(self.activation)
+        assert activation is not None  # which was checked
+        return activation
+
+    @property
     def channels(self) -> int:
         return int(self.input.shape[1])
 
@@ -395,7 +449,10 @@ def check_arguments(arguments: Arguments) -> tuple[int, int]:
     check_dtypes(op, input, {**weights, **biases})
     stride, padding, dilation = geometry
     check_geometry(op, stride, padding, dilation)
-    require(activation in ACTIVATIONS, f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    require(
+        parse_activation(activation) is not None,
+        f"activation must be one of {_known_activations(ACTIVATIONS)}, got {activation!r}",
+    )
 
     # int() makes a symbolic size a constant: channels are what the operator is.
     channels, hidden, kernel = int(input.shape[1]), arguments.hidden_channels, arguments.kernel
@@ -437,7 +494,7 @@ def _depthwise(a: Arguments) -> Tensor:
 
 
 def _convolutions(a: Arguments) -> Tensor:
-    hidden = ACTIVATIONS[a.activation].function(_depthwise(a))  # [B, C * M, Ho, Wo]
+    hidden = a.function(_depthwise(a))  # [B, C * M, Ho, Wo]
     return F.conv2d(hidden, a.pointwise_weight, a.pointwise_bias)  # [B, O, Ho, Wo]
 
 
@@ -553,12 +610,11 @@ def depthwise_gradients(
     a = _accumulated(arguments)
     a = a._replace(input=a.input.contiguous(memory_format=torch.channels_last))
     sums = _depthwise(a).contiguous(memory_format=torch.channels_last)  # [B, C * M, Ho, Wo]
-    activation = ACTIVATIONS[a.activation]
-    hidden = activation.function(sums).permute(0, 2, 3, 1).flatten(0, 2) if wanted.hidden else None
+    hidden = a.function(sums).permute(0, 2, 3, 1).flatten(0, 2) if wanted.hidden else None
     if grad_hidden is None:
         return DepthwiseGradients(None, None, None, hidden)
     batch, channels, height, width = sums.shape
-    grad_sums = activation.gradient(grad_hidden.reshape(batch, height, width, channels).permute(0, 3, 1, 2), sums)
+    grad_sums = a.function.backward(grad_hidden.reshape(batch, height, width, channels).permute(0, 3, 1, 2), sums)
     grad_input, grad_weight, grad_bias = None, None, None
     if wanted.input or wanted.weight:
         grad_input, grad_weight, _ = _aten.convolution_backward(

@@ -2,6 +2,8 @@
 //
 //   apply(x)       the function
 //   both(x, grad)  the function, and the gradient of x from that of the result: aten's, at kinks and for NaN too
+//
+// Parameters are types with a constexpr function for each parameter, so that these are constants in the code.
 #ifndef INDUCTOR_VISION_ACTIVATIONS_H
 #define INDUCTOR_VISION_ACTIVATIONS_H
 
@@ -49,15 +51,62 @@ struct Relu6 {
   }
 };
 
+// Parameters: negative_slope.
+template <typename Parameters>
 struct LeakyRelu {
   template <typename acc_t>
   static Vectorized<acc_t> apply(const Vectorized<acc_t>& x) {
-    const Vectorized<acc_t> zero(0);
-    return Vectorized<acc_t>::blendv(x * Vectorized<acc_t>(acc_t(0.01)), x, x > zero);
+    return scaled(x, x);
   }
   template <typename acc_t>
   static ValueAndGradient<acc_t> both(const Vectorized<acc_t>& x, const Vectorized<acc_t>& grad) {
-    return {apply(x), Vectorized<acc_t>::blendv(grad * Vectorized<acc_t>(acc_t(0.01)), grad, x > Vectorized<acc_t>(0))};
+    return {apply(x), scaled(grad, x)};
+  }
+
+ private:
+  template <typename acc_t>
+  static Vectorized<acc_t> scaled(const Vectorized<acc_t>& value, const Vectorized<acc_t>& x) {
+    const Vectorized<acc_t> zero(0), slope(static_cast<acc_t>(Parameters::negative_slope()));
+    return Vectorized<acc_t>::blendv(value * slope, value, x > zero);
+  }
+};
+
+// Parameters: min_val, max_val.
+template <typename Parameters>
+struct Hardtanh {
+  template <typename acc_t>
+  static Vectorized<acc_t> apply(const Vectorized<acc_t>& x) {
+    return at::vec::clamp(x, low<acc_t>(), high<acc_t>());
+  }
+  template <typename acc_t>
+  static ValueAndGradient<acc_t> both(const Vectorized<acc_t>& x, const Vectorized<acc_t>& grad) {
+    const Vectorized<acc_t> zero(0);
+    return {apply(x), Vectorized<acc_t>::blendv(grad, zero, (x <= low<acc_t>()) | (x >= high<acc_t>()))};
+  }
+
+ private:
+  template <typename acc_t>
+  static Vectorized<acc_t> low() {
+    return Vectorized<acc_t>(static_cast<acc_t>(Parameters::min_val()));
+  }
+  template <typename acc_t>
+  static Vectorized<acc_t> high() {
+    return Vectorized<acc_t>(static_cast<acc_t>(Parameters::max_val()));
+  }
+};
+
+// Parameters: alpha.
+template <typename Parameters>
+struct Elu {
+  template <typename acc_t>
+  static Vectorized<acc_t> apply(const Vectorized<acc_t>& x) {
+    const Vectorized<acc_t> zero(0), alpha(static_cast<acc_t>(Parameters::alpha()));
+    return Vectorized<acc_t>::blendv(x, alpha * x.expm1(), x <= zero);
+  }
+  template <typename acc_t>
+  static ValueAndGradient<acc_t> both(const Vectorized<acc_t>& x, const Vectorized<acc_t>& grad) {
+    const Vectorized<acc_t> zero(0), alpha(static_cast<acc_t>(Parameters::alpha()));
+    return {apply(x), Vectorized<acc_t>::blendv(grad, grad * alpha * x.exp(), x <= zero)};
   }
 };
 
@@ -87,6 +136,31 @@ struct Hardswish {
   }
 };
 
+struct Sigmoid {
+  template <typename acc_t>
+  static Vectorized<acc_t> apply(const Vectorized<acc_t>& x) {
+    const Vectorized<acc_t> one(1);
+    return one / (one + x.neg().exp());
+  }
+  template <typename acc_t>
+  static ValueAndGradient<acc_t> both(const Vectorized<acc_t>& x, const Vectorized<acc_t>& grad) {
+    const Vectorized<acc_t> value = apply(x);
+    return {value, grad * (Vectorized<acc_t>(1) - value) * value};
+  }
+};
+
+struct Tanh {
+  template <typename acc_t>
+  static Vectorized<acc_t> apply(const Vectorized<acc_t>& x) {
+    return x.tanh();
+  }
+  template <typename acc_t>
+  static ValueAndGradient<acc_t> both(const Vectorized<acc_t>& x, const Vectorized<acc_t>& grad) {
+    const Vectorized<acc_t> value = apply(x);
+    return {value, grad * (Vectorized<acc_t>(1) - value * value)};
+  }
+};
+
 struct Silu {
   template <typename acc_t>
   static Vectorized<acc_t> apply(const Vectorized<acc_t>& x) {
@@ -96,6 +170,28 @@ struct Silu {
   static ValueAndGradient<acc_t> both(const Vectorized<acc_t>& x, const Vectorized<acc_t>& grad) {
     const Vectorized<acc_t> one(1), sigmoid = one / (one + x.neg().exp());
     return {x * sigmoid, grad * sigmoid * (one + x * (one - sigmoid))};
+  }
+};
+
+// x * tanh(log(1 + e)) with e = exp(x), where tanh(log(1 + e)) = n / (n + 2) with n = e * (e + 2).  From x = 20 on this
+// is 1, to the last bit, and its derivative nothing beside it.
+struct Mish {
+  template <typename acc_t>
+  static Vectorized<acc_t> apply(const Vectorized<acc_t>& x) {
+    const Vectorized<acc_t> two(2), e = bounded(x).exp(), n = e * (e + two);
+    return x * (n / (n + two));
+  }
+  template <typename acc_t>
+  static ValueAndGradient<acc_t> both(const Vectorized<acc_t>& x, const Vectorized<acc_t>& grad) {
+    const Vectorized<acc_t> one(1), two(2), four(4), e = bounded(x).exp(), n = e * (e + two);
+    const Vectorized<acc_t> factor = n / (n + two), slope = four * e * (one + e) / ((n + two) * (n + two));
+    return {x * factor, grad * (factor + bounded(x) * slope)};
+  }
+
+ private:
+  template <typename acc_t>
+  static Vectorized<acc_t> bounded(const Vectorized<acc_t>& x) {
+    return at::vec::clamp_max(x, Vectorized<acc_t>(20));
   }
 };
 

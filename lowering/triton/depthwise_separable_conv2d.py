@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...ops import depthwise_separable_conv2d
-from ...ops.depthwise_separable_conv2d import ACTIVATIONS, Arguments, DepthwiseGradients
+from ...ops.depthwise_separable_conv2d import Arguments, DepthwiseGradients
 from ...ops.registry import accumulate_dtype
 from ..registry import TritonProgram, constant_geometry, triton_program_for
 from .kernels import (
@@ -38,22 +38,37 @@ from .kernels import (
 
 
 @kernel
-def activated(x, ACTIVATION: tl.constexpr):
-    """A function of each element, by the operator's name for it. NaN stays NaN."""
+def activated(x, ACTIVATION: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr):
+    """A function of each element, by the operator's name for it, with its parameters. NaN stays NaN."""
     if ACTIVATION == "relu":
         x = tl.where(x < 0, 0.0, x)
     elif ACTIVATION == "relu6":
         x = tl.where(x < 0, 0.0, tl.where(x > 6, 6.0, x))
     elif ACTIVATION == "leaky_relu":
-        x = tl.where(x > 0, x, x * 0.01)
+        x = tl.where(x > 0, x, x * FIRST)
+    elif ACTIVATION == "hardtanh":
+        x = tl.where(x < FIRST, FIRST, x)
+        x = tl.where(x > SECOND, SECOND, x)
+    elif ACTIVATION == "elu":
+        x = tl.where(x <= 0, FIRST * (tl.exp(tl.where(x > 0, 0.0, x)) - 1), x)
     elif ACTIVATION == "hardsigmoid":
         y = x + 3
         x = tl.where(y < 0, 0.0, tl.where(y > 6, 6.0, y)) / 6
     elif ACTIVATION == "hardswish":
         y = x + 3
         x = x * tl.where(y < 0, 0.0, tl.where(y > 6, 6.0, y)) / 6
+    elif ACTIVATION == "sigmoid":
+        x = 1 / (1 + tl.exp(-x))
+    elif ACTIVATION == "tanh":
+        y = tl.exp(-2 * tl.abs(x))
+        y = (1 - y) / (1 + y)
+        x = tl.where(x < 0, -y, y)
     elif ACTIVATION == "silu":
         x = x / (1 + tl.exp(-x))
+    elif ACTIVATION == "mish":  # tanh(log(1 + e)) = n / (n + 2)
+        e = tl.exp(tl.where(x > 20, 20.0, x))
+        n = e * (e + 2)
+        x = x * (n / (n + 2))
     elif ACTIVATION == "gelu":
         x = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
     return x
@@ -92,6 +107,8 @@ def convolve(
     MULTIPLIER: tl.constexpr,
     OUTPUTS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    FIRST: tl.constexpr,  # parameter of the activation
+    SECOND: tl.constexpr,
     DEPTHWISE_BIAS: tl.constexpr,
     POINTWISE_BIAS: tl.constexpr,
     DOUBLE: tl.constexpr,
@@ -125,7 +142,7 @@ def convolve(
             block = load_block(image_input, at, channel_at, there, channel_exists, DOUBLE)
             filters = tl.load(depthwise_weight + tap * HIDDEN + channel, mask=channel_exists, other=0.0)
             hidden += block * filters[None, :]
-        hidden = activated(hidden, ACTIVATION)
+        hidden = activated(hidden, ACTIVATION, FIRST, SECOND)
         mask = channel_exists[:, None] & output_exists[None, :]
         filters = tl.load(pointwise_weight + channel[:, None] * OUTPUTS + output[None, :], mask=mask, other=0.0)
         hidden = tl.where(channel_exists[None, :], hidden, 0.0).to(filters.dtype)
@@ -145,6 +162,7 @@ def _forward(*args: Any) -> Tensor:
     pixels = input.shape[0] * size[0] * size[1]
     out = in_format_of(call.input, (input.shape[0], call.out_channels, *size), input.new_empty, input.dtype)
     depthwise_weight = call.depthwise_weight.to(dtype).flatten(1).t().contiguous()
+    first, second, *_ = (*call.function.parameters.values(), 0.0, 0.0)
     biases = {
         name: depthwise_weight if bias is None else bias.to(dtype).contiguous()
         for name, bias in (("depthwise_bias", call.depthwise_bias), ("pointwise_bias", call.pointwise_bias))
@@ -167,7 +185,9 @@ def _forward(*args: Any) -> Tensor:
         HIDDEN=call.hidden_channels,
         MULTIPLIER=call.multiplier,
         OUTPUTS=call.out_channels,
-        ACTIVATION=call.activation,
+        ACTIVATION=call.activation.partition("(")[0],
+        FIRST=first,
+        SECOND=second,
         DEPTHWISE_BIAS=call.depthwise_bias is not None,
         POINTWISE_BIAS=call.pointwise_bias is not None,
         DOUBLE=dtype == torch.float64,
@@ -203,14 +223,13 @@ def _depthwise_gradients(call: Arguments, grad_hidden: Tensor | None, wanted: De
     sums = sum(terms[1:], terms[0])  # [B, C, M, Ho, Wo]
     if call.depthwise_bias is not None:
         sums = sums + per_channel(call.depthwise_bias.to(dtype).reshape(channels, multiplier))
-    activation = ACTIVATIONS[call.activation]
     hidden = None
     if wanted.hidden:
-        hidden = activation.function(sums).flatten(1, 2).permute(0, 2, 3, 1).flatten(0, 2)
+        hidden = call.function(sums).flatten(1, 2).permute(0, 2, 3, 1).flatten(0, 2)
     if grad_hidden is None:
         return DepthwiseGradients(None, None, None, hidden)
     grad_hidden = grad_hidden.reshape(batch, *out_size, channels, multiplier).permute(0, 3, 4, 1, 2)
-    grad_sums = activation.gradient(grad_hidden, sums)
+    grad_sums = call.function.backward(grad_hidden, sums)
     grad_input, grad_weight, grad_bias = None, None, None
     if wanted.input:
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...ops.convolution import output_size
-from ...ops.depthwise_separable_conv2d import ACTIVATIONS, IDENTITY, Arguments, depthwise_separable_conv2d
+from ...ops.depthwise_separable_conv2d import IDENTITY, Arguments, depthwise_separable_conv2d, parse_activation
 from ...ops.registry import OPS
 from .. import backends
 from ..spec import Case, Contender, Job, Prepared, Suite
@@ -92,7 +92,8 @@ def two_convolutions(
 ) -> Tensor:
     """The same as models have it."""
     hidden = F.conv2d(input, depthwise_weight, depthwise_bias, *geometry, groups=input.shape[1])
-    hidden = ACTIVATIONS[depthwise_activation or IDENTITY].function(hidden)
+    activation = parse_activation(depthwise_activation or IDENTITY)
+    hidden = hidden if activation is None else activation(hidden)
     return F.conv2d(hidden, pointwise_weight, pointwise_bias)
 
 

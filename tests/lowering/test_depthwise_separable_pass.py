@@ -124,6 +124,21 @@ ACTIVATIONS: dict[str, list[Callable[[Tensor], Tensor]]] = {
         nn.ReLU6(inplace=True),
     ],
     "leaky_relu": [F.leaky_relu, lambda x: F.leaky_relu_(x, 0.01), nn.LeakyReLU(inplace=True)],
+    "leaky_relu(0.2)": [
+        lambda x: F.leaky_relu(x, 0.2),
+        lambda x: F.leaky_relu_(x, negative_slope=0.2),
+        nn.LeakyReLU(0.2, inplace=True),
+    ],
+    "leaky_relu(-0.5)": [nn.LeakyReLU(-0.5)],
+    "hardtanh": [F.hardtanh, F.hardtanh_, nn.Hardtanh(inplace=True)],
+    "hardtanh(-2.0, 0.5)": [lambda x: F.hardtanh(x, -2, 0.5), lambda x: F.hardtanh_(x, max_val=0.5, min_val=-2)],
+    "hardtanh(0.0, 5.0)": [nn.Hardtanh(0, 5)],
+    "hardtanh(0.0, inf)": [nn.Hardtanh(0, float("inf"))],
+    "elu": [F.elu, nn.ELU(inplace=True), torch.ops.aten.elu.default],
+    "elu(0.5)": [lambda x: F.elu(x, 0.5), lambda x: F.elu_(x, 0.5), nn.ELU(0.5)],
+    "sigmoid": [torch.sigmoid, F.sigmoid, lambda x: x.sigmoid_(), nn.Sigmoid()],
+    "tanh": [torch.tanh, torch.tanh_, lambda x: x.tanh(), nn.Tanh()],
+    "mish": [F.mish, nn.Mish(inplace=True)],
     "hardsigmoid": [F.hardsigmoid, nn.Hardsigmoid(inplace=True)],
     "hardswish": [F.hardswish, nn.Hardswish(inplace=True)],
     "silu": [F.silu, nn.SiLU(inplace=True)],
@@ -141,6 +156,22 @@ def test_activations(name, activation):
     assert assert_fused(model, torch.randn(IMAGE)).activations == [name]
     exported = torch.export.export(model, (torch.randn(IMAGE),)).module(check_guards=False)
     assert [call.args[-1] for call in rewrite(exported)] == [name]
+
+
+# Channels and strides of the backbone of RetinaFace with a quarter of MobileNet's channels, in facexlib and elsewhere.
+RETINAFACE = [(8, 16, 1), (16, 32, 2), (32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2)]
+RETINAFACE += [(128, 128, 1)] * 5 + [(128, 256, 2), (256, 256, 1)]
+
+
+@torch.no_grad()
+def test_a_detector_of_faces():
+    """Its activations have a slope of 0.1."""
+    layers = []
+    for channels, out_channels, stride in RETINAFACE:
+        layers += [depthwise(channels, stride=stride), norm(channels), nn.LeakyReLU(0.1, inplace=True)]
+        layers += [pointwise(channels, out_channels), norm(out_channels), nn.LeakyReLU(0.1, inplace=True)]
+    rewritten = assert_fused(nn.Sequential(*layers).eval(), torch.randn(1, 8, 64, 64), count=13)
+    assert rewritten.activations == ["leaky_relu(0.1)"] * 13
 
 
 @torch.no_grad()

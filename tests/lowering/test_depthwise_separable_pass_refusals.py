@@ -74,6 +74,12 @@ FOLLOWERS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "layer": (nn.AvgPool2d(3, 1, 1), "torch.nn.functional.avg_pool2d(3, 1, 1, False, True) in activation"),
     "method": (lambda x: x.mul_(2), "torch.Tensor.mul_(2)"),
     "python": (lambda x: x + 1, "operator.add(1)"),
+    "other_arguments": (
+        lambda x: torch.ops.aten.elu.default(x, 1, 1.5),
+        "aten.elu.default(alpha=1, scale=1.5)",
+    ),
+    "unnamed_arguments": (lambda x: F.elu_(x, 1, 1.5), "torch.nn.functional.elu_(1, 1.5)"),
+    "slopes": (nn.PReLU(), "torch.nn.functional.prelu() in activation"),
 }
 
 

@@ -13,12 +13,21 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from inductor_vision import DepthwiseSeparableConv2d, depthwise_separable_conv2d
+from inductor_vision.ops import depthwise_separable_conv2d as ops_module
 from inductor_vision.paths import recorded_paths
 from inductor_vision.tests.support import convolution
 from inductor_vision.tests.support.arguments import MODES, QUICK, assert_refused, run_in, wrong_kinds
 from inductor_vision.tests.support.compare import assert_close
 from inductor_vision.tests.support.convolution import LOW_DTYPES, assert_same_gradients, call, gradients
-from inductor_vision.tests.support.depthwise_separable_conv2d import ACTIVATIONS, CASES, Case, cases, oracle, sample
+from inductor_vision.tests.support.depthwise_separable_conv2d import (
+    ACTIVATIONS,
+    CASES,
+    Case,
+    activate,
+    cases,
+    oracle,
+    sample,
+)
 from inductor_vision.tests.support.layouts import LAYOUTS, arrange
 from torch import Tensor, nn
 from torch.export import Dim
@@ -26,10 +35,6 @@ from torch.nn.modules.utils import _pair
 
 OP = torch.ops.inductor_vision.depthwise_separable_conv2d.default
 OP_BACKWARD = torch.ops.inductor_vision.depthwise_separable_conv2d_backward.default
-
-
-def activate(name: str | None, x: Tensor) -> Tensor:
-    return x if name is None else getattr(F, name)(x)
 
 
 def operator(*args, stride, padding, dilation, depthwise_activation, pointwise_activation) -> Tensor:
@@ -137,7 +142,7 @@ def test_bad_pixels_do_not_leak(name, value):
     assert_close(out, call(oracle, s), torch.float64)
 
 
-@pytest.mark.parametrize("first", ["relu", "relu6", "leaky_relu", "hardsigmoid", "hardswish", "gelu", "silu"])
+@pytest.mark.parametrize("first", [name for name in ACTIVATIONS if name])
 def test_nan_passes_through_activations(first):
     s = sample(dataclasses.replace(CASES["plain"], first=first), torch.float64)
     image = s.args[0].clone()
@@ -371,22 +376,41 @@ def test_wrong_arguments(wrong):
 def test_wrong_arguments_of_the_operators():
     s = sample("plain")
     *arguments, _ = s.positional
-    with pytest.raises(RuntimeError, match=r"activation must be one of identity, relu, relu6, .*, got 'tanh'"):
-        OP(*arguments, "tanh")
+    with pytest.raises(RuntimeError, match=r"activation must be one of identity, relu, relu6, .*, got 'softsign'"):
+        OP(*arguments, "softsign")
     with pytest.raises(RuntimeError, match=re.escape("grad must have shape (2, 6, 7, 9), got (2, 6, 7, 8)")):
         OP_BACKWARD(torch.zeros(2, 6, 7, 8), *s.positional, [True] * 5)
 
 
 @pytest.mark.parametrize("argument", ["depthwise_activation", "pointwise_activation"])
-@pytest.mark.parametrize("name", ["tanh", "identity", ""])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("softsign", "identity", "", "relu(", "relu()", "relu(1)", "leaky_relu(0.1", "leaky_relu(0.1, 2)"),
+        *("leaky_relu(slope)", "hardtanh(1)", "elu()", "(0.1)"),
+    ],
+)
 def test_unknown_activations(argument, name):
-    known = ", ".join(name for name in ACTIVATIONS if name is not None)
+    known = (
+        "relu, relu6, leaky_relu(negative_slope), hardtanh(min_val, max_val), elu(alpha), hardsigmoid, hardswish, "
+        "sigmoid, tanh, silu, mish, gelu"
+    )
     message = re.escape(f"{argument} must be None or one of {known}, got {name!r}")
     s = sample("plain")
     with pytest.raises(ValueError, match=message):
         depthwise_separable_conv2d(*s.args, **{argument: name})
     with pytest.raises(ValueError, match=message):
         DepthwiseSeparableConv2d(4, 4, 3, **{argument: name})
+
+
+def test_every_activation_is_tested():
+    tested = {name.partition("(")[0] for name in ACTIVATIONS if name}
+    assert tested == ops_module.ACTIVATIONS.keys() - {"identity"}
+    for text in ACTIVATIONS:
+        activation = ops_module.parse_activation(text or "identity")
+        name = (text or "identity").partition("(")[0]
+        again = ops_module.format_activation(name, activation.parameters)
+        assert ops_module.parse_activation(again) == activation
 
 
 # The module

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from hypothesis import assume, strategies as st
 from inductor_vision import DepthwiseSeparableConv2d
 from inductor_vision.tests.support import convolution
@@ -104,11 +105,27 @@ def sample(case: str | Case, dtype: torch.dtype = torch.float32) -> Sample:
     return Sample(name, case, args, kwargs)
 
 
+def activate(text: str | None, x: Tensor) -> Tensor:
+    """By the function of torch.nn.functional."""
+    if text is None:
+        return x
+    name, _, parameters = text.removesuffix(")").partition("(")
+    return getattr(F, name)(x, *(float(number) for number in parameters.split(",") if number))
+
+
 ACTIVATIONS: dict[str | None, Callable[[float], float]] = {
     None: lambda x: x,
     "relu": lambda x: x if x > 0 or x != x else 0.0,
     "relu6": lambda x: x if x != x else min(max(x, 0.0), 6.0),
     "leaky_relu": lambda x: x if x > 0 else 0.01 * x,
+    "leaky_relu(0.3)": lambda x: x if x > 0 else 0.3 * x,
+    "hardtanh": lambda x: x if x != x else min(max(x, -1.0), 1.0),
+    "hardtanh(-0.5, 2)": lambda x: x if x != x else min(max(x, -0.5), 2.0),
+    "elu": lambda x: math.expm1(x) if x <= 0 else x,
+    "elu(0.3)": lambda x: 0.3 * math.expm1(x) if x <= 0 else x,
+    "sigmoid": lambda x: 1 / (1 + math.exp(-x)) if not x < -700 else 0.0,
+    "tanh": math.tanh,
+    "mish": lambda x: x * math.tanh(math.log1p(math.exp(min(x, 700.0)))) if x == x else x,
     "hardsigmoid": lambda x: x if x != x else min(max(x + 3, 0.0), 6.0) / 6,
     "hardswish": lambda x: x * (x if x != x else min(max(x + 3, 0.0), 6.0)) / 6,
     "silu": lambda x: x / (1 + math.exp(-x)) if not x < -700 else x * 0.0,

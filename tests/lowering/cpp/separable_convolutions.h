@@ -135,16 +135,45 @@ using inductor_vision::Gelu;
 using inductor_vision::Hardsigmoid;
 using inductor_vision::Hardswish;
 using inductor_vision::Identity;
-using inductor_vision::LeakyRelu;
+using inductor_vision::Mish;
 using inductor_vision::Relu;
 using inductor_vision::Relu6;
+using inductor_vision::Sigmoid;
 using inductor_vision::Silu;
+using inductor_vision::Tanh;
+struct Parameters {
+  static constexpr double negative_slope() {
+    return 0.3;
+  }
+  static constexpr double min_val() {
+    return -0.5;
+  }
+  static constexpr double max_val() {
+    return 2;
+  }
+  static constexpr double alpha() {
+    return 0.7;
+  }
+};
+using LeakyRelu = inductor_vision::LeakyRelu<Parameters>;
+using Hardtanh = inductor_vision::Hardtanh<Parameters>;
+using Elu = inductor_vision::Elu<Parameters>;
+inline double tanh_of_softplus(double x) {
+  return std::tanh(std::log1p(std::exp(x)));
+}
 FUNCTION(Identity, false, x, grad)
 FUNCTION(Relu, true, clamp(x, kInf), x <= 0 ? 0 : grad)
 FUNCTION(Relu6, true, clamp(x, 6), x <= 0 || x >= 6 ? 0 : grad)
-FUNCTION(LeakyRelu, true, x > 0 ? x : 0.01 * x, x > 0 ? grad : 0.01 * grad)
+FUNCTION(LeakyRelu, true, x > 0 ? x : 0.3 * x, x > 0 ? grad : 0.3 * grad)
+FUNCTION(Hardtanh, true, x != x ? x : std::clamp(x, -0.5, 2.0), x <= -0.5 || x >= 2 ? 0 : grad)
+FUNCTION(Elu, true, x <= 0 ? 0.7 * std::expm1(x) : x, x <= 0 ? 0.7 * grad * std::exp(x) : grad)
 FUNCTION(Hardsigmoid, true, clamp(x + 3, 6) / 6, x > -3 && x < 3 ? grad / 6 : 0)
 FUNCTION(Hardswish, true, x*(clamp(x + 3, 6) / 6), x <= -3 ? 0 : x < 3 ? grad * (x / 3 + 0.5) : grad)
+FUNCTION(Sigmoid, false, sigmoid(x), grad* sigmoid(x) * (1 - sigmoid(x)))
+FUNCTION(Tanh, false, std::tanh(x), grad*(1 - std::tanh(x) * std::tanh(x)))
+FUNCTION(
+    Mish, false, x* tanh_of_softplus(x),
+    grad*(tanh_of_softplus(x) + x * (1 - tanh_of_softplus(x) * tanh_of_softplus(x)) * sigmoid(x)))
 FUNCTION(Silu, false, x / (1 + std::exp(-x)), grad* sigmoid(x) * (1 + x * (1 - sigmoid(x))))
 FUNCTION(
     Gelu, false, x * 0.5 * (1 + std::erf(x * std::sqrt(0.5))),
