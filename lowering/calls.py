@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
 from ..ops.depthwise_separable_conv2d import ACTIVATIONS, IDENTITY, format_activation
@@ -54,6 +55,8 @@ def _forms(name: str) -> Iterator[Any]:
 
 
 _ACTIVATIONS = {form: name for name in ACTIVATIONS if name != IDENTITY for form in _forms(name) if form is not None}
+
+_PRELUS = ("prelu", torch.prelu, F.prelu, _aten.prelu.default)
 
 # Arguments of such functions that are no parameters of ours, and what they must be.
 _NEUTRAL = {"approximate": "none", "scale": 1, "input_scale": 1}
@@ -171,9 +174,30 @@ def statistics_of(node: Node) -> list[Node] | None:
     return [tensor for tensor in (a["running_mean"], a["running_var"]) if tensor is not None] if a["training"] else []
 
 
+def _constant(node: Node) -> Tensor | None:
+    """Of an exported program, which has its parameters as attributes."""
+    if node.op != "get_attr" or node.graph.owning_module is None:
+        return None
+    value = operator.attrgetter(str(node.target))(node.graph.owning_module)
+    return None if isinstance(value, FakeTensor) else value.detach()
+
+
+def has_unknown_parameters(node: Node) -> bool:
+    """Whether it is an activation, but with slopes or limits that a graph is given."""
+    parameters = [*node.args[1:], *node.kwargs.values()]
+    return node.target in (*_ACTIVATIONS, *_PRELUS) and any(isinstance(value, Node) for value in parameters)
+
+
 def activation_of(node: Node) -> str | None:
     """An activation as the operator is given it; None of what is none, or has parameters that are not known."""
-    name = _ACTIVATIONS.get(node.target) if node.op in ("call_function", "call_method") else None
+    if node.op not in ("call_function", "call_method"):
+        return None
+    if node.target in _PRELUS:
+        slope = _constant(_bind(node, _parameters("input weight"))["weight"])
+        if slope is None or slope.numel() != 1:
+            return None
+        return format_activation("leaky_relu", {"negative_slope": slope.item()})
+    name = _ACTIVATIONS.get(node.target)
     if name is None:
         return None
     defaults = ACTIVATIONS[name].parameters

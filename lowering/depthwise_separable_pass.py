@@ -28,7 +28,7 @@ from ..ops.convolution import FLOAT_DTYPES
 from ..ops.depthwise_separable_conv2d import IDENTITY
 from ..ops.registry import OPS
 from ..paths import record_path
-from .calls import Convolution, Norm, activation_of, convolution_of, norm_of, value_of
+from .calls import Convolution, Norm, activation_of, convolution_of, has_unknown_parameters, norm_of, value_of
 from .changes import changed_by, memory_of
 from .machine import cache_bytes
 from .names import name_of
@@ -125,6 +125,8 @@ def find_pair(depthwise: Convolution) -> Pair | str:
         follower = _only_user(node)
     if follower is None:
         return f"its result is not only the input of a pointwise convolution, but {_uses(node)}"
+    if has_unknown_parameters(follower):
+        return f"it is followed by {_name(follower)}, whose parameters are not known when it is compiled"
     pointwise = convolution_of(follower)
     if pointwise is None or pointwise.input is not node:
         return f"it is followed by {_name(follower)}, not by a pointwise convolution"

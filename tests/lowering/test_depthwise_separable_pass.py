@@ -158,6 +158,15 @@ def test_activations(name, activation):
     assert [call.args[-1] for call in rewrite(exported)] == [name]
 
 
+@torch.no_grad()
+def test_an_exported_slope():
+    """Exported parameters are constants."""
+    model, x = Activated(nn.PReLU(init=0.375)).eval(), torch.randn(IMAGE)
+    exported = torch.export.export(model, (x,)).module(check_guards=False)
+    assert [call.args[-1] for call in rewrite(exported)] == ["leaky_relu(0.375)"]
+    assert_close(exported(x), model(x), torch.float32)
+
+
 # Channels and strides of the backbone of RetinaFace with a quarter of MobileNet's channels, in facexlib and elsewhere.
 RETINAFACE = [(8, 16, 1), (16, 32, 2), (32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2)]
 RETINAFACE += [(128, 128, 1)] * 5 + [(128, 256, 2), (256, 256, 1)]
@@ -397,7 +406,7 @@ def test_compiled_with_gradients(switched_on):
 
 @pytest.mark.slow
 def test_packaged(switched_on, tmp_path: pathlib.Path):
-    model, x = nn.Sequential(block(nn.ReLU6()), nn.Hardswish()).eval(), torch.randn(IMAGE)
+    model, x = nn.Sequential(block(nn.PReLU(init=0.1)), nn.Hardswish()).eval(), torch.randn(IMAGE)
     exported = torch.export.export(model, (x,))
     with recorded_paths() as paths:
         torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "model.pt2"))

@@ -79,7 +79,6 @@ FOLLOWERS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
         "aten.elu.default(alpha=1, scale=1.5)",
     ),
     "unnamed_arguments": (lambda x: F.elu_(x, 1, 1.5), "torch.nn.functional.elu_(1, 1.5)"),
-    "slopes": (nn.PReLU(), "torch.nn.functional.prelu() in activation"),
 }
 
 
@@ -89,6 +88,16 @@ def test_what_follows_is_named(name):
     follower, wanted = FOLLOWERS[name]
     (left,) = Rewritten(Activated(follower).eval(), torch.randn(IMAGE)).left
     assert left == f"depthwise (3 x 3, 8 channels): it is followed by {wanted}, not by a pointwise convolution"
+
+
+@torch.no_grad()
+def test_slopes_that_a_graph_is_given():
+    """One for each channel, or one that may change from call to call."""
+    why = "followed by torch.nn.functional.prelu() in activation, whose parameters are not known when it is compiled"
+    for slopes in (nn.PReLU(), nn.PReLU(8)):
+        assert_left(Activated(slopes).eval(), torch.randn(IMAGE), why=why)
+    exported = torch.export.export(Activated(nn.PReLU(8)).eval(), (torch.randn(IMAGE),)).module(check_guards=False)
+    assert rewrite(exported) == []
 
 
 def test_exported_operators_are_named():
@@ -306,7 +315,12 @@ def test_exported_weights_that_are_shared():
 def test_limits_that_are_inputs():
     """What dynamic=True makes of the limits of a ReLU6."""
     rewritten = Rewritten(block(nn.ReLU6()), torch.randn(IMAGE), dynamic=True)
-    assert rewritten.calls == [] and len(rewritten.left) == 1
+    assert rewritten.calls == []
+    (left,) = rewritten.left
+    assert left == (
+        "0 (3 x 3, 8 channels): it is followed by torch.nn.functional.hardtanh(inplace=False) in 2, "
+        "whose parameters are not known when it is compiled"
+    )
 
 
 def test_function_transforms():
