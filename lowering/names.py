@@ -37,7 +37,8 @@ def _target(node: Node) -> str:
     target: Any = node.target
     name = resolve_name(target)
     if name is None:
-        name = f"{getattr(target, '__module__', '')}.{getattr(target, '__name__', target)}"
+        parts = getattr(target, "__module__", None), getattr(target, "__name__", target)
+        name = ".".join(str(part) for part in parts if part)
     return str(name).replace("_operator.", "operator.").replace("builtins.", "")
 
 

@@ -184,6 +184,21 @@ def test_an_unbatched_image():
     assert_left(nn.Sequential(depthwise(), pointwise()), torch.randn(IMAGE[1:]), why="its input has no batch")
 
 
+@pytest.mark.parametrize("missing", ["conv2d_1", "batch_norm_1"])
+def test_nodes_of_other_passes(missing):
+    """Which may not say what their values are."""
+    model = nn.Sequential(depthwise(), norm(8), pointwise(), norm(12)).eval()
+    exported = torch.export.export(model, (torch.randn(IMAGE),)).module(check_guards=False)
+    (node,) = [node for node in exported.graph.nodes if node.name == missing]
+    del node.meta["val"]
+    with recorded_paths() as paths:
+        fused = rewrite(exported)
+    if missing == "conv2d_1":
+        assert fused == [] and "result is a NoneType, not a plain tensor" in paths[0].detail
+    else:
+        assert [user.name for user in fused[0].users] == [missing]  # which stays
+
+
 @torch.no_grad()
 def test_other_devices():
     x = torch.randn(IMAGE, device="meta")
