@@ -50,7 +50,7 @@ def autograd_kernel(
         return None, None, *_of_tensors(ctx.kinds, results)
 
     function: Any = type(
-        f"{op.name}_autograd",
+        op.name,
         (torch.autograd.Function,),
         {"forward": staticmethod(forward), "backward": staticmethod(gradients)},
     )
