@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 import logging
 import pkgutil
 import sys
@@ -18,10 +19,13 @@ from ..lowering import registry as lowering_registry
 from ..ops import heatmaps_to_keypoints, torchvision_detection  # noqa: F401  (declare what they replace)
 from ..ops.boxes import check_scored_boxes
 from ..ops.registry import TORCHVISION, TORCHVISION_PYTHON
+from ..version import __version__
 
 logger = logging.getLogger("inductor_vision")
 
-# The operators of torchvision 0.28's compiled library, as it declares them.
+TESTED = "torchvision 0.28"
+
+# The operators of its compiled library, as it declares them.
 _SCHEMAS = (
     "deform_conv2d(Tensor input, Tensor weight, Tensor offset, Tensor mask, Tensor bias, SymInt stride_h, "
     "SymInt stride_w, SymInt pad_h, SymInt pad_w, SymInt dilation_h, SymInt dilation_w, SymInt groups, "
@@ -70,6 +74,9 @@ def accelerate_torchvision() -> None:
     imports and runs: those that this package has run its decompositions in eager mode, the others raise
     NotImplementedError when they are called.
 
+    What a torchvision declares otherwise than the one that this package is tested with is left as it is, and a warning
+    says so.
+
     Raises:
         ImportError: torchvision is not installed.
     """
@@ -78,9 +85,29 @@ def accelerate_torchvision() -> None:
     if _stand_ins is None and not _compiled_library_loads():
         _define_operators()
     for function, replacement in TORCHVISION_PYTHON.items():
-        _exchange(function, functools.partial(_in_compiled_code, replacement))
-    _exchange("_meta_registrations.meta_nms", lambda stock: _fake_nms)
-    lowering_registry.accelerate_torchvision()
+        _exchange(function, replacement, _in_compiled_code)
+    _exchange("_meta_registrations.meta_nms", _fake_nms, _always)
+    schemas = {schema.partition("(")[0]: torch._C.parse_schema(f"torchvision::{schema}") for schema in _SCHEMAS}
+    lowering_registry.accelerate_torchvision(
+        [name for name in TORCHVISION if _is_as_tested(name, _declared_schema(name), schemas[name])]
+    )
+
+
+def _declared_schema(name: str) -> torch._C.FunctionSchema | None:
+    operator = getattr(torch.ops.torchvision, name, None)
+    return None if operator is None or "default" not in operator.overloads() else operator.default._schema
+
+
+def _is_as_tested(name: str, found: object, expected: object) -> bool:
+    """Whether torchvision declares something as this package knows it; if not, a warning says so."""
+    if str(found) == str(expected):
+        return True
+    version = getattr(sys.modules.get("torchvision"), "__version__", "of unknown version")
+    logger.warning(
+        "torchvision's %s is left as it is: expected %s, got %s (this is torchvision %s; %s)",
+        *(name, expected, found, version, f"inductor_vision {__version__} is tested with {TESTED}"),
+    )
+    return False
 
 
 def _compiled_library_loads() -> bool:
@@ -115,7 +142,7 @@ def _define_operators() -> None:
     logger.info("torchvision's compiled library does not load; its operators are defined by inductor_vision")
 
 
-def _exchange(path: str, choose: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+def _exchange(path: str, replacement: Callable[..., Any], choose: Callable[..., Callable[..., Any]]) -> None:
     """Have a function of torchvision's, or a method of one of its classes, run what is chosen at each call.
 
     What is exchanged is the function's code, not the name of the function in a module: who has imported the function
@@ -124,10 +151,23 @@ def _exchange(path: str, choose: Callable[[Callable[..., Any]], Callable[..., An
     and the source that torch.jit.script compiles are looked up.
 
     Args:
-        choose: from the function as it was, what runs.
+        choose: from the replacement and the function as it was, what runs.
     """
-    function: Any = pkgutil.resolve_name(f"torchvision.{path}")
-    if hasattr(function, "__wrapped__"):
+    owner_path, _, name = f"torchvision.{path}".rpartition(".")
+    try:
+        owner = pkgutil.resolve_name(owner_path)
+        function = getattr(owner, name)
+    except (ImportError, AttributeError) as error:
+        _is_as_tested(path, error, "a function")
+        return
+    if not isinstance(function, types.FunctionType) or function.__closure__:
+        _is_as_tested(path, function, "a function that is not decorated")
+        return
+    if function.__code__.co_code == _run_chosen.__code__.co_code:
+        return
+    first = 1 if inspect.isclass(owner) else 0  # `self` has other names here
+    found, expected = (list(inspect.signature(of).parameters)[first:] for of in (function, replacement))
+    if not _is_as_tested(path, found, expected):
         return
     stock: Any = types.FunctionType(
         function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
@@ -136,7 +176,7 @@ def _exchange(path: str, choose: Callable[[Callable[..., Any]], Callable[..., An
     del stock.__wrapped__
     stock.__kwdefaults__ = function.__kwdefaults__
     name = f"_inductor_vision_{function.__qualname__}"
-    function.__globals__[name] = functools.partial(choose, stock)
+    function.__globals__[name] = functools.partial(choose, replacement, stock)
     function.__code__ = _run_chosen.__code__.replace(co_name=function.__name__, co_names=(name,))
     function.__defaults__ = function.__kwdefaults__ = None  # those of what runs count
     function.__wrapped__ = stock
@@ -150,6 +190,10 @@ def _in_compiled_code(replacement: Callable[..., Any], stock: Callable[..., Any]
     # Programs for ONNX have no use for this package's operators, and its exporter does not know them.
     for_inductor = torch.compiler.is_compiling() and not torch.onnx.is_in_onnx_export()
     return replacement if for_inductor else stock
+
+
+def _always(replacement: Callable[..., Any], stock: Callable[..., Any]) -> Callable[..., Any]:
+    return replacement
 
 
 def _fake_nms(dets: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:

@@ -7,6 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
 
+import torch
+
+from ..version import tested_torch
+
 _ASKED_FOR = "env_var_value != nullptr && env_var_value[0] != '0'"
 _NOT_DECLINED = "env_var_value == nullptr || env_var_value[0] != '0'"
 
@@ -17,16 +21,30 @@ def inputs_checked() -> Iterator[None]:
 
     Inductor generates such checks, but they are made only where the environment has ``AOTI_RUNTIME_CHECK_INPUTS=1``;
     elsewhere other inputs are read as if they were as expected. Here they are made unless it is 0.
+
+    Raises:
+        RuntimeError: Inductor generates them otherwise than the releases of torch that this is tested with.
     """
     from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 
-    original = CppWrapperCpu.generate_input_output_runtime_checks
+    original = getattr(CppWrapperCpu, "generate_input_output_runtime_checks", None)
+    if original is None:
+        raise _not_as_tested("CppWrapperCpu has no generate_input_output_runtime_checks")
 
     def generate(wrapper: Any) -> None:
         original(wrapper)
-        lines = wrapper.prefix._lines
-        (at,) = (i for i, line in enumerate(lines) if _ASKED_FOR in str(line))
-        lines[at] = lines[at].replace(_ASKED_FOR, _NOT_DECLINED)
+        # Where Inductor generates Triton code too, it may write two programs at once, and a package is the second.
+        lines = getattr(wrapper.prefix, "aot", wrapper.prefix)._lines
+        asking = [i for i, line in enumerate(lines) if _ASKED_FOR in str(line)]
+        if len(asking) != 1:
+            raise _not_as_tested(f"{_ASKED_FOR!r} is in {len(asking)} lines of the generated code, not in one")
+        lines[asking[0]] = lines[asking[0]].replace(_ASKED_FOR, _NOT_DECLINED)
 
     with patch.object(CppWrapperCpu, "generate_input_output_runtime_checks", generate):
         yield
+
+
+def _not_as_tested(what: str) -> RuntimeError:
+    return RuntimeError(
+        f"a package that checks its inputs cannot be made: {what} (this is torch {torch.__version__}; {tested_torch()})"
+    )

@@ -321,13 +321,13 @@ def _enter_later(caller: str, step: Callable[[], None]) -> None:
         logger.warning("%s() does not change what is compiled: %s", caller, reason)
 
 
-_accelerated = False
+_accelerated: Sequence[str] = ()  # operators of torchvision
 
 
-def accelerate_torchvision() -> None:
+def accelerate_torchvision(names: Sequence[str]) -> None:
     """See :func:`inductor_vision.accelerate_torchvision`; takes effect now, or once Inductor is imported."""
     global _accelerated
-    _accelerated = True
+    _accelerated = names
     _enter_later("accelerate_torchvision", _serve_torchvision)
 
 
@@ -336,8 +336,8 @@ def _serve_torchvision() -> None:
 
     if not _accelerated:
         return
-    for name, function in TORCHVISION.items():
-        decompositions[getattr(torch.ops.torchvision, name).default] = function
+    for name in _accelerated:
+        decompositions[getattr(torch.ops.torchvision, name).default] = TORCHVISION[name]
     tag_caches("torchvision")  # the same graph compiles to something else from now on
 
 

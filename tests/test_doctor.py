@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import platform
+import resource
 import shutil
 import subprocess
 import sys
@@ -53,10 +54,11 @@ def test_no_compiler():
 
 @pytest.mark.slow
 def test_this_machine_is_well():
-    start = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     status, checks = run_doctor()
     assert status == 0, checks
-    assert time.monotonic() - start < 60
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert used.ru_utime - before.ru_utime < 60  # seconds, whatever else the machine does
     assert "path: template" in checks["kernel"].found
 
 

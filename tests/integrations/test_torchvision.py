@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch._inductor.lowering  # from here on this package is among its tables
 from inductor_vision import accelerate_torchvision, deform_conv2d
+from inductor_vision.integrations import torchvision as integration
 from inductor_vision.lowering import registry
 from inductor_vision.ops.registry import TORCHVISION
 from inductor_vision.paths import recorded_paths
@@ -37,7 +38,7 @@ installed = pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, 
 @pytest.fixture
 def stock(torchvision, monkeypatch) -> Iterator[ModuleType]:
     """torchvision as it was before; what the test accelerates is undone."""
-    monkeypatch.setattr(registry, "_accelerated", False)
+    monkeypatch.setattr(registry, "_accelerated", ())
     before = dict(decompositions)
     for name in TORCHVISION:
         decompositions.pop(getattr(torch.ops.torchvision, name).default, None)
@@ -72,6 +73,47 @@ def test_stock_operators_take_the_template(stock):
     for call, result in zip(calls, compiled.result):
         assert_close(result, oracle(*call).relu(), torch.float32)
         assert_close(stock.ops.deform_conv2d(*call), oracle(*call), torch.float32)
+
+
+def assert_warned(caplog, *texts: str) -> None:
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    version = sys.modules["torchvision"].__version__
+    for text in (*texts, f"this is torchvision {version}", f"tested with {integration.TESTED}"):
+        assert text in record.getMessage()
+
+
+def test_an_operator_with_another_schema_is_left_alone(stock, monkeypatch, caplog):
+    other = "nms(Tensor dets, Tensor scores, float iou_threshold, int most) -> Tensor"
+    schemas = [other if schema.startswith("nms(") else schema for schema in integration._SCHEMAS]
+    monkeypatch.setattr(integration, "_SCHEMAS", schemas)
+    accelerate_torchvision()
+    served = {name for name in TORCHVISION if getattr(torch.ops.torchvision, name).default in decompositions}
+    assert served == TORCHVISION.keys() - {"nms"}
+    assert_warned(caplog, f"nms is left as it is: expected torchvision::{other}, got torchvision::nms(Tensor dets")
+
+
+def test_an_operator_that_is_gone_is_left_alone(stock, monkeypatch, caplog):
+    monkeypatch.setitem(TORCHVISION, "gone", deform_conv2d)
+    monkeypatch.setattr(integration, "_SCHEMAS", [*integration._SCHEMAS, "gone(Tensor x) -> Tensor"])
+    accelerate_torchvision()
+    assert_warned(caplog, "gone is left as it is: expected torchvision::gone(Tensor x) -> Tensor, got None")
+
+
+@pytest.mark.parametrize(
+    ("function", "expected", "found"),
+    [
+        ("ops.boxes.box_area", "['boxes', 'format']", "['boxes', 'fmt']"),
+        ("ops.boxes.gone", "a function", "module 'torchvision.ops.boxes' has no attribute 'gone'"),
+        ("gone.box_area", "a function", "module 'torchvision' has no attribute 'gone'"),
+        ("models.detection._utils.Matcher.set_low_quality_matches_", "['format']", "['matches', 'all_matches', "),
+    ],
+)
+def test_a_function_with_other_parameters_is_left_alone(stock, caplog, function, expected, found):
+    original = stock.ops.boxes.box_area
+    integration._replace_in_compiled_code(function, lambda boxes, format: boxes)
+    assert stock.ops.boxes.box_area is original
+    assert_warned(caplog, f"{function} is left as it is: expected {expected}, got {found}")
 
 
 SHARE_A_CACHE = """
