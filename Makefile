@@ -1,10 +1,10 @@
 # Everything runs in an environment of its own, $(VENV), that the first target to need it makes.
-# Wanted beforehand: Python >= 3.10, make, g++.
+# Wanted beforehand: Python >= 3.10 (3.11 for torch 2.15), make, g++.
 #
 # torch is installed first, by itself and pinned: left to the package's "torch>=2.13", pip picks the newest build there
 # is, which on Linux brings gigabytes of CUDA libraries that nothing here uses. Where pip can see a CPU build of the
 # pinned version (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL), it prefers that one. To use another torch, or your own environment:
-#     make test TORCH=torch==2.14.1 TORCHVISION=torchvision==0.29.1 TRITON=
+#     make test TORCH=torch==2.15.0 TORCHVISION= TRITON=  (which brings its own Triton)
 #     make test TORCH=wheels/torch-2.13.0+cpu-cp312-cp312-linux_x86_64.whl
 #     make test TORCH= TORCHVISION= TRITON= VENV=my-environment
 PYTHON ?= python3
@@ -17,13 +17,14 @@ TRITON ?= triton==3.7.1
 VENV ?= .venv
 
 PY := $(VENV)/bin/python
+PYTEST := $(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 PIP := $(PY) -m pip install --disable-pip-version-check --quiet
 # Stamps: the environment holds what pyproject.toml asked for when they were touched, and these three.
 READY := $(VENV)/.ready-$(shell printf '%s' '$(TORCH) $(TORCHVISION) $(TRITON)' | cksum | cut -d ' ' -f 1)
 PERF_READY := $(READY)-perf
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo train test lint doctor perf clean
+.PHONY: help env demo train test compat lint doctor perf clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,7 +40,15 @@ train: $(READY) ## train a deformable and a plain network on warped digits
 # As many processes as cores, but at most 4: each takes up to 2 GB, part of it for compilers that it runs. A file's tests
 # run in one of them, since they share what is compiled for the file; the order of files is that of tests/conftest.py.
 test: $(READY) ## run the tests; ARGS="-m 'not slow'" for the quick ones, "-n 0 -k nms" for some in one process
-	$(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(PYTEST) $(ARGS)
+
+# What depends on private parts of torch, and templates of each kind: quick enough to run with every release of it.
+COMPAT := tests/test_import.py tests/test_explain.py tests/test_export.py tests/integrations/test_torchvision.py \
+	$(addprefix tests/lowering/test_,registry.py caches.py checks.py tuning.py template.py convolution.py sizes.py \
+	constants.py nms.py regions.py deform_conv2d.py depthwise_separable_pass.py)
+
+compat: $(READY) ## a cross-section of the tests, for another torch: see docs/architecture.md
+	$(PYTEST) -m "not slow" $(COMPAT) $(ARGS)
 
 lint: $(READY) ## style, format and types
 	$(PY) -m ruff check .

@@ -156,7 +156,7 @@ def _exchange(path: str, replacement: Callable[..., Any], choose: Callable[..., 
     owner_path, _, name = f"torchvision.{path}".rpartition(".")
     try:
         owner = pkgutil.resolve_name(owner_path)
-        function = getattr(owner, name)
+        function: Any = getattr(owner, name)
     except (ImportError, AttributeError) as error:
         _is_as_tested(path, error, "a function")
         return
@@ -179,7 +179,7 @@ def _exchange(path: str, replacement: Callable[..., Any], choose: Callable[..., 
     function.__globals__[name] = functools.partial(choose, replacement, stock)
     function.__code__ = _run_chosen.__code__.replace(co_name=function.__name__, co_names=(name,))
     function.__defaults__ = function.__kwdefaults__ = None  # those of what runs count
-    function.__wrapped__ = stock
+    function.__wrapped__ = stock  # type: ignore[attr-defined]  # functions take any attribute
 
 
 def _run_chosen(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""docs/adding-an-op.md, followed to the letter in a copy of the package."""
+"""The documents say what is so: docs/adding-an-op.md is followed to the letter in a copy of the package."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+from inductor_vision.version import NEWEST_TORCH, OLDEST_TORCH
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEP = re.compile(r"^## \d+\. .*?`(?P<path>[\w/.]+)`$(?P<text>.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
@@ -19,7 +20,7 @@ CODE = re.compile(r"^```\w+\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 @pytest.mark.slow
 def test_adding_an_op(tmp_path: pathlib.Path) -> None:
     package = tmp_path / "inductor_vision"
-    for folder in ("ops", "lowering"):
+    for folder in ("ops", "integrations", "lowering"):
         shutil.copytree(ROOT / folder, package / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for module in ROOT.glob("*.py"):
         shutil.copy(module, package)
@@ -42,3 +43,17 @@ def test_adding_an_op(tmp_path: pathlib.Path) -> None:
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "3 passed" in run.stdout
+
+
+@pytest.mark.parametrize("document", ["README.md", "pyproject.toml"])
+def test_tested_releases_of_torch_are_named_alike(document: str) -> None:
+    (found,) = re.findall(r"[Tt]ested with (?:torch )?([\d.]+\d) to ([\d.]+\d)", (ROOT / document).read_text())
+    assert found == (OLDEST_TORCH, NEWEST_TORCH)
+
+
+def test_the_cross_section_for_other_torches_is_there() -> None:
+    (variable,) = re.findall(r"^COMPAT := ((?:.*\\\n)*.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    named = re.findall(r"[\w/]+\.py", variable.replace("tests/lowering/test_,", ""))
+    assert len(named) > 10
+    for name in named:
+        assert (ROOT / name).is_file() or (ROOT / f"tests/lowering/test_{name}").is_file(), name
