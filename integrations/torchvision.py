@@ -175,7 +175,7 @@ def _exchange(path: str, replacement: Callable[..., Any], choose: Callable[..., 
     functools.update_wrapper(stock, function, updated=())
     del stock.__wrapped__
     stock.__kwdefaults__ = function.__kwdefaults__
-    name = f"_inductor_vision_{function.__qualname__}"
+    name = f"_inductor_vision_{function.__qualname__.replace('.', '_')}"
     function.__globals__[name] = functools.partial(choose, replacement, stock)
     function.__code__ = _run_chosen.__code__.replace(co_name=function.__name__, co_names=(name,))
     function.__defaults__ = function.__kwdefaults__ = None  # those of what runs count

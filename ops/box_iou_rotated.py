@@ -31,7 +31,7 @@ def box_iou_rotated(boxes1: Tensor, boxes2: Tensor) -> Tensor:
         boxes2: ``[M, 5]``, of the same dtype.
 
     Returns:
-        ``[N, M]``, of that dtype.
+        ``[N, M]``, of that dtype; torchvision's is float32 for float64 too, and has its roundings.
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not go together.

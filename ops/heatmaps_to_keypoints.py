@@ -22,7 +22,7 @@ def heatmaps_to_keypoints(maps: Tensor, rois: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         maps: ``[K, N, H, W]``, N heatmaps for each box, of a floating dtype.
-        rois: ``[K, 4]``, rows of (x1, y1, x2, y2).
+        rois: ``[K, 4]``, rows of (x1, y1, x2, y2); integers count as float32.
 
     Returns:
         Float32 ``[K, N, 3]``, rows of (x, y, 1), and ``[K, N]``, the values of the heatmaps there. They have no
@@ -31,6 +31,8 @@ def heatmaps_to_keypoints(maps: Tensor, rois: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         RuntimeError: shapes, dtypes or devices do not go together, or a box is not finite or has 2^31 pixels or more.
     """
+    if not (rois.is_floating_point() or rois.is_complex()):
+        rois = rois.float()
     peaks = _op(maps.detach(), rois.detach())
     return torch.cat([peaks[..., :2], torch.ones_like(peaks[..., 2:])], dim=2), peaks[..., 2]
 

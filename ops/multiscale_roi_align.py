@@ -50,7 +50,7 @@ def multiscale_roi_align(
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not go together, or a box names an image that does not exist.
-        ValueError, TypeError: ``boxes``, ``output_size`` or ``spatial_scales`` are not as described.
+        AssertionError, ValueError: ``boxes``, ``output_size`` or ``spatial_scales`` are not as described.
     """
     if is_proxy(features, boxes):
         return record_call(multiscale_roi_align, **locals())

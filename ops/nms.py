@@ -89,16 +89,19 @@ def batched_nms(
         idxs: ``[N]``, the class of each box, of any dtype.
 
     Returns:
-        As :func:`nms`, the indices of the boxes that are kept, of all classes, best first.
+        As :func:`nms`, the indices of the boxes that are kept, of all classes, best first. Of no boxes, in eager mode,
+        whatever the other arguments are.
 
     Raises:
         RuntimeError, ValueError: as :func:`nms`.
     """
     if is_proxy(boxes, scores):
         return record_call(batched_nms, **locals())
-    if boxes.dim() == 1 and boxes.shape[0] == 0:  # which torchvision takes for no boxes
-        boxes = boxes.reshape(0, 4)
-    padded = _op(boxes, scores, as_integers(idxs), iou_threshold)
+    # As torchvision does it, whatever the other arguments are; compiled, how many boxes there are may depend on data.
+    if (boxes.dim() == 1 or not torch.compiler.is_compiling()) and boxes.numel() == 0:
+        padded = boxes.new_empty(0, dtype=torch.int64)
+    else:
+        padded = _op(boxes, scores, as_integers(idxs), iou_threshold)
     if max_detections is not None:
         return first("batched_nms", max_detections, padded)
     return padded[are_boxes("batched_nms", padded)]
@@ -136,13 +139,12 @@ def _torchvision(dets: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 # torchvision's operator tells compilers that at least two boxes are kept: exported models then refuse images with none.
 @replaces_torchvision("ops.boxes.nms")
 def _torchvision_nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    on_cpu = boxes.device.type == "cpu"
-    return (nms if on_cpu else torch.ops.torchvision.nms)(boxes, scores, iou_threshold)
+    return (nms if boxes.is_cpu else torch.ops.torchvision.nms)(boxes, scores, iou_threshold)
 
 
 @replaces_torchvision("ops.boxes.batched_nms")
 def _torchvision_batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
-    if boxes.device.type == "cpu":
+    if boxes.is_cpu:  # not `device`, which Dynamo cannot ask of torchvision's tv_tensors
         return batched_nms(boxes, scores, idxs, iou_threshold)
     from torchvision.ops.boxes import _batched_nms_coordinate_trick
 

@@ -66,7 +66,8 @@ def ps_roi_pool(
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not go together, or a box names an image that does not exist.
-        ValueError, TypeError: ``boxes`` or ``output_size`` is neither of the two.
+        AssertionError: ``boxes`` is neither of the two.
+        ValueError: it is an empty list, or ``output_size`` is neither a number nor a pair.
     """
     if is_proxy(input, boxes):
         return record_call(ps_roi_pool, **locals())

@@ -32,25 +32,29 @@ def regions_of(op: str, boxes: Tensor | Sequence[Tensor]) -> Tensor:
     """``[K, 5]`` regions from what users give: the same, or a list of ``[L, 4]`` boxes for each image.
 
     Raises:
-        ValueError: another shape.
-        TypeError: neither a tensor nor a list of tensors.
+        AssertionError: neither of the two, as in torchvision.
+        ValueError: an empty list.
     """
     if isinstance(boxes, Tensor):
-        if boxes.dim() != 2 or boxes.shape[1] != 5:
-            raise ValueError(
+        if boxes.dim() != 2 or boxes.size(1) != 5:
+            raise AssertionError(
                 f"{op}: boxes as one tensor must be [K, 5], rows of (image, x1, y1, x2, y2); got {tuple(boxes.shape)}"
             )
         return boxes
     if not isinstance(boxes, (list, tuple)) or not all(isinstance(box, Tensor) for box in boxes):
-        raise TypeError(f"{op}: boxes must be a [K, 5] tensor or a list of [L, 4] tensors, got {type(boxes).__name__}")
+        raise AssertionError(
+            f"{op}: boxes must be a [K, 5] tensor or a list of [L, 4] tensors, got {type(boxes).__name__}"
+        )
     if not boxes:
         raise ValueError(f"{op}: boxes must be a [K, 5] tensor or a list with a [L, 4] tensor for each image, got []")
     for i, box in enumerate(boxes):
-        if box.dim() != 2 or box.shape[1] != 4:
-            raise ValueError(f"{op}: boxes[{i}] must be [L, 4], rows of (x1, y1, x2, y2); got {tuple(box.shape)}")
-    boxes = [box.to(accumulate_dtype(box.dtype)) for box in boxes]  # the low precisions cannot count images
-    images = [torch.full_like(box[:, :1], i) for i, box in enumerate(boxes)]
-    return torch.cat([torch.cat(images), torch.cat(list(boxes))], dim=1)
+        if box.dim() != 2 or box.size(1) != 4:
+            raise AssertionError(f"{op}: boxes[{i}] must be [L, 4], rows of (x1, y1, x2, y2); got {tuple(box.shape)}")
+    # Dynamo cannot ask torchvision's tv_tensors for shape and dtype; what is made of them is a tensor.
+    joined = torch.cat(list(boxes))
+    joined = joined.to(accumulate_dtype(joined.dtype))  # the low precisions cannot count images
+    images = [torch.full_like(box[:, :1], i, dtype=joined.dtype) for i, box in enumerate(boxes)]
+    return torch.cat([torch.cat(images), joined], dim=1)
 
 
 def bins_of(op: str, output_size: int | Sequence[int]) -> tuple[int, int]:

@@ -128,7 +128,7 @@ WRONG = {
     "rois must be [K, 4], got (4,)": (MAPS, ROIS[0]),
     "rois must be one for each of maps; there are 3 and 2 maps": (MAPS, torch.ones(3, 4)),
     "maps must be of a floating dtype, got torch.int64": (MAPS.long(), ROIS),
-    "rois must be of a floating dtype, got torch.int64": (MAPS, ROIS.long()),
+    "rois must be of a floating dtype, got torch.complex64": (MAPS, ROIS.to(torch.complex64)),
     "rois must be on cpu, got meta": (MAPS, ROIS.to("meta")),
 }
 

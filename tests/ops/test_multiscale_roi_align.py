@@ -320,12 +320,12 @@ WRONG = {
     ),
     "boxes_of_four_columns": (
         {"boxes": torch.zeros(3, 4)},
-        ValueError,
+        AssertionError,
         "multiscale_roi_align: boxes as one tensor must be [K, 5], rows of (image, x1, y1, x2, y2); got (3, 4)",
     ),
     "no_boxes": (
         {"boxes": None},
-        TypeError,
+        AssertionError,
         "multiscale_roi_align: boxes must be a [K, 5] tensor or a list of [L, 4] tensors, got NoneType",
     ),
     "rank": (

@@ -596,22 +596,22 @@ def test_wrong_arguments(op, wrong):
 WRONG_BOXES = {
     "four_columns": (
         torch.zeros(3, 4),
-        ValueError,
+        AssertionError,
         "boxes as one tensor must be [K, 5], rows of (image, x1, y1, x2, y2); got (3, 4)",
     ),
     "one_dimension": (
         torch.zeros(5),
-        ValueError,
+        AssertionError,
         "boxes as one tensor must be [K, 5], rows of (image, x1, y1, x2, y2); got (5,)",
     ),
     "five_columns_in_a_list": (
         [torch.zeros(1, 4), torch.zeros(2, 5)],
-        ValueError,
+        AssertionError,
         "boxes[1] must be [L, 4], rows of (x1, y1, x2, y2); got (2, 5)",
     ),
     "one_dimension_in_a_list": (
         [torch.zeros(4)],
-        ValueError,
+        AssertionError,
         "boxes[0] must be [L, 4], rows of (x1, y1, x2, y2); got (4,)",
     ),
     "an_empty_list": (
@@ -621,12 +621,12 @@ WRONG_BOXES = {
     ),
     "no_tensor": (
         None,
-        TypeError,
+        AssertionError,
         "boxes must be a [K, 5] tensor or a list of [L, 4] tensors, got NoneType",
     ),
     "a_list_of_lists": (
         [[0, 0, 1, 1]],
-        TypeError,
+        AssertionError,
         "boxes must be a [K, 5] tensor or a list of [L, 4] tensors, got list",
     ),
 }
