@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .lowering.registry import why_not_installed
+from .ops.registry import TORCHVISION
 from .paths import Path, recorded_paths
 
 
@@ -43,6 +44,9 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     * ``decomposition``: the operator's aten program, lowered by Inductor; the detail says why no template took it;
     * ``eager``: the call was not compiled, because of a graph break or a function that compilation skips.
 
+    What ``torch.jit.script`` made is not compiled: torchvision's operators in it stay torchvision's, and come last, as
+    ``eager``, where ``fn`` or a module of it is scripted. (Of a scripted function that others call, nothing is said.)
+
     After :func:`inductor_vision.fuse_depthwise_separable` it is also said of every depthwise convolution whether it was
     ``fused``, or ``left alone`` and why.
 
@@ -59,7 +63,18 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
         # isolate_recompiles is missing from the overloads that type checkers see.
         compiled = torch.compile(fn, backend=_fresh_inductor, isolate_recompiles=True)  # type: ignore[call-overload]
         compiled(*args, **kwargs)
-    return Explanation(list(paths), why_not_installed())
+    return Explanation([*paths, *_scripted(fn)], why_not_installed())
+
+
+def _scripted(fn: Callable[..., Any]) -> list[Path]:
+    """torchvision's operators in scripted code; nothing that runs says that they are there."""
+    parts = fn.modules() if isinstance(fn, torch.nn.Module) else [fn]
+    scripts = [part for part in parts if isinstance(part, (torch.jit.ScriptModule, torch.jit.ScriptFunction))]
+    # A list of modules has no forward, and so no graph.
+    graphs: list[Any] = [script.inlined_graph for script in scripts if hasattr(script, "inlined_graph")]
+    found = {name for graph in graphs for name in TORCHVISION if graph.findAllNodes(f"torchvision::{name}", True)}
+    detail = "torchvision's operator, in code that torch.jit.script made and that is not compiled"
+    return [Path(name, "eager", detail) for name in sorted(found)]
 
 
 def _fresh_inductor(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:

@@ -66,8 +66,9 @@ def accelerate_torchvision() -> None:
     After this call ``torch.compile``, ``torch.export`` and AOTInductor turn ``torch.ops.torchvision.*`` into the same
     kernels that the functions of this package become, forward and backward; eager mode goes on with torchvision's own
     kernels. Where torchvision's own Python is what breaks a graph or depends on data (the levels of
-    ``MultiScaleRoIAlign``), compiled code gets an equivalent instead. Call it before compiling; calling it again does
-    nothing.
+    ``MultiScaleRoIAlign``), compiled code gets an equivalent instead, whoever holds the function and since when. Call
+    it before compiling; calling it again does nothing. What ``torch.jit.script`` made runs torchvision's operators, and
+    so does what ``torch.onnx.export`` makes of a model.
 
     Where torchvision's compiled library cannot load (a CUDA wheel beside a CPU-only torch: ``import torchvision`` fails
     with "operator torchvision::nms does not exist"), the operators are defined here instead, so that torchvision

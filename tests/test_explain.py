@@ -9,7 +9,7 @@ from inductor_vision.explain import Explanation
 from inductor_vision.paths import Path
 from inductor_vision.tests.support.compiled import caches_disabled
 from inductor_vision.tests.support.deform_conv2d import sample
-from torch import Tensor
+from torch import Tensor, nn
 
 S = sample("neither")
 OFFSET, WEIGHT = S.args[1], S.args[2]
@@ -82,3 +82,23 @@ def test_errors_of_the_function_are_raised():
 def test_report_is_a_table():
     paths = [Path("a", "template", "GEMM"), Path("longer", "eager", "a graph break")]
     assert str(Explanation(paths)) == "a       template: GEMM\nlonger  eager: a graph break"
+
+
+def test_scripted_code_keeps_torchvisions_operators(torchvision):
+    class Suppress(nn.Module):
+        def forward(self, boxes: Tensor, scores: Tensor) -> Tensor:
+            return torchvision.ops.nms(boxes, scores, 0.5)
+
+    class Detector(nn.Module):
+        def __init__(self, suppress: nn.Module) -> None:
+            super().__init__()
+            self.suppress = nn.ModuleList([suppress])
+
+        def forward(self, boxes: Tensor, scores: Tensor) -> Tensor:
+            return self.suppress[0](boxes, scores) + 1
+
+    boxes, scores = torch.tensor([[0.0, 0.0, 2.0, 3.0]]).repeat(4, 1), torch.rand(4)
+    explanation = explain(Detector(torch.jit.script(Suppress())), boxes, scores)
+    assert kinds(explanation) == [("nms", "eager")]
+    assert "torch.jit.script made" in str(explanation)
+    assert kinds(explain(torch.jit.script(torchvision.ops.nms), boxes, scores, 0.5)) == [("nms", "eager")]
