@@ -164,7 +164,8 @@ def _exchange(path: str, replacement: Callable[..., Any], choose: Callable[..., 
     if not isinstance(function, types.FunctionType) or function.__closure__:
         _is_as_tested(path, function, "a function that is not decorated")
         return
-    if function.__code__.co_code == _run_chosen.__code__.co_code:
+    chosen = f"_inductor_vision_{function.__qualname__.replace('.', '_')}"  # in the function's module
+    if chosen in function.__globals__:
         return
     first = 1 if inspect.isclass(owner) else 0  # `self` has other names here
     found, expected = (list(inspect.signature(of).parameters)[first:] for of in (function, replacement))
@@ -176,9 +177,8 @@ def _exchange(path: str, replacement: Callable[..., Any], choose: Callable[..., 
     functools.update_wrapper(stock, function, updated=())
     del stock.__wrapped__
     stock.__kwdefaults__ = function.__kwdefaults__
-    name = f"_inductor_vision_{function.__qualname__.replace('.', '_')}"
-    function.__globals__[name] = functools.partial(choose, replacement, stock)
-    function.__code__ = _run_chosen.__code__.replace(co_name=function.__name__, co_names=(name,))
+    function.__globals__[chosen] = functools.partial(choose, replacement, stock)
+    function.__code__ = _run_chosen.__code__.replace(co_name=function.__name__, co_names=(chosen,))
     function.__defaults__ = function.__kwdefaults__ = None  # those of what runs count
     function.__wrapped__ = stock  # type: ignore[attr-defined]  # functions take any attribute
 

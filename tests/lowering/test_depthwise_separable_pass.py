@@ -297,9 +297,9 @@ CLASSIFIERS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CLASSIFIERS)
 @torch.no_grad()
-def test_classifiers(torchvision, name):
+def test_classifiers(torchvision_python, name):
     fused, left = CLASSIFIERS[name]
-    model, x = classifier(torchvision, name), torch.randn(1, 3, 64, 64)
+    model, x = classifier(torchvision_python, name), torch.randn(1, 3, 64, 64)
     rewritten = assert_fused(model, x, count=fused)
     assert len(rewritten.left) == left
     exported = torch.export.export(model, (x,)).module(check_guards=False)
@@ -307,8 +307,8 @@ def test_classifiers(torchvision, name):
     assert_close(exported(x), model(x), torch.float32)
 
 
-def test_a_classifier_in_training_mode(torchvision):
-    rewritten = Rewritten(classifier(torchvision, "mobilenet_v3_small").train(), torch.randn(2, 3, 64, 64))
+def test_a_classifier_in_training_mode(torchvision_python):
+    rewritten = Rewritten(classifier(torchvision_python, "mobilenet_v3_small").train(), torch.randn(2, 3, 64, 64))
     assert rewritten.calls == [] and len(rewritten.left) == 11
 
 

@@ -88,12 +88,12 @@ def test_strided_views_and_neighbours():
     assert_keypoints(compiled.result[2:], part * 2, rois + 1)
 
 
-def test_stock_function_for_as_many_boxes_as_data_say(torchvision):
+def test_stock_function_for_as_many_boxes_as_data_say(torchvision_python):
     accelerate_torchvision()
 
     def best(maps: Tensor, rois: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         good = scores > 0
-        return torchvision.models.detection.roi_heads.heatmaps_to_keypoints(maps[good], rois[good])
+        return torchvision_python.models.detection.roi_heads.heatmaps_to_keypoints(maps[good], rois[good])
 
     maps, rois = Heatmaps().tensors()
     scores = torch.tensor([1.0, -1, 1, -1, 1])

@@ -133,11 +133,11 @@ class Stock(nn.Module):
         return self.ops.nms(boxes, scores, 0.1), self.ops.boxes.batched_nms(boxes, scores, classes, 0.1)
 
 
-def test_stock_functions(torchvision):
+def test_stock_functions(torchvision_python):
     accelerate_torchvision()
     boxes, scores, classes = Boxes(90).tensors()
     compiled = compile_and_run(
-        lambda *call: (torch.ops.torchvision.nms(*call[:2], 0.1), *Stock(torchvision.ops)(*call)),
+        lambda *call: (torch.ops.torchvision.nms(*call[:2], 0.1), *Stock(torchvision_python.ops)(*call)),
         boxes,
         scores,
         classes,
@@ -148,11 +148,13 @@ def test_stock_functions(torchvision):
 
 
 @pytest.mark.parametrize("count", [0, 1, 90])
-def test_stock_functions_export_for_any_number_of_boxes_kept(torchvision, count):
+def test_stock_functions_export_for_any_number_of_boxes_kept(torchvision_python, count):
     """torchvision's own say that at least two are."""
     accelerate_torchvision()
     many = {0: Dim.DYNAMIC}
-    exported = torch.export.export(Stock(torchvision.ops), Boxes(17).tensors(), dynamic_shapes=(many, many, many))
+    exported = torch.export.export(
+        Stock(torchvision_python.ops), Boxes(17).tensors(), dynamic_shapes=(many, many, many)
+    )
     boxes, scores, classes = Boxes(count, "same").tensors()
     plain, batched = exported.module()(boxes, scores, classes)
     assert plain.tolist() == nms_oracle(boxes, scores, 0.1) and len(plain) == min(count, 1)

@@ -18,10 +18,9 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(scope="module")
-def original(torchvision):
-    """torchvision's function, also where another takes its place in compiled code."""
-    function = torchvision.models.detection.roi_heads.heatmaps_to_keypoints
-    return getattr(function, "__original_fn", function)
+def original(torchvision_python):
+    """torchvision's function; in eager mode it is what it was, also where another takes its place in compiled code."""
+    return torchvision_python.models.detection.roi_heads.heatmaps_to_keypoints
 
 
 @pytest.mark.parametrize("call", CALLS, ids=str)

@@ -474,12 +474,12 @@ replacement = TORCHVISION_PYTHON["ops.poolers.MultiScaleRoIAlign.forward"]
 
 
 @pytest.fixture
-def stock(torchvision):
+def stock(torchvision_python):
     """Makes modules of torchvision, whose forward is its own in eager mode."""
 
     def make(names: str, case: Any, ratio: int = 2) -> nn.Module:
         scale, level = case.canonical_scale, case.canonical_level
-        return torchvision.ops.MultiScaleRoIAlign(
+        return torchvision_python.ops.MultiScaleRoIAlign(
             list(names), case.bins, ratio, canonical_scale=scale, canonical_level=level
         )
 
@@ -488,9 +488,9 @@ def stock(torchvision):
 
 @pytest.mark.parametrize("maps", [(0,), (0, 1, 2), (0, 2)], ids=str)
 @pytest.mark.parametrize("images", [[(50, 70)], [(30, 70), (50, 20)], [(57, 70)], [(40, 61)]], ids=str)
-def test_scales_of_torchvisions_module(torchvision, images, maps):
+def test_scales_of_torchvisions_module(torchvision_python, images, maps):
     features = [pyramid("plain").features[i] for i in maps]
-    assert _infer_scales(features, images) == torchvision.ops.poolers._setup_scales(features, images, 32, 3)[0]
+    assert _infer_scales(features, images) == torchvision_python.ops.poolers._setup_scales(features, images, 32, 3)[0]
 
 
 @pytest.mark.parametrize("name", OF_TORCHVISION)

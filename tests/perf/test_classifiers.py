@@ -13,7 +13,7 @@ from torch._inductor import config
 
 PROBLEM = Problem("mobilenet_v3_small", 2, 64)
 
-pytestmark = pytest.mark.usefixtures("torchvision")
+pytestmark = pytest.mark.usefixtures("torchvision_python")
 
 
 @pytest.fixture
