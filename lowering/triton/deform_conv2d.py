@@ -36,7 +36,6 @@ from .kernels import (
     product_blocks,
     refuse_if_deterministic,
     strides,
-    wide,
 )
 
 # Arguments of kernels have no types in Python.
@@ -44,7 +43,7 @@ from .kernels import (
 
 
 @kernel
-def sampling_point(offset, at, channel_stride, tap, pixel, size, geometry, DOUBLE: tl.constexpr):
+def sampling_point(offset, at, channel_stride, tap, pixel, size, geometry, DOUBLE: tl.constexpr, WIDE: tl.constexpr):
     """Where a tap samples for each pixel of a block.
 
     Returns:
@@ -55,8 +54,9 @@ def sampling_point(offset, at, channel_stride, tap, pixel, size, geometry, DOUBL
     height, width = size
     kernel_width, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x = geometry
     dtype = tl.float64 if DOUBLE else tl.float32
-    offset_y = tl.load(offset + at + 2 * tap * channel_stride, mask=exists, other=0.0).to(dtype)
-    offset_x = tl.load(offset + at + (2 * tap + 1) * channel_stride, mask=exists, other=0.0).to(dtype)
+    at += positions(2 * tap, WIDE) * channel_stride
+    offset_y = tl.load(offset + at, mask=exists, other=0.0).to(dtype)
+    offset_x = tl.load(offset + at + channel_stride, mask=exists, other=0.0).to(dtype)
     y = offset_y + (row * stride_y + ((tap // kernel_width) * dilation_y - padding_y)).to(dtype)
     x = offset_x + (column * stride_x + ((tap % kernel_width) * dilation_x - padding_x)).to(dtype)
     # NaN fails the tests, and the tests come before the conversion to an integer.
@@ -185,21 +185,22 @@ def convolve(
     for segment in range(part * part_channels, (part + 1) * part_channels, SEGMENT):
         offset_group = segment // OFFSET_GROUP_CHANNELS
         for tap in range(K):
-            point_at = offset_at + offset_group * 2 * K * offset_channel
-            point = sampling_point(offset, point_at, offset_channel, tap, pixel, size, geometry, DOUBLE)
-            scale_at = mask_at + (offset_group * K + tap) * mask_channel
+            point_at = offset_at + positions(offset_group * 2 * K, WIDE) * offset_channel
+            point = sampling_point(offset, point_at, offset_channel, tap, pixel, size, geometry, DOUBLE, WIDE)
+            scale_at = mask_at + positions(offset_group * K + tap, WIDE) * mask_channel
             scale = mask_of(mask, scale_at, exists, MASK, DOUBLE, BLOCK_PIXELS)
             if DEPTHWISE:
                 channel = (positions(output // GROUP_OUTPUTS, WIDE) * input_channel, output_exists)
                 samples = samples_of(image_input, point, channel, size, map_strides, DOUBLE, WIDE) * scale[:, None]
-                filters = tl.load(weight + tap * OUTPUTS + output, mask=output_exists, other=0.0).to(dtype)
+                filters_at = positions(tap, WIDE) * OUTPUTS + output
+                filters = tl.load(weight + filters_at, mask=output_exists, other=0.0).to(dtype)
                 total += samples * filters[None, :]
             else:
                 for begin in range(segment, segment + SEGMENT, BLOCK_CHANNELS):
                     of_block = begin + tl.arange(0, BLOCK_CHANNELS)
                     channel = (positions(of_block, WIDE) * input_channel, of_block < segment + SEGMENT)
                     samples = samples_of(image_input, point, channel, size, map_strides, DOUBLE, WIDE) * scale[:, None]
-                    filters_at = (tap * GROUP_CHANNELS + of_block - part * GROUP_CHANNELS) * OUTPUTS
+                    filters_at = positions(tap * GROUP_CHANNELS + of_block - part * GROUP_CHANNELS, WIDE) * OUTPUTS
                     there = (of_block < segment + SEGMENT)[:, None] & output_exists[None, :]
                     filters = tl.load(weight + filters_at[:, None] + output[None, :], mask=there, other=0.0)
                     samples = samples.to(filters.dtype)
@@ -277,14 +278,14 @@ def spread(
     offset_group = tl.program_id(1) // K
     tap = tl.program_id(1) % K
     offset_at = image * offset_image + positions(row, WIDE) * offset_row + positions(column, WIDE) * offset_column
-    offset_at += offset_group * 2 * K * offset_channel
+    offset_at += positions(offset_group * 2 * K, WIDE) * offset_channel
     mask_at = image * mask_image + positions(row, WIDE) * mask_row + positions(column, WIDE) * mask_column
-    mask_at += (offset_group * K + tap) * mask_channel
+    mask_at += positions(offset_group * K + tap, WIDE) * mask_channel
     grad_at = image * grad_image + positions(row, WIDE) * grad_row + positions(column, WIDE) * grad_column
     image_input = (input + image * input_image)[:, None]
 
     pixel = (exists, row, column)
-    point = sampling_point(offset, offset_at, offset_channel, tap, pixel, size, geometry, DOUBLE)
+    point = sampling_point(offset, offset_at, offset_channel, tap, pixel, size, geometry, DOUBLE, WIDE)
     inside, _, _, _, below, beside = point
     scale = mask_of(mask, mask_at, exists, MASK, DOUBLE, BLOCK_PIXELS)
     at00, exists00, weight00 = corner(point, 0, 0, size, map_strides, WIDE)
@@ -307,10 +308,11 @@ def spread(
                     output = channel * GROUP_OUTPUTS + i
                     output_at = positions(output, WIDE) * grad_channel
                     block = load_block(grad, grad_at, output_at, exists, channel_exists, DOUBLE)
-                    filters = tl.load(weight + tap * OUTPUTS + output, mask=channel_exists, other=0.0).to(dtype)
+                    filters_at = positions(tap, WIDE) * OUTPUTS + output
+                    filters = tl.load(weight + filters_at, mask=channel_exists, other=0.0).to(dtype)
                     of_samples += block * filters[None, :]
             else:
-                filters_at = (tap * GROUP_CHANNELS + channel - group * GROUP_CHANNELS) * OUTPUTS
+                filters_at = positions(tap * GROUP_CHANNELS + channel - group * GROUP_CHANNELS, WIDE) * OUTPUTS
                 for i in range(0, GROUP_OUTPUTS, BLOCK_OUTPUTS):
                     in_group = i + tl.arange(0, BLOCK_OUTPUTS)
                     output = group * GROUP_OUTPUTS + in_group
@@ -348,7 +350,7 @@ def spread(
                     value += weight10[:, None] * v10 + weight11[:, None] * v11
                     sum_mask += tl.sum(of_samples * tl.where(inside[:, None], value, 0.0), 1)
     if OFFSET:
-        to = grad_offset + offset_at + 2 * tap * offset_channel
+        to = grad_offset + offset_at + positions(2 * tap, WIDE) * offset_channel
         tl.store(to, sum_y.to(grad_offset.dtype.element_ty), mask=exists)
         tl.store(to + offset_channel, sum_x.to(grad_offset.dtype.element_ty), mask=exists)
         if MASK:
@@ -433,11 +435,11 @@ def correlate(
     for first in range(part_begin, tl.minimum(part_begin + part_pixels, pixels), BLOCK_PIXELS):
         exists, image, row, column = block_of_pixels(first, BLOCK_PIXELS, pixels, out_pixels, out_width)
         offset_at = image * offset_image + positions(row, WIDE) * offset_row + positions(column, WIDE) * offset_column
-        offset_at += offset_group * 2 * K * offset_channel
+        offset_at += positions(offset_group * 2 * K, WIDE) * offset_channel
         pixel = (exists, row, column)
-        point = sampling_point(offset, offset_at, offset_channel, tap, pixel, size, geometry, DOUBLE)
+        point = sampling_point(offset, offset_at, offset_channel, tap, pixel, size, geometry, DOUBLE, WIDE)
         mask_at = image * mask_image + positions(row, WIDE) * mask_row + positions(column, WIDE) * mask_column
-        mask_at += (offset_group * K + tap) * mask_channel
+        mask_at += positions(offset_group * K + tap, WIDE) * mask_channel
         scale = mask_of(mask, mask_at, exists, MASK, DOUBLE, BLOCK_PIXELS)
         grad_at = image * grad_image + positions(row, WIDE) * grad_row + positions(column, WIDE) * grad_column
         image_input = (input + image * input_image)[:, None]
@@ -452,11 +454,11 @@ def correlate(
             samples = samples_of(image_input, point, channel, size, map_strides, DOUBLE, WIDE) * scale[:, None]
             samples = tl.trans(samples.to(of_outputs.dtype))
             total = tl.dot(samples, of_outputs, total, input_precision=PRECISION, out_dtype=dtype)
-    to = out + (part * K + tap) * GROUP_CHANNELS * OUTPUTS
+    to = out + positions(part * K + tap, WIDE) * GROUP_CHANNELS * OUTPUTS
     if DEPTHWISE:
         tl.store(to + output, tl.sum(total, 0), mask=output_exists)
     else:
-        filters_at = (of_block - group * GROUP_CHANNELS)[:, None] * OUTPUTS + output[None, :]
+        filters_at = (positions(of_block - group * GROUP_CHANNELS, WIDE) * OUTPUTS)[:, None] + output[None, :]
         tl.store(to + filters_at, total, mask=channel_exists[:, None] & output_exists[None, :])
 
 
@@ -534,7 +536,6 @@ def _forward(*args: Any) -> Tensor:
         weight=filters,
         bias=filters if arguments.bias is None else arguments.bias.contiguous(),
         BIAS=arguments.bias is not None,
-        WIDE=wide(call.input, call.offset, out),
     )
     return out
 
@@ -547,7 +548,7 @@ def _backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     call = _Call(arguments)
     grad = dense(grad)
     dtype = accumulate_dtype(call.input.dtype)
-    shared = {**call.arguments, "grad": grad, **strides(grad=grad), "WIDE": wide(call.input, call.offset, grad)}
+    shared = {**call.arguments, "grad": grad, **strides(grad=grad)}
     results: list[Tensor | None] = [None] * 5
     of_points = wanted[1] or wanted[4]
     if wanted[0] or of_points:

@@ -30,7 +30,6 @@ from .kernels import (
     positions,
     product_blocks,
     strides,
-    wide,
 )
 
 # Arguments of kernels have no types in Python.
@@ -140,11 +139,13 @@ def convolve(
             there = exists & (y >= 0) & (y < height) & (x >= 0) & (x < width)
             at = positions(y, WIDE) * input_row + positions(x, WIDE) * input_column
             block = load_block(image_input, at, channel_at, there, channel_exists, DOUBLE)
-            filters = tl.load(depthwise_weight + tap * HIDDEN + channel, mask=channel_exists, other=0.0)
+            filters_at = positions(tap, WIDE) * HIDDEN + channel
+            filters = tl.load(depthwise_weight + filters_at, mask=channel_exists, other=0.0)
             hidden += block * filters[None, :]
         hidden = activated(hidden, ACTIVATION, FIRST, SECOND)
         mask = channel_exists[:, None] & output_exists[None, :]
-        filters = tl.load(pointwise_weight + channel[:, None] * OUTPUTS + output[None, :], mask=mask, other=0.0)
+        filters_at = (positions(channel, WIDE) * OUTPUTS)[:, None] + output[None, :]
+        filters = tl.load(pointwise_weight + filters_at, mask=mask, other=0.0)
         hidden = tl.where(channel_exists[None, :], hidden, 0.0).to(filters.dtype)
         total = tl.dot(hidden, filters, total, input_precision=PRECISION, out_dtype=dtype)
     if POINTWISE_BIAS:
@@ -192,7 +193,6 @@ def _forward(*args: Any) -> Tensor:
         POINTWISE_BIAS=call.pointwise_bias is not None,
         DOUBLE=dtype == torch.float64,
         PRECISION=dot_precision(input),
-        WIDE=wide(input, out),
         **blocks,
     )
     return out

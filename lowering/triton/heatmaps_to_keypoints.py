@@ -10,7 +10,7 @@ from ...ops import heatmaps_to_keypoints
 from ...ops.registry import accumulate_dtype
 from ..registry import TritonProgram, triton_program_for
 from .boxes import first_best, first_best_of_all
-from .kernels import dense, kernel, launch, positions, wide
+from .kernels import dense, kernel, launch, positions
 
 # Arguments of kernels have no types in Python.
 # mypy: disable-error-code="no-untyped-def"
@@ -29,13 +29,15 @@ def cubic_weights(t):
 
 
 @kernel
-def resized_row(row, column, first, second, third, fourth, length, stride, exists, dtype: tl.constexpr):
+def resized_row(
+    row, column, first, second, third, fourth, length, stride, exists, dtype: tl.constexpr, WIDE: tl.constexpr
+):
     """A row of the map at the columns of the resized one. It has the column before each point, and four weights."""
     last = length - 1
-    before = tl.maximum(tl.minimum(column - 1, last), 0) * stride
-    left = tl.maximum(tl.minimum(column, last), 0) * stride
-    right = tl.maximum(tl.minimum(column + 1, last), 0) * stride
-    after = tl.maximum(tl.minimum(column + 2, last), 0) * stride
+    before = positions(tl.maximum(tl.minimum(column - 1, last), 0), WIDE) * stride
+    left = positions(tl.maximum(tl.minimum(column, last), 0), WIDE) * stride
+    right = positions(tl.maximum(tl.minimum(column + 1, last), 0), WIDE) * stride
+    after = positions(tl.maximum(tl.minimum(column + 2, last), 0), WIDE) * stride
     total = first * tl.load(row + before, mask=exists, other=0.0).to(dtype)
     total += second * tl.load(row + left, mask=exists, other=0.0).to(dtype)
     total += third * tl.load(row + right, mask=exists, other=0.0).to(dtype)
@@ -60,10 +62,10 @@ def find_peak(
     BLOCK: tl.constexpr,
 ):
     """The first maximum of a resized map. A program has one map, and takes a block of columns at a time."""
-    box = tl.program_id(0)
+    box = positions(tl.program_id(0), WIDE)
     keypoint = tl.program_id(1)
     dtype = value.dtype.element_ty
-    map = maps + positions(box, WIDE) * map_box + positions(keypoint, WIDE) * map_keypoint
+    map = maps + box * map_box + positions(keypoint, WIDE) * map_keypoint
     columns = tl.load(sizes + box * 2)
     rows = tl.load(sizes + box * 2 + 1)
     one = tl.full([BLOCK], 1, dtype)
@@ -88,10 +90,10 @@ def find_peak(
             left = tl.floor(real_x)
             column = left.to(tl.int32)
             w0, w1, w2, w3 = cubic_weights(real_x - left)
-            total = first * resized_row(row0, column, w0, w1, w2, w3, width, map_column, exists, dtype)
-            total += second * resized_row(row1, column, w0, w1, w2, w3, width, map_column, exists, dtype)
-            total += third * resized_row(row2, column, w0, w1, w2, w3, width, map_column, exists, dtype)
-            total += fourth * resized_row(row3, column, w0, w1, w2, w3, width, map_column, exists, dtype)
+            total = first * resized_row(row0, column, w0, w1, w2, w3, width, map_column, exists, dtype, WIDE)
+            total += second * resized_row(row1, column, w0, w1, w2, w3, width, map_column, exists, dtype, WIDE)
+            total += third * resized_row(row2, column, w0, w1, w2, w3, width, map_column, exists, dtype, WIDE)
+            total += fourth * resized_row(row3, column, w0, w1, w2, w3, width, map_column, exists, dtype, WIDE)
             at = tl.where(exists, y * columns + x, -1)
             best, best_place = first_best(total, at, best, best_place)
     peak = first_best_of_all(best, best_place)
@@ -124,7 +126,6 @@ def _heatmaps_to_keypoints(maps: Tensor, rois: Tensor) -> Tensor:
         height=height,
         width=width,
         **dict(zip(names, maps.stride())),
-        WIDE=wide(maps),
         BLOCK=128,
     )
     columns = sizes[:, :1].clamp(min=1)

@@ -1,8 +1,9 @@
 """How kernels are written and become part of a graph.
 
 Kernels are functions in Triton's language under :data:`kernel`. Names of their arguments in capitals are constants of
-their compilation. Where a tensor lies in memory they are told by its strides, and whether a position in it may need 64
-bits by ``WIDE``, see :func:`wide`.
+their compilation. Where a tensor lies in memory they are told by its strides, and whether a position in any of their
+tensors may need 64 bits by ``WIDE``. What is multiplied by a stride, or by the length of a row, goes through
+:func:`positions` before.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def launch(function: JITFunction, grid: Grid, outputs: dict[str, Tensor], **argu
     Args:
         grid: how many programs there are, along up to three axes.
         outputs: what the kernel writes, by the names of its arguments; fresh memory, or what it is to add to.
-        arguments: its others, without ``GPU``, which a kernel that has it gets from here. Tensors must be
-            :func:`dense`: what Inductor passes has their order, not their strides.
+        arguments: its others, without ``GPU`` and ``WIDE``, which a kernel that has them gets from here. Tensors must
+            be :func:`dense`: what Inductor passes has their order, not their strides.
 
     Returns:
         The outputs as they are afterwards.
@@ -43,6 +44,9 @@ def launch(function: JITFunction, grid: Grid, outputs: dict[str, Tensor], **argu
     constants = {name: value for name, value in arguments.items() if name.isupper()}
     if "GPU" in function.arg_names:
         constants["GPU"] = on_gpu(next(iter(outputs.values())))
+    if "WIDE" in function.arg_names:
+        everything = (*arguments.values(), *outputs.values())
+        constants["WIDE"] = _wide([value for value in everything if isinstance(value, Tensor)])
     values = {name: value for name, value in arguments.items() if name not in constants}
     results = triton_kernel_wrapper_functional(
         kernel_idx=kernel_side_table.add_kernel(function),
@@ -60,7 +64,7 @@ def dense(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=suggest_memory_format(tensor))
 
 
-def wide(*tensors: Tensor) -> bool:
+def _wide(tensors: Sequence[Tensor]) -> bool:
     """Whether positions in one of them may not fit in 32 bits; sizes that are not known may be of any magnitude.
 
     Some are left for positions behind the end, in the last block, that are computed and not used.
@@ -112,7 +116,7 @@ def filters_of(weight: Tensor) -> Tensor:
 @kernel
 def positions(numbers, WIDE: tl.constexpr):
     """Numbers from which positions in memory are computed, in as many bits as these may need."""
-    return numbers.to(tl.int64) if WIDE else numbers
+    return tl.cast(numbers, tl.int64) if WIDE else numbers
 
 
 @kernel
@@ -135,8 +139,8 @@ def block_of_pixels(first, BLOCK: tl.constexpr, pixels, image_pixels, width):
     pixel = first + tl.arange(0, BLOCK)
     exists = pixel < pixels
     pixel = tl.where(exists, pixel, 0)
-    place = (pixel % image_pixels).to(tl.int32)
-    return exists, pixel // image_pixels, place // width, place % width
+    place = pixel % image_pixels
+    return exists, pixel // image_pixels, (place // width).to(tl.int32), (place % width).to(tl.int32)
 
 
 @kernel

@@ -28,7 +28,6 @@ from .kernels import (
     positions,
     product_blocks,
     strides,
-    wide,
 )
 
 # Arguments of kernels have no types in Python.
@@ -114,9 +113,9 @@ def convolve(
             channel = begin + tl.arange(0, BLOCK_CHANNELS)
             channel_exists = channel < GROUP_CHANNELS
             channel_at = positions(group * GROUP_CHANNELS + channel, WIDE) * input_channel
-            filters_at = weight + ((tap * GROUP_CHANNELS + channel) * OUTPUTS)[:, None] + output[None, :]
+            filters_at = (positions(tap * GROUP_CHANNELS + channel, WIDE) * OUTPUTS)[:, None] + output[None, :]
             mask = channel_exists[:, None] & output_exists[None, :]
-            filters = tl.load(filters_at, mask=mask, other=0.0)
+            filters = tl.load(weight + filters_at, mask=mask, other=0.0)
             mask = there[:, None] & channel_exists[None, :]
             block = tl.load(patch_input + at[:, None] + channel_at[None, :], mask=mask, other=0.0)
             total = tl.dot(block, filters, total, input_precision=PRECISION, out_dtype=dtype)
@@ -202,8 +201,8 @@ def correlate(
         mask = exists[:, None] & output_exists[None, :]
         gradients = tl.load(grad + grad_at[:, None] + output_at, mask=mask, other=0.0)
         total = tl.dot(tl.trans(inputs), gradients, total, input_precision=PRECISION, out_dtype=dtype)
-    to = out + ((part * K + tap) * GROUP_CHANNELS + channel)[:, None] * OUTPUTS + output[None, :]
-    tl.store(to, total, mask=channel_exists[:, None] & output_exists[None, :])
+    out_at = (positions(part * K + tap, WIDE) * GROUP_CHANNELS + channel) * OUTPUTS
+    tl.store(out + out_at[:, None] + output[None, :], total, mask=channel_exists[:, None] & output_exists[None, :])
 
 
 def _shared(arguments: Arguments, channels: int, outputs: int) -> dict[str, Any]:
@@ -241,7 +240,6 @@ def _convolved(
         **strides(input=source, out=out),
         BIAS=bias is not None,
         BACK=back,
-        WIDE=wide(source, out),
     )
     return out
 
@@ -306,7 +304,6 @@ def _correlated(grad: Tensor, input: Tensor, shared: dict[str, Any], groups: int
         height=input.shape[3],
         width=input.shape[4],
         **strides(grad=grad, input=input),
-        WIDE=wide(input, grad),
     )
     return out.sum(0).permute(2, 1, 0)
 

@@ -30,7 +30,6 @@ from .kernels import (
     power_of_two,
     quotient,
     refuse_if_deterministic,
-    wide,
 )
 
 # Arguments of kernels have no types in Python.
@@ -122,7 +121,8 @@ def sample_bins(
 
     from_channel = positions(channel_in_map(channel, row, column, PH, PW, POSITION_SENSITIVE), WIDE)
     base = positions(tl.load(image + region).to(tl.int32), WIDE) * map_image + from_channel * map_channel
-    of_bin = region * bins_region + positions(channel, WIDE) * bins_channel + row * bins_row + column * bins_column
+    of_bin = region * bins_region + positions(channel, WIDE) * bins_channel
+    of_bin += positions(row, WIDE) * bins_row + positions(column, WIDE) * bins_column
     total = tl.zeros([C, N], count.dtype)
     share = total
     if SPREAD:
@@ -188,7 +188,8 @@ def pool_bins(
 
     from_channel = positions(channel_in_map(channel, row, column, PH, PW, POSITION_SENSITIVE), WIDE)
     base = positions(tl.load(image + region).to(tl.int32), WIDE) * map_image + from_channel * map_channel
-    of_bin = region * bins_region + positions(channel, WIDE) * bins_channel + row * bins_row + column * bins_column
+    of_bin = region * bins_region + positions(channel, WIDE) * bins_channel
+    of_bin += positions(row, WIDE) * bins_row + positions(column, WIDE) * bins_column
     dtype = area.dtype.element_ty
     total = tl.zeros([C, N], dtype)
     share = total
@@ -332,7 +333,6 @@ class TritonPixels(Pixels):
             image=self.image.flatten(),
             channels=channels,
             POSITION_SENSITIVE=self.position_sensitive,
-            WIDE=wide(map, bins),
             PH=self.bins[0],
             PW=self.bins[1],
             N=block_bins,

@@ -10,7 +10,7 @@ from ...ops import soft_nms
 from ...ops.registry import accumulate_dtype
 from ..registry import TritonProgram, triton_program_for
 from .boxes import first_best, first_best_of_all
-from .kernels import kernel, launch, quotient, wait_for_stores
+from .kernels import kernel, launch, positions, quotient, wait_for_stores
 
 # Arguments of kernels have no types in Python.
 # mypy: disable-error-code="no-untyped-def"
@@ -44,6 +44,7 @@ def take(
     number,
     CLASSES: tl.constexpr,
     GAUSSIAN: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
     GPU: tl.constexpr,
 ):
@@ -57,7 +58,7 @@ def take(
     last = -1
     any_left = number
     while any_left > 0:
-        box = boxes + tl.maximum(last, 0) * 4
+        box = boxes + positions(tl.maximum(last, 0), WIDE) * 4
         last_left, last_top = tl.load(box), tl.load(box + 1)
         last_right, last_bottom = tl.load(box + 2), tl.load(box + 3)
         best = tl.full([BLOCK], -float("inf"), dtype)
@@ -68,7 +69,7 @@ def take(
             available = (tl.load(left + place, mask=exists, other=0) != 0) & (place != last)
             score = tl.load(current + place, mask=exists, other=0.0)
             if last >= 0:
-                at = boxes + place * 4
+                at = boxes + positions(place, WIDE) * 4
                 x1, y1 = tl.load(at, mask=exists, other=0.0), tl.load(at + 1, mask=exists, other=0.0)
                 x2, y2 = tl.load(at + 2, mask=exists, other=0.0), tl.load(at + 3, mask=exists, other=0.0)
                 iou = overlap(last_left, last_top, last_right, last_bottom, x1, y1, x2, y2)

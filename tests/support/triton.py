@@ -176,7 +176,7 @@ class _Launcher:
 
         stream_and_hooks = 6
         values = dict(zip(self.function.arg_names, args[stream_and_hooks:]))
-        with _interpreting(_Memory(values.values())):
+        with interpreting(_Memory(values.values())):
             InterpretedFunction(self.function.fn)[x, y, z](**{**values, **self.constants})
 
 
@@ -216,7 +216,7 @@ class _Memory:
 
 
 @contextlib.contextmanager
-def _interpreting(memory: _Memory) -> Iterator[None]:
+def interpreting(memory: Any) -> Iterator[None]:
     """Kernels may call other functions of Triton, and those of libdevice, and multiply in bfloat16."""
     import triton.language as tl
     from triton.language.extra import libdevice
