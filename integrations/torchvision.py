@@ -137,9 +137,8 @@ def _define_operators() -> None:
         if name not in _HAVE_FAKE_KERNELS:
             torch.library.register_fake(f"torchvision::{name}", function, lib=library)
     _stand_ins = library
-    import torchvision.extension
-
-    torchvision.extension._has_ops = lambda: True  # its wrappers assert on it
+    # Its wrappers ask for it, and where it is not so roi_align is a Python function of other values.
+    _exchange("extension._has_ops", lambda: True, _always)
     logger.info("torchvision's compiled library does not load; its operators are defined by inductor_vision")
 
 

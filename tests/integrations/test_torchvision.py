@@ -107,12 +107,13 @@ def test_an_operator_that_is_gone_is_left_alone(stock, monkeypatch, caplog):
         ("ops.boxes.gone", "a function", "module 'torchvision.ops.boxes' has no attribute 'gone'"),
         ("gone.box_area", "a function", "module 'torchvision' has no attribute 'gone'"),
         ("models.detection._utils.Matcher.set_low_quality_matches_", "['format']", "['matches', 'all_matches', "),
+        ("ops.boxes._batched_nms_vanilla", "a function that is not decorated", "<function _batched_nms_vanilla at"),
     ],
 )
 def test_a_function_with_other_parameters_is_left_alone(stock, caplog, function, expected, found):
-    original = stock.ops.boxes.box_area
-    integration._replace_in_compiled_code(function, lambda boxes, format: boxes)
-    assert stock.ops.boxes.box_area is original
+    original = stock.ops.boxes.box_area.__code__
+    integration._exchange(function, lambda boxes, format: boxes, integration._always)
+    assert stock.ops.boxes.box_area.__code__ is original
     assert_warned(caplog, f"{function} is left as it is: expected {expected}, got {found}")
 
 
@@ -455,6 +456,9 @@ from inductor_vision.tests.support.compare import assert_close
 
 torchvision.models.resnet18()
 assert torchvision.ops.nms(torch.ones(1, 4), torch.zeros(1), 0.5).tolist() == [0]
+# Its Python function for where there is no operator has other values for boxes that leave the image.
+leaving = torch.rand(1, 2, 9, 9), torch.tensor([[0.0, -5, -5, 14, 14]]), 2, 1.0, 2
+assert torch.equal(torchvision.ops.roi_align(*leaving), inductor_vision.roi_align(*leaving))
 try:
     torch.ops.torchvision.qnms(torch.zeros(1, 4), torch.zeros(1), 0.5)
 except NotImplementedError as error:
