@@ -44,7 +44,7 @@ test: $(READY) ## run the tests; ARGS="-m 'not slow'" for the quick ones, "-n 0 
 
 # What depends on private parts of torch, and templates of each kind: quick enough to run with every release of it.
 COMPAT := tests/test_import.py tests/test_explain.py tests/test_export.py tests/integrations/test_torchvision.py \
-	$(addprefix tests/lowering/test_,registry.py caches.py checks.py tuning.py template.py convolution.py sizes.py \
+	$(addprefix tests/lowering/test_,registry.py caches.py checks.py tuning.py template.py data_dependent_sizes.py sizes.py \
 	constants.py nms.py regions.py deform_conv2d.py depthwise_separable_pass.py)
 
 compat: $(READY) ## a cross-section of the tests, for another torch: see docs/architecture.md

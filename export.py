@@ -67,7 +67,8 @@ def export_detector(
             stock pooler the scales of its maps.
         path: of the file to write, which ends with ".pt2".
         any_size: whether images may be of any height and width, neither more than ten times the other, or must have
-            those of ``example_image``, which compiles faster. A side has 2 to 65536 pixels.
+            those of ``example_image``, which compiles faster. A side has 2 to 65536 pixels. Not every model allows it:
+            one whose ``max_size`` is so small that a feature map may become a single pixel does not.
         labels: what the classes are called, for the package's metadata, under "labels" and separated by commas.
 
     Returns:

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from ..ops.registry import NAMESPACE, OPS, TORCHVISION, VisionOp
 from ..paths import logger, record_path
 from ..version import tested_torch
-from . import assertions, convolution
+from . import assertions, data_dependent_sizes
 from .caches import TAG, backend_passes, tag_caches
 from .hook import INDUCTOR_LOWERING
 
@@ -306,7 +306,7 @@ def _register_operators() -> None:
     for op in OPS.values():
         decompositions[op.overload] = _decompose_or_keep(op)
         register_lowering(op.overload, type_promotion_kind=None)(_lower(op))
-    convolution.install()
+    data_dependent_sizes.install()
     assertions.install()
     _ = config.cpu_backend  # read in every compilation: let it be missed now
     tag_caches()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from inductor_vision import accelerate_torchvision
+from inductor_vision.export import OneImage
 from inductor_vision.ops.torchvision_detection import (
     batch_images,
     decode,
@@ -13,7 +14,14 @@ from inductor_vision.ops.torchvision_detection import (
     ssd_detections,
 )
 from inductor_vision.tests.support.compiled import compile_and_run
-from inductor_vision.tests.support.detectors import agreement, assert_same_detections, small_detector
+from inductor_vision.tests.support.detectors import (
+    HAND_MADE,
+    agreement,
+    assert_same_detections,
+    hand_made_detector,
+    small_detector,
+    stock_detector,
+)
 from torch import Tensor
 
 # What each image takes, beside the pooling of regions.
@@ -57,6 +65,47 @@ def test_is_one_graph(kind):
     for ours, theirs in zip(results, stock):
         assert len(theirs["boxes"]) > 4
         assert_same_detections(ours, theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HAND_MADE)
+def test_hand_made(name):
+    """Two images at once, traced as for Inductor; their operators run as they do eagerly."""
+    detector, two = hand_made_detector(name), images((90, 120), (70, 64))
+    with torch.no_grad():
+        stock = detector(two)
+        compiled = torch.compile(detector, fullgraph=True, backend="aot_eager")(two)
+    assert sum(len(detections["boxes"]) for detections in stock) > 4
+    for ours, theirs in zip(compiled, stock):
+        assert_same_detections(ours, theirs)
+
+
+# Of torchvision's twelve models those whose layers no small detector here has; tests/stock_detectors.py has all.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["maskrcnn_resnet50_fpn_v2", "retinanet_resnet50_fpn_v2", "ssdlite320_mobilenet_v3_large"]
+)
+def test_stock_model_is_one_program(name):
+    detector, image = stock_detector(name)
+    with torch.no_grad():
+        ours = torch.export.export(OneImage(detector), (image,)).module()(image)
+        (stock,) = detector([image])
+    assert len(stock["boxes"]) > 4
+    assert_same_detections(ours, stock)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unoptimized")
+def test_hand_made_with_batch_norms_in_its_heads():
+    """With Inductor, and with nothing that is detected."""
+    detector, one = hand_made_detector("batch norm"), images((90, 120))
+    with torch.no_grad():
+        compiled = compile_and_run(detector, one)
+        (nothing,) = compiled.function([torch.full_like(one[0], float("nan"))])
+        (stock,) = detector(one)
+    assert set(compiled.kinds) == {"template"} and len(stock["boxes"]) > 4
+    assert_same_detections(compiled.result[0], stock)
+    assert len(nothing["boxes"]) == len(nothing["masks"]) == 0
 
 
 @pytest.mark.slow

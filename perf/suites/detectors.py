@@ -42,10 +42,10 @@ _MEAN_AND_DEVIATION = {
     r"roi_heads\.mask_predictor\.mask_fcn_logits": (0.0, 2.0),
     r"roi_heads\.keypoint_predictor\.kps_score_lowres": (0.0, 2.0),
     r"head\.classification_head\.cls_logits": (-8.0, 1.0),
-    r"head\.classification_head\.module_list\.\d": (0.0, 1.5),
+    r"head\.classification_head\.module_list\.\d(\.1)?": (0.0, 1.5),
     r"FCOS\.head\.regression_head\.bbox_reg": (3.0, 1.0),
     r"RetinaNet\.head\.regression_head\.bbox_reg": (0.0, 0.3),
-    r"head\.regression_head\.module_list\.\d": (0.0, 1.0),
+    r"head\.regression_head\.module_list\.\d(\.1)?": (0.0, 1.0),
     r"head\.regression_head\.bbox_ctrness": (0.0, 1.0),
 }
 
@@ -116,6 +116,8 @@ def _scaling(model: nn.Module) -> Iterator[None]:
 
     handles = []
     for name, layer in model.named_modules():
+        if not isinstance(layer, _MULTIPLYING):
+            continue
         for pattern, (mean, deviation) in _MEAN_AND_DEVIATION.items():
             if re.search(rf"\b{pattern}$", f"{type(model).__name__}.{name}"):
                 hook = functools.partial(scale, mean=mean, deviation=deviation)

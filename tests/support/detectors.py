@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +92,159 @@ def _small_one_shot_detector(kind: str) -> nn.Module:
         if isinstance(layer, nn.Conv2d):
             spread(layer, 8)
     return detector
+
+
+class _RoIPool(nn.Module):
+    """In the place of a pooler of several levels."""
+
+    def forward(self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
+        from torchvision.ops import roi_pool
+
+        return roi_pool(features["0"], boxes, 3, 1 / 8)
+
+
+def _with_roi_pool(detector: nn.Module) -> nn.Module:
+    detector.roi_heads.box_roi_pool = _RoIPool()
+    return detector
+
+
+def _one_level(channels: int) -> nn.Module:
+    backbone = nn.Sequential(nn.Conv2d(3, channels, 8, stride=8), nn.BatchNorm2d(channels), nn.ReLU())
+    backbone.out_channels = channels
+    return backbone
+
+
+def _resnet() -> nn.Module:
+    from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+
+    return resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=nn.BatchNorm2d)
+
+
+def _mobilenet() -> nn.Module:
+    from torchvision.models import mobilenet_v2
+
+    backbone = mobilenet_v2(weights=None).features[:7]  # a stride of 8, as the others
+    backbone.out_channels = 32
+    return backbone
+
+
+def _heads(norm: Callable[[int], nn.Module]) -> dict[str, Any]:
+    """Of a Faster R-CNN and of a Mask R-CNN, with a norm behind each convolution."""
+    from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
+    from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+    from torchvision.ops import MultiScaleRoIAlign
+
+    return {
+        "box_head": FastRCNNConvFCHead((32, 3, 3), [16], [24], norm_layer=norm),
+        "box_predictor": FastRCNNPredictor(24, 4),
+        "mask_roi_pool": MultiScaleRoIAlign(["0", "1"], 4, 2),
+        "mask_head": MaskRCNNHeads(32, (16,), 1, norm_layer=norm),
+        "mask_predictor": MaskRCNNPredictor(16, 8, 4),
+    }
+
+
+def _hand_made(kind: str, backbone: nn.Module, levels: int = 1, **more: Any) -> nn.Module:
+    from torchvision.models import detection
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+    from torchvision.ops import MultiScaleRoIAlign
+
+    defaults: dict[str, Any] = {
+        "num_classes": None if "box_predictor" in more else 4,
+        "min_size": 64,
+        "max_size": 100,
+        "rpn_anchor_generator": AnchorGenerator(((16, 30),) * levels, ((0.5, 1.0),) * levels),
+        "box_roi_pool": MultiScaleRoIAlign([str(level) for level in range(min(levels, 4))], 3, 2),
+        "rpn_pre_nms_top_n_test": 60,
+        "rpn_post_nms_top_n_test": 30,
+        "box_score_thresh": 0.05,
+        "box_detections_per_img": 7,
+    }
+    return getattr(detection, kind)(backbone, **{**defaults, **more})
+
+
+def _identity() -> dict[str, Any]:
+    """A box head of norms and of nothing, and a predictor behind it."""
+    from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+
+    head = nn.Sequential(nn.GroupNorm(4, 16), nn.Identity(), nn.Flatten(), nn.BatchNorm1d(16 * 9), nn.Identity())
+    return {"box_head": head, "box_predictor": FastRCNNPredictor(16 * 9, 4)}
+
+
+# Detectors as people put them together of torchvision's parts and their own, for images of about 100 pixels.
+HAND_MADE: dict[str, Callable[[], nn.Module]] = {
+    "batch norm": lambda: _hand_made("MaskRCNN", Backbone(), 2, **_heads(nn.BatchNorm2d)),
+    "group norm": lambda: _hand_made("MaskRCNN", Backbone(), 2, **_heads(functools.partial(nn.GroupNorm, 4))),
+    "identity": lambda: _hand_made("FasterRCNN", _one_level(16), **_identity()),
+    "roi_pool": lambda: _with_roi_pool(_hand_made("FasterRCNN", Backbone(), 2, min_size=(48, 64))),
+    "resnet18": lambda: _hand_made("FasterRCNN", _resnet(), 5, box_detections_per_img=3),
+    "mobilenet": lambda: _hand_made("FasterRCNN", _mobilenet()),
+}
+
+
+def hand_made_detector(name: str) -> nn.Module:
+    """One of ``HAND_MADE``, in eval mode, with random weights, the same at every call, and scores that differ."""
+    torch.manual_seed(0)
+    detector = HAND_MADE[name]().eval()
+    _count_statistics(detector, torch.rand(3, 90, 120))
+    spread(detector.rpn.head.cls_logits, 200)
+    spread(detector.roi_heads.box_predictor.cls_score, 10)
+    return detector
+
+
+STOCK = (
+    "fasterrcnn_resnet50_fpn",
+    "fasterrcnn_resnet50_fpn_v2",
+    "fasterrcnn_mobilenet_v3_large_fpn",
+    "fasterrcnn_mobilenet_v3_large_320_fpn",
+    "maskrcnn_resnet50_fpn",
+    "maskrcnn_resnet50_fpn_v2",
+    "keypointrcnn_resnet50_fpn",
+    "retinanet_resnet50_fpn",
+    "retinanet_resnet50_fpn_v2",
+    "fcos_resnet50_fpn",
+    "ssd300_vgg16",
+    "ssdlite320_mobilenet_v3_large",
+)
+
+
+def stock_detector(name: str) -> tuple[nn.Module, Tensor]:
+    """A model of torchvision's with random weights, and an image in which it detects something.
+
+    ResNet-50 has one block of each kind instead of 16, and images are made small: what is compiled remains.
+    """
+    from inductor_vision.perf.suites.detectors import Problem
+    from torchvision.models import detection, resnet
+
+    def shallow(*, weights: Any, progress: bool = True, **options: Any) -> nn.Module:
+        return resnet.ResNet(resnet.Bottleneck, [1, 1, 1, 1], **options)
+
+    builder = getattr(detection, name)
+    sizes = {} if name.startswith("ssd") else {"min_size": 128, "max_size": 160}
+    image = Problem(lambda: None, (96, 128)).image
+
+    def make() -> nn.Module:
+        with patch.dict(builder.__wrapped__.__globals__, {"resnet50": shallow}):
+            detector = builder(weights=None, weights_backbone=None, **sizes).eval()
+        _count_statistics(detector, image)
+        return detector
+
+    return Problem(make, (96, 128), (8, 16)).detector.detector, image
+
+
+def _count_statistics(detector: nn.Module, image: Tensor) -> None:
+    """Give batch norms the statistics of what they see, without which random weights would give the same everywhere."""
+
+    def count(norm: Any, inputs: tuple[Tensor]) -> None:
+        (x,) = inputs
+        if x.numel() > x.shape[1]:
+            norm.running_var, norm.running_mean = torch.var_mean(x, [d for d in range(x.dim()) if d != 1])
+
+    norms = [layer for layer in detector.modules() if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d))]
+    handles = [norm.register_forward_pre_hook(count) for norm in norms]
+    with torch.no_grad():
+        detector([image])
+    for handle in handles:
+        handle.remove()
 
 
 def spread(layer: nn.Module, factor: float) -> None:
