@@ -5,7 +5,6 @@ from .export import export_detector as export_detector
 from .integrations.convolutions import fuse_depthwise_separable as fuse_depthwise_separable
 from .integrations.onnx import onnx_translation_table as onnx_translation_table
 from .integrations.torchvision import accelerate_torchvision as accelerate_torchvision
-from .lowering.data_dependent_sizes import install_for_tracing
 from .lowering.hook import install_when_inductor_is_imported
 from .ops.box_iou_rotated import box_iou_rotated as box_iou_rotated
 from .ops.deform_conv2d import DeformConv2d as DeformConv2d, deform_conv2d as deform_conv2d
@@ -27,5 +26,4 @@ from .ops.roi_pool import RoIPool as RoIPool, roi_pool as roi_pool
 from .ops.soft_nms import batched_soft_nms as batched_soft_nms, soft_nms as soft_nms
 from .version import __version__ as __version__
 
-install_for_tracing()
 install_when_inductor_is_imported()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .integrations.torchvision import accelerate_torchvision
+from .lowering.data_dependent_sizes import install_for_tracing
 from .lowering.registry import require_lowerings
 
 _LARGEST_SIDE = 1 << 16  # of an image, in pixels
@@ -91,6 +92,7 @@ def export_detector(
         raise ValueError(f"export_detector: labels must not have commas, got {list(labels)}")
     example_image = example_image.contiguous()
     require_lowerings("export_detector")
+    install_for_tracing()
     if importlib.util.find_spec("torchvision") is not None:  # else the model has nothing to do with it
         accelerate_torchvision()
     from .lowering.checks import inputs_checked

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..lowering import registry as lowering_registry
+from ..lowering.data_dependent_sizes import install_for_tracing
 from ..ops import heatmaps_to_keypoints, torchvision_detection  # noqa: F401  (declare what they replace)
 from ..ops.boxes import check_scored_boxes
 from ..ops.registry import TORCHVISION, TORCHVISION_PYTHON
@@ -88,6 +89,7 @@ def accelerate_torchvision() -> None:
     for function, replacement in TORCHVISION_PYTHON.items():
         _exchange(function, replacement, _in_compiled_code)
     _exchange("_meta_registrations.meta_nms", _fake_nms, _always)
+    install_for_tracing()
     schemas = {schema.partition("(")[0]: torch._C.parse_schema(f"torchvision::{schema}") for schema in _SCHEMAS}
     lowering_registry.accelerate_torchvision(
         [name for name in TORCHVISION if _is_as_tested(name, _declared_schema(name), schemas[name])]

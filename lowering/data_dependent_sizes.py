@@ -53,15 +53,20 @@ def install() -> None:
 
 def install_for_tracing() -> None:
     """Have Python compute what batch norms come down to, and attention, where torch traces with its dispatcher in
-    Python."""
-    _BATCH_NORM.py_impl(_COMPOSITE)(_batch_norm)
-    _ATTENTION.py_impl(_COMPOSITE)(_attention)
+    Python: in ``torch.compile`` and ``torch.export``, of whichever model, so only for those who ask for it.
+
+    Where torch, or somebody else, has done so already, that stays.
+    """
+    for op, function in ((_BATCH_NORM, _batch_norm), (_ATTENTION, _attention)):
+        if _COMPOSITE not in op.py_kernels:
+            op.py_impl(_COMPOSITE)(function)
 
 
 def _convolution(original: Any) -> Any:
-    def lower(x: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
-        from .inductor import V, ir
+    from torch._inductor import ir
+    from torch._inductor.virtualized import V
 
+    def lower(x: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
         if x.get_device().type != "cpu" or not depends_on_data(x.get_size()[0]):
             return original(x, weight, *args, **kwargs)
         contiguous = ir.ExternKernel.require_contiguous_strides  # of 1 x 1 weights too: a convolution looks at these
@@ -72,9 +77,9 @@ def _convolution(original: Any) -> Any:
 
 
 def _reshape_indexer(original: Any) -> Any:
-    def indexer(old_size: Sequence[Any], new_size: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
-        from .inductor import V
+    from torch._inductor.virtualized import V
 
+    def indexer(old_size: Sequence[Any], new_size: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
         flat = len(old_size) == 1 or len(new_size) == 1  # where it cannot go too far
         if flat or not depends_on_data(*old_size, *new_size):
             return original(old_size, new_size, *args, **kwargs)

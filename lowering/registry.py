@@ -280,13 +280,14 @@ def _enter(*steps: Callable[[], None]) -> str | None:
 @contextlib.contextmanager
 def _all_or_nothing() -> Iterator[None]:
     """What is changed of Inductor's within this context is as it was if the context is left with an exception."""
-    from torch._inductor import config
+    from torch._inductor import config, ir
     from torch._inductor.decomposition import decompositions, fast_random_decomps
     from torch._inductor.lowering import fallbacks, lowerings, needs_realized_inputs
 
     changed = decompositions, lowerings, fallbacks, needs_realized_inputs, backend_passes()
     tables = [(table, table.copy()) for table in changed]
     passes, tag = config.pre_grad_custom_pass, torch.compiler.config.cache_key_tag
+    indexer = ir.View._dynamic_reshape_indexer
     try:
         yield
         fast_random_decomps.cache_clear()  # it holds a copy of the table
@@ -295,6 +296,7 @@ def _all_or_nothing() -> Iterator[None]:
             table.clear()
             table.update(before)
         config.pre_grad_custom_pass, torch.compiler.config.cache_key_tag = passes, tag
+        ir.View._dynamic_reshape_indexer = staticmethod(indexer)
         raise
 
 

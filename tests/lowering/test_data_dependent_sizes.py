@@ -13,6 +13,13 @@ from inductor_vision.tests.support.compiled import caches_disabled, compile_and_
 from torch import Tensor, nn
 from torch._dynamo.exc import UserError
 
+
+@pytest.fixture(autouse=True, scope="module")
+def _asked_for() -> None:
+    data_dependent_sizes.install_for_tracing()
+    data_dependent_sizes.install_for_tracing()  # which changes nothing
+
+
 CONVOLUTIONS = {
     "1d": nn.Conv1d(6, 8, 3, padding=1),
     "2d": nn.Conv2d(6, 8, 3, stride=2, padding=1),
