@@ -42,13 +42,14 @@ train: $(READY) ## train a deformable and a plain network on warped digits
 test: $(READY) ## run the tests; ARGS="-m 'not slow'" for the quick ones, "-n 0 -k nms" for some in one process
 	$(PYTEST) $(ARGS)
 
-# What depends on private parts of torch, and templates of each kind: quick enough to run with every release of it.
+# What depends on private parts of torch, and templates of each kind. C++ that is not optimized compiles in a third of the
+# time.
 COMPAT := tests/test_import.py tests/test_explain.py tests/test_export.py tests/integrations/test_torchvision.py \
 	$(addprefix tests/lowering/test_,registry.py caches.py checks.py tuning.py template.py data_dependent_sizes.py sizes.py \
 	constants.py nms.py regions.py deform_conv2d.py depthwise_separable_pass.py)
 
 compat: $(READY) ## a cross-section of the tests, for another torch: see docs/architecture.md
-	$(PYTEST) -m "not slow" $(COMPAT) $(ARGS)
+	AOT_INDUCTOR_DEBUG_COMPILE=1 $(PYTEST) -m "not slow" $(COMPAT) $(ARGS)
 
 lint: $(READY) ## style, format and types
 	$(PY) -m ruff check .
