@@ -50,7 +50,7 @@ def test_package_says_what_it_returns_and_refuses_what_it_cannot_take(detector_p
 
 
 @pytest.mark.slow
-def test_keypoints_in_images_of_any_size(torchvision, tmp_path):
+def test_keypoints_in_images_of_any_size(torchvision_python, tmp_path):
     detector = small_detector("KeypointRCNN")
     path = export_detector(detector, torch.rand(90, 120, 3).permute(2, 0, 1), tmp_path / "detector.pt2")
     package = torch._inductor.aoti_load_package(str(path))
@@ -71,7 +71,7 @@ class LowPrecision(nn.Module):
 
 
 @pytest.mark.slow
-def test_bfloat16(torchvision, tmp_path):
+def test_bfloat16(torchvision_python, tmp_path):
     detector, image = small_detector("SSD"), torch.rand(3, 90, 120)
     path = export_detector(LowPrecision(detector).eval(), image, tmp_path / "detector.pt2", any_size=False)
     ours = torch._inductor.aoti_load_package(str(path))(image)
@@ -82,7 +82,7 @@ def test_bfloat16(torchvision, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["RetinaNet", "FCOS", "SSD"])
-def test_nothing_is_decided_for_one_size(torchvision, kind):
+def test_nothing_is_decided_for_one_size(torchvision_python, kind):
     """The exported program, whose compilation takes longer, at sizes that its guards let through."""
     accelerate_torchvision()
     detector = small_detector(kind)
@@ -147,7 +147,7 @@ assert error < 1e-4, error
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ssdlite320_mobilenet_v3_large", "fasterrcnn_mobilenet_v3_large_fpn"])
-def test_stock_models_of_depthwise_separable_pairs(torchvision, tmp_path, name):
+def test_stock_models_of_depthwise_separable_pairs(torchvision_python, tmp_path, name):
     """Operators on pairs, regions and boxes in one package; the pairs of all of a process are fused."""
     run_python(DETECTS_WITH_FUSED_PAIRS, name, str(tmp_path / "detector.pt2"))
 
@@ -180,7 +180,7 @@ class Wrong(nn.Module):
         ({"model": Wrong().eval()}, r"must return a dictionary of tensors for each image, got Tensor"),
     ],
 )
-def test_wrong_arguments(torchvision, tmp_path, change, message):
+def test_wrong_arguments(tmp_path, change, message):
     arguments = {"model": Bright().eval(), "example_image": torch.rand(3, 40, 50), "path": tmp_path / "detector.pt2"}
     with pytest.raises(ValueError, match=message):
         export_detector(**{**arguments, **change})
