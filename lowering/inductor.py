@@ -1,4 +1,4 @@
-"""What templates use of Inductor's private parts, checked on torch 2.13: a new release of torch is this file's work.
+"""What templates use of Inductor's private parts: a new release of torch is this file's work.
 
 The tables that operators are entered into are not here but in registry.py and hook.py: that happens while Inductor is
 being imported, when this file cannot be.
