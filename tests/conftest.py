@@ -59,11 +59,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests that need torchvision's kernels are marked so. Where several processes take one file after the other, files
+    """Tests that need torchvision, or its kernels, are marked so. Where several processes take one file after the other, files
     with slow tests come first, so that they are done at about the same time."""
     for item in items:
-        if "torchvision" in getattr(item, "fixturenames", ()):
-            item.add_marker("torchvision_kernels")
+        fixtures = getattr(item, "fixturenames", ())
+        for fixture, marker in (("torchvision", "torchvision_kernels"), ("torchvision_python", "torchvision_python")):
+            if fixture in fixtures:
+                item.add_marker(marker)
     if hasattr(config, "workerinput"):
         slow = {item.path for item in items if item.get_closest_marker("slow")}
         items.sort(key=lambda item: item.path not in slow)

@@ -35,7 +35,7 @@ OPERATORS = {
 
 
 @pytest.fixture(autouse=True)
-def accelerated(torchvision) -> None:
+def accelerated(torchvision_python) -> None:
     accelerate_torchvision()
 
 
@@ -185,7 +185,7 @@ def test_images_of_a_wrong_rank_or_dtype(compiled):
             call([torch.zeros(3, 90, 120, dtype=torch.uint8)])
 
 
-def test_decode(torchvision):
+def test_decode(torchvision_python):
     from torchvision.models.detection._utils import BoxCoder
 
     coder = BoxCoder((10.0, 10.0, 5.0, 5.0))
@@ -205,7 +205,7 @@ def masks_and_boxes(size: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("size", [14, 28])
-def test_paste_masks_in_image(torchvision, size):
+def test_paste_masks_in_image(torchvision_python, size):
     from torchvision.models.detection.roi_heads import paste_masks_in_image as stock
 
     masks, boxes = masks_and_boxes(size)
@@ -215,7 +215,7 @@ def test_paste_masks_in_image(torchvision, size):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_pasted_masks_keep_their_dtype_and_their_precision(torchvision, dtype):
+def test_pasted_masks_keep_their_dtype_and_their_precision(torchvision_python, dtype):
     from torchvision.models.detection.roi_heads import paste_masks_in_image as stock
 
     masks, boxes = masks_and_boxes(28)
