@@ -59,8 +59,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests that need torchvision, or its kernels, are marked so. Where several processes take one file after the other, files
-    with slow tests come first, so that they are done at about the same time."""
+    """Tests that need torchvision, or its kernels, are marked so. Files with slow tests come first where several
+    processes take one file after the other, so that they are done at about the same time."""
     for item in items:
         fixtures = getattr(item, "fixturenames", ())
         for fixture, marker in (("torchvision", "torchvision_kernels"), ("torchvision_python", "torchvision_python")):
