@@ -98,7 +98,7 @@ inline void for_each_class(std::vector<uint64_t> classes, std::vector<int64_t> i
       run_class(c);
     }
   }
-  constexpr size_t kFew = 4096;  // indices, for which it does not pay to wake the other threads
+  constexpr size_t kFew = 4096;   // indices, for which it does not pay to wake the other threads
   ParallelExceptions exceptions;  // what a class needs is allocated when it is its turn
 #pragma omp parallel for schedule(dynamic) if (indices.size() > kFew && count > 1)
   for (size_t c = 0; c < count; ++c) {

@@ -97,8 +97,8 @@ class DepthwiseTapList {
 // Sums of some pixels of a span and some channels of each, in registers: see depthwise_sums.
 template <int kPixels, int kVectors, typename value_t, typename Begin, typename Finish>
 inline void depthwise_block(
-    const DepthwiseTapList<value_t>& list, const DepthwiseSpan& span, int64_t n, int64_t source, int64_t weight, int64_t k,
-    int64_t count, const Begin& begin, const Finish& finish) {
+    const DepthwiseTapList<value_t>& list, const DepthwiseSpan& span, int64_t n, int64_t source, int64_t weight,
+    int64_t k, int64_t count, const Begin& begin, const Finish& finish) {
   using Vec = Vectorized<accumulate_t<value_t>>;
   constexpr int64_t kLanes = Vec::size();
   const bool part = kVectors == 1 && count < kLanes;
@@ -129,8 +129,8 @@ inline void depthwise_block(
 // another, which loads so many channels of what it is given.
 template <typename value_t, typename Begin, typename Finish>
 inline void depthwise_sums(
-    const DepthwiseTapList<value_t>& list, const DepthwiseSpan& span, int64_t first, int64_t end, int64_t source, int64_t weight,
-    int64_t depth, const Begin& begin, const Finish& finish) {
+    const DepthwiseTapList<value_t>& list, const DepthwiseSpan& span, int64_t first, int64_t end, int64_t source,
+    int64_t weight, int64_t depth, const Begin& begin, const Finish& finish) {
   constexpr int64_t kLanes = Vectorized<accumulate_t<value_t>>::size();
   // Neighbouring pixels, and vectors of channels of each, whose sums are in registers at once.
 #if defined(CPU_CAPABILITY_AVX512)

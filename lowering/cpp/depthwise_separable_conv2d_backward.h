@@ -278,8 +278,8 @@ class SeparableGradientsTile {
 
   // The pixels [first, end) of a span.
   void differentiate_block(
-      const DepthwiseSpan& span, int64_t first, int64_t end, int64_t m, const acc_t* bias, const acc_t* grad, acc_t* hidden,
-      acc_t* row) const {
+      const DepthwiseSpan& span, int64_t first, int64_t end, int64_t m, const acc_t* bias, const acc_t* grad,
+      acc_t* hidden, acc_t* row) const {
     const auto begin = [&](int64_t k, const auto& load) { return bias == nullptr ? Vec(0) : load(bias + k); };
     const auto finish = [&](int64_t n, int64_t k, Vec sum, int64_t count) {
       store_vector(sum, row + (span.pixel + n) * distance_ + k, count);
@@ -319,7 +319,8 @@ class SeparableGradientsTile {
   // The weights of some taps and a vector of channels; sums stay in registers.
   template <int kTaps>
   void add_taps(
-      const DepthwiseSpan& span, int64_t first, int64_t end, int64_t tap, int64_t m, int64_t k, const acc_t* grad) const {
+      const DepthwiseSpan& span, int64_t first, int64_t end, int64_t tap, int64_t m, int64_t k,
+      const acc_t* grad) const {
     const int64_t count = std::min(kLanes, channels_ - k);
     const bool part = count < kLanes;
     const auto load = [&](const acc_t* from) { return part ? load_vector(from, count) : load_vector(from); };

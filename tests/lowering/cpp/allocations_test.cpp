@@ -177,9 +177,28 @@ void run_deform() {
   const Tensor<float> mask = tensor(kBatch, kTaps, kHeight, kWidth, 0, 1);
   const Tensor<float> packed = tensor(1, kPanels, kTaps * kIn, kPanel<float>, -1, 1);
   const Tensor<float> weight = tensor(kOut, kIn, 3, 3, -1, 1), grad = tensor(kBatch, kOut, kHeight, kWidth, -1, 1);
-  const DeformConv2d<float> op{input.view(), offset.view(), mask.view(), nullptr, kBatch, kIn, kHeight, kWidth,
-                               kOut,         kHeight,       kWidth,      3,       3,      1,   1,       1,
-                               1,            1,             1,           1,       1};
+  const DeformConv2d<float> op{
+      input.view(),
+      offset.view(),
+      mask.view(),
+      nullptr,
+      kBatch,
+      kIn,
+      kHeight,
+      kWidth,
+      kOut,
+      kHeight,
+      kWidth,
+      3,
+      3,
+      1,
+      1,
+      1,
+      1,
+      1,
+      1,
+      1,
+      1};
   std::vector<float> out(kBatch * kOut * kHeight * kWidth), grad_input(kBatch * kIn * kHeight * kWidth),
       grad_offset(2 * kBatch * kTaps * kHeight * kWidth), grad_weight(kOut * kIn * kTaps), grad_bias(kOut),
       grad_mask(kBatch * kTaps * kHeight * kWidth);
@@ -192,9 +211,13 @@ void run_deform() {
     const View4d<float>& view = tensor.view();
     return Output4d<float>{data.data(), view.image, view.channel, view.row, view.column};
   };
-  const DeformGradients<float> gradients{
-      grad.view(),      weight.view(),          like(input, grad_input), like(offset, grad_offset),
-      like(weight, grad_weight), grad_bias.data(), like(mask, grad_mask)};
+  const DeformGradients<float> gradients{grad.view(),
+                                         weight.view(),
+                                         like(input, grad_input),
+                                         like(offset, grad_offset),
+                                         like(weight, grad_weight),
+                                         grad_bias.data(),
+                                         like(mask, grad_mask)};
   run_out_of_memory("deform_conv2d_backward", [&] {
     deform_conv2d_backward<DeformKernel::gemm, kGradInput | kGradOffset | kGradWeight | kGradBias | kGradMask>(
         op, gradients, DeformBackwardBlocking{48, 1 << 16, 1 << 16});
@@ -206,17 +229,35 @@ void run_separable() {
   const Tensor<float> depthwise = tensor(1, 1, kTaps, kIn, -1, 1), pointwise = tensor(1, kPanels, kIn, 16, -1, 1);
   const Tensor<float> bias = tensor(1, 1, 1, kIn, -1, 1), grad = tensor(kBatch, kHeight, kWidth, kIn, -1, 1);
   const DepthwiseSeparableConv2d<float> op{
-      input.view(), depthwise.view().data, bias.view().data, pointwise.view().data, nullptr, kBatch, kIn, kHeight,
-      kWidth,       1,                     kOut,             kHeight,               kWidth,  3,      3,   1,
-      1,            1,                     1,                1,                     1};
+      input.view(),
+      depthwise.view().data,
+      bias.view().data,
+      pointwise.view().data,
+      nullptr,
+      kBatch,
+      kIn,
+      kHeight,
+      kWidth,
+      1,
+      kOut,
+      kHeight,
+      kWidth,
+      3,
+      3,
+      1,
+      1,
+      1,
+      1,
+      1,
+      1};
   std::vector<float> out(kBatch * kOut * kHeight * kWidth), grad_input(kBatch * kIn * kHeight * kWidth),
       grad_weight(kTaps * kIn), grad_bias(kIn), hidden(kBatch * kHeight * kWidth * kIn);
   run_out_of_memory("depthwise_separable_conv2d", [&] {
     depthwise_separable_conv2d<false, Relu>(
         op, SeparableBlocking{24}, DenseStore<false, float>{out.data(), kOut, kHeight, kWidth});
   });
-  const SeparableGradients<float> gradients{grad.view().data,   false,            grad_input.data(),
-                                            grad_weight.data(), grad_bias.data(), hidden.data()};
+  const SeparableGradients<float> gradients{grad.view().data, false,        grad_input.data(), grad_weight.data(),
+                                            grad_bias.data(), hidden.data()};
   run_out_of_memory("depthwise_separable_conv2d_backward", [&] {
     depthwise_separable_conv2d_backward<Relu>(op, gradients, SeparableBackwardBlocking{4096});
   });
@@ -230,14 +271,12 @@ void run_patches() {
     const View4d<float>& view = tensor.view();
     return PatchView<float>{view.data, kBatch * channels * kHeight * kWidth, view.image, view.channel, view.row, 1};
   };
-  const PatchConv2d<float> op{patches(input, kIn), nullptr, 1, kBatch, kIn, kHeight, kWidth, kOut, kHeight,
-                              kWidth,              3,       3, 1,      1,   1,       1,      1,    1,
-                              1};
+  const PatchConv2d<float> op{
+      patches(input, kIn), nullptr, 1, kBatch, kIn, kHeight, kWidth, kOut, kHeight, kWidth, 3, 3, 1, 1, 1, 1, 1, 1, 1};
   std::vector<float> out(kBatch * kOut * kHeight * kWidth), grad_weight(kOut * kIn * kTaps), grad_bias(kOut);
   run_out_of_memory("patch_conv2d", [&] {
     patch_conv2d<PatchOrder::patches_first, false>(
-        op, packed.view().data, PatchBlocking{2048},
-        DenseStore<false, float>{out.data(), kOut, 1, kHeight * kWidth});
+        op, packed.view().data, PatchBlocking{2048}, DenseStore<false, float>{out.data(), kOut, 1, kHeight * kWidth});
   });
   const PatchGradients<float> gradients{patches(grad, kOut), grad_weight.data(), grad_bias.data()};
   run_out_of_memory("patch_conv2d_backward", [&] { patch_conv2d_backward(op, gradients, PatchBlocking{2048}); });

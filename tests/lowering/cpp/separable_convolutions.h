@@ -170,7 +170,7 @@ FUNCTION(Elu, true, x <= 0 ? 0.7 * std::expm1(x) : x, x <= 0 ? 0.7 * grad * std:
 FUNCTION(Hardsigmoid, true, clamp(x + 3, 6) / 6, x > -3 && x < 3 ? grad / 6 : 0)
 FUNCTION(Hardswish, true, x*(clamp(x + 3, 6) / 6), x <= -3 ? 0 : x < 3 ? grad * (x / 3 + 0.5) : grad)
 FUNCTION(Sigmoid, false, sigmoid(x), grad* sigmoid(x) * (1 - sigmoid(x)))
-FUNCTION(Tanh, false, std::tanh(x), grad*(1 - std::tanh(x) * std::tanh(x)))
+FUNCTION(Tanh, false, std::tanh(x), grad * (1 - std::tanh(x) * std::tanh(x)))
 FUNCTION(
     Mish, false, x* tanh_of_softplus(x),
     grad*(tanh_of_softplus(x) + x * (1 - tanh_of_softplus(x) * tanh_of_softplus(x)) * sigmoid(x)))
