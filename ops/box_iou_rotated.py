@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .boxes import check_boxes
-from .registry import check, define_op, is_proxy, not_scriptable, record_call
+from .registry import check, define_op, is_proxy, not_scriptable, record_call, register_no_gradient
 
 COLUMNS = "x, y, width, height, angle"
 
@@ -38,7 +38,7 @@ def box_iou_rotated(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     """
     if is_proxy(boxes1, boxes2):
         return record_call(box_iou_rotated, **locals())
-    return _op(boxes1.detach(), boxes2.detach())
+    return _op(boxes1, boxes2)
 
 
 def _check(boxes1: Tensor, boxes2: Tensor) -> None:
@@ -132,3 +132,4 @@ _op = define_op(
     fake=_fake,
     autocast=False,  # it computes in float64
 )
+register_no_gradient(_op)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .registry import accumulate_dtype, check, define_op, replaces_torchvision
+from .registry import accumulate_dtype, check, define_op, register_no_gradient, replaces_torchvision
 from .transforms import as_one_batch
 
 
@@ -33,7 +33,7 @@ def heatmaps_to_keypoints(maps: Tensor, rois: Tensor) -> tuple[Tensor, Tensor]:
     """
     if not (rois.is_floating_point() or rois.is_complex()):
         rois = rois.float()
-    peaks = _op(maps.detach(), rois.detach())
+    peaks = _op(maps, rois)
     return torch.cat([peaks[..., :2], torch.ones_like(peaks[..., 2:])], dim=2), peaks[..., 2]
 
 
@@ -99,3 +99,4 @@ _op = define_op(
     untraceable=_loop,
     fold=as_one_batch(0, 1),
 )
+register_no_gradient(_op)

@@ -195,6 +195,11 @@ def register_autograd(
     _library.impl(op.name, kernel, "Autograd", with_keyset=True)
 
 
+def register_no_gradient(op: VisionOp) -> None:
+    """Have the results of an operator be constants to autograd, and :mod:`torch.func` be told that they are."""
+    _library.impl(op.name, transforms.no_gradient_kernel(op), "Autograd", with_keyset=True)
+
+
 def forbid_double_backward(op: VisionOp, forward: str) -> None:
     """Have the gradient of a backward operator be a clear error."""
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .boxes import are_boxes, as_integers, check_scored_boxes, first, iou, loop, pad
-from .registry import accumulate_dtype, check, define_op, is_proxy, not_scriptable, record_call
+from .registry import accumulate_dtype, check, define_op, is_proxy, not_scriptable, record_call, register_no_gradient
 
 METHODS = ("linear", "gaussian")
 
@@ -59,7 +59,7 @@ def soft_nms(
     """
     if is_proxy(boxes, scores):
         return record_call(soft_nms, **locals())
-    padded, lowered = _op(boxes.detach(), scores.detach(), None, iou_threshold, sigma, min_score, method)
+    padded, lowered = _op(boxes, scores, None, iou_threshold, sigma, min_score, method)
     if max_detections is not None:
         return first("soft_nms", max_detections, padded, lowered)
     taken = are_boxes("soft_nms", padded).nonzero()[:, 0]  # once: both results are of one size
@@ -93,7 +93,7 @@ def batched_soft_nms(
     if is_proxy(boxes, scores):
         return record_call(batched_soft_nms, **locals())
     classes = as_integers(idxs)
-    padded, lowered = _op(boxes.detach(), scores.detach(), classes, iou_threshold, sigma, min_score, method)
+    padded, lowered = _op(boxes, scores, classes, iou_threshold, sigma, min_score, method)
     if max_detections is not None:
         return first("batched_soft_nms", max_detections, padded, lowered)
     taken = are_boxes("batched_soft_nms", padded).nonzero()[:, 0]  # once: both results are of one size
@@ -166,3 +166,4 @@ _op = define_op(
     autocast=False,  # it computes in float32 at least
     untraceable=loop,
 )
+register_no_gradient(_op)

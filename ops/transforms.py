@@ -73,6 +73,23 @@ def autograd_kernel(
     return autograd
 
 
+def no_gradient_kernel(op: VisionOp) -> Callable[..., Any]:
+    """What the dispatcher is to call under the key Autograd for an operator without a gradient.
+
+    To autograd its results are constants. :mod:`torch.func` would take them for that without a word, and answer zero.
+    """
+
+    def autograd(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+        transformed = torch._C._are_functorch_transforms_active() and torch.is_grad_enabled()
+        if any(unpack_dual(tensor).tangent is not None or (transformed and tensor.requires_grad) for tensor in tensors):
+            raise RuntimeError(f"{op.name}: there is no gradient; call detach() on what it is given")
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    return autograd
+
+
 @contextlib.contextmanager
 def _differentiable_below() -> Iterator[None]:
     """The levels of torch.func below this one are not to be without gradients because this one computes its own."""

@@ -19,6 +19,7 @@ from inductor_vision import (
     ps_roi_pool,
     roi_align,
     roi_pool,
+    soft_nms,
 )
 from inductor_vision.ops.heatmaps_to_keypoints import heatmaps_to_keypoints
 from inductor_vision.ops.registry import OPS
@@ -363,3 +364,41 @@ def test_compiled_forward_mode_says_that_it_is_not_supported(op):
         torch.compile(jvp, backend="aot_eager", fullgraph=True)(x)
     with pytest.raises(RuntimeError, match=re.escape(NOT_FORWARD)), forward_ad.dual_level():
         torch.compile(function, backend="aot_eager")(forward_ad.make_dual(x, x))
+
+
+def _overlaps(boxes: Tensor) -> Tensor:
+    return box_iou_rotated(boxes, boxes)
+
+
+def _lowered_scores(scores: Tensor) -> Tensor:
+    return soft_nms(torch.arange(12.0).view(3, 4), scores, max_detections=3)[1]
+
+
+def _best_of_heatmaps(maps: Tensor) -> Tensor:
+    return heatmaps_to_keypoints(maps, torch.tensor([[1.0, 2, 9, 8]]))[1]
+
+
+WITHOUT_GRADIENT = {
+    "box_iou_rotated": (_overlaps, (3, 5)),
+    "soft_nms": (_lowered_scores, (3,)),
+    "heatmaps_to_keypoints": (_best_of_heatmaps, (1, 2, 5, 6)),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("op", WITHOUT_GRADIENT)
+def test_what_has_no_gradient_is_a_constant_to_autograd_and_an_error_to_transforms(op, compiled):
+    function, size = WITHOUT_GRADIENT[op]
+    if compiled:
+        function = torch.compile(function, backend="aot_eager")
+    x = torch.rand(size) + 1
+    assert not function(x.clone().requires_grad_()).requires_grad
+    assert torch.equal(torch.func.vmap(function)(x[None])[0], function(x))
+    for differentiated in (
+        lambda: torch.func.jvp(function, (x,), (x,)),
+        lambda: torch.func.grad(lambda x: function(x).sum())(x),
+        lambda: torch.func.jacrev(function)(x),
+    ):
+        with pytest.raises(RuntimeError, match=rf"{op}: there is no gradient; call detach\(\) on what it is given"):
+            differentiated()
+    torch.func.grad(lambda x: function(x.detach()).sum() + x.sum())(x)
