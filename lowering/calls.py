@@ -179,12 +179,15 @@ def _constant(node: Node) -> Tensor | None:
     if node.op != "get_attr" or node.graph.owning_module is None:
         return None
     value = operator.attrgetter(str(node.target))(node.graph.owning_module)
-    return None if isinstance(value, FakeTensor) else value.detach()
+    from torch._inductor.virtualized import V
+
+    trained = value.requires_grad and torch.is_grad_enabled() and not V.aot_compilation  # then it is no constant
+    return None if trained or isinstance(value, FakeTensor) else value.detach()
 
 
 def has_unknown_parameters(node: Node) -> bool:
     """Whether it is an activation, but with slopes or limits that a graph is given."""
-    parameters = [*node.args[1:], *node.kwargs.values()]
+    parameters = [*node.args[1:], *(value for name, value in node.kwargs.items() if name not in ("input", "out"))]
     return node.target in (*_ACTIVATIONS, *_PRELUS) and any(isinstance(value, Node) for value in parameters)
 
 
@@ -198,7 +201,7 @@ def activation_of(node: Node) -> str | None:
             return None
         return format_activation("leaky_relu", {"negative_slope": slope.item()})
     name = _ACTIVATIONS.get(node.target)
-    if name is None:
+    if name is None or len(node.all_input_nodes) != 1:  # with `out`, a tensor that others may read
         return None
     defaults = ACTIVATIONS[name].parameters
     names = parameters_of(node.target)[1:] or list(defaults)  # functions in C++ say nothing

@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 from torch._C import DispatchKey
 
-_BATCH_NORM = torch.ops.aten._batch_norm_impl_index.default
-_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+from ..paths import logger
+from ..version import tested_torch
+
 _COMPOSITE = DispatchKey.CompositeImplicitAutograd
 
 
@@ -55,11 +56,15 @@ def install_for_tracing() -> None:
     """Have Python compute what batch norms come down to, and attention, where torch traces with its dispatcher in
     Python: in ``torch.compile`` and ``torch.export``, of whichever model, so only for those who ask for it.
 
-    Where torch, or somebody else, has done so already, that stays.
+    Where torch, or somebody else, has done so already, that stays; where torch has no such operator, a warning says so.
     """
-    for op, function in ((_BATCH_NORM, _batch_norm), (_ATTENTION, _attention)):
-        if _COMPOSITE not in op.py_kernels:
-            op.py_impl(_COMPOSITE)(function)
+    for name, function in (("_batch_norm_impl_index", _batch_norm), ("scaled_dot_product_attention", _attention)):
+        try:
+            op = getattr(torch.ops.aten, name).default
+            if _COMPOSITE not in op.py_kernels:
+                op.py_impl(_COMPOSITE)(function)
+        except AttributeError as error:
+            logger.warning("layers of as many regions as data say are left to torch: %s (%s)", error, tested_torch())
 
 
 def _convolution(original: Any) -> Any:
@@ -109,7 +114,9 @@ def _batch_norm(
     """``aten::_batch_norm_impl_index``: with the result what its gradient needs."""
     statistics = running_mean, running_var, training, momentum, eps
     if not depends_on_data(*input.shape):
-        return _BATCH_NORM._op_dk(_COMPOSITE, input, weight, bias, *statistics, cudnn_enabled)
+        return torch.ops.aten._batch_norm_impl_index.default._op_dk(
+            _COMPOSITE, input, weight, bias, *statistics, cudnn_enabled
+        )
     channels = input.shape[1]
     named = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     for name, tensor in named.items():
@@ -132,8 +139,8 @@ def _attention(
 ) -> Tensor:
     """``aten::scaled_dot_product_attention``."""
     args: tuple[Any, ...] = query, key, value, attn_mask, dropout_p, is_causal
-    if query.device.type != "cpu" or not depends_on_data(*query.shape):
-        return _ATTENTION._op_dk(_COMPOSITE, *args, **options)
+    if query.device.type != "cpu" or not depends_on_data(*query.shape, *key.shape):
+        return torch.ops.aten.scaled_dot_product_attention.default._op_dk(_COMPOSITE, *args, **options)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -math.inf)
     args = query, key, value, attn_mask, dropout_p, is_causal

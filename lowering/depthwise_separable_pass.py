@@ -51,7 +51,10 @@ class FuseDepthwiseSeparable(CustomGraphPass):
         for node in candidates:
             depthwise = convolution_of(node)  # again: its input may have been replaced
             assert depthwise is not None
-            found = find_pair(depthwise)
+            try:
+                found = find_pair(depthwise)
+            except Exception as error:  # of whatever kind: the graph is untouched, and compiles without the pass
+                found = f"it could not be looked at: {type(error).__name__}: {error}"
             if isinstance(found, str):
                 record_path(OP, "left alone", f"{depthwise}: {found}")
             else:

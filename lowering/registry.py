@@ -166,7 +166,11 @@ def _decompose_or_keep(op: VisionOp) -> Callable[..., Any]:
         generated = ""
         if _generates_triton(_device(args)):
             program = _triton_program(op)
-            cannot = "no kernel of its own" if program is None else program.refusal(*args, **kwargs)
+            broken = _broken.get(f"triton.{op.family}")
+            if program is not None:
+                cannot = program.refusal(*args, **kwargs)
+            else:
+                cannot = f"its kernel does not load: {broken}" if broken else "no kernel of its own"
             if program is not None and cannot is None:
                 record_path(op.name, "triton", f"an aten program with Triton kernels of its own; {refused}")
                 return program.program(*args, **kwargs)

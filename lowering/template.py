@@ -345,7 +345,9 @@ class BlocksTemplate(KernelTemplate):
         if not epilogue:  # Inductor would copy one by one
             return self._plain_store(kernel, buffer, "store_block")
         nodes, source = list(epilogue), buffer
-        reindexers: list[Any] = list(epilogues.reindexers(buffer, epilogue) or ())
+        found = epilogues.reindexers(buffer, epilogue)
+        assert found is not None  # or Inductor would have been told not to fuse
+        reindexers: list[Any] = list(found)
         if keep:
             source = self._sums(buffer)
             nodes.insert(0, self._own_store(buffer, source))

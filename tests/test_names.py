@@ -13,7 +13,8 @@ from inductor_vision.tests.support.compiled import run_python
 
 ROOT = pathlib.Path(__file__).parent.parent
 
-# What people import beside this package, or what that imports, if it is there.
+# What people import beside this package, or what that imports, if it is there. `ops` and `perf` are names on PyPI as
+# well, of tools for cloud operators and of what is called pyperf now, which models do not import.
 WELL_KNOWN = re.findall(
     r"\w+",
     """

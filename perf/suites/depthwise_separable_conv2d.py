@@ -93,8 +93,8 @@ def two_convolutions(
     """The same as models have it."""
     hidden = F.conv2d(input, depthwise_weight, depthwise_bias, *geometry, groups=input.shape[1])
     activation = parse_activation(depthwise_activation or IDENTITY)
-    hidden = hidden if activation is None else activation(hidden)
-    return F.conv2d(hidden, pointwise_weight, pointwise_bias)
+    assert activation is not None, depthwise_activation
+    return F.conv2d(activation(hidden), pointwise_weight, pointwise_bias)
 
 
 class Layer(nn.Module):

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from inductor_vision import fuse_depthwise_separable
-from inductor_vision.lowering import registry
+from inductor_vision.lowering import depthwise_separable_pass, registry
 from inductor_vision.lowering.depthwise_separable_pass import FuseDepthwiseSeparable
 from inductor_vision.paths import recorded_paths
 from inductor_vision.tests.support.compare import assert_close
@@ -165,6 +165,30 @@ def test_an_exported_slope():
     exported = torch.export.export(model, (x,)).module(check_guards=False)
     assert [call.args[-1] for call in rewrite(exported)] == ["leaky_relu(0.375)"]
     assert_close(exported(x), model(x), torch.float32)
+
+
+def test_an_exported_slope_that_may_be_trained():
+    """What computes with a constant has no gradient for the slope."""
+    model, x = Activated(nn.PReLU(init=0.375)).eval(), torch.randn(IMAGE)
+    exported = torch.export.export(model, (x,)).module(check_guards=False)
+    assert rewrite(exported) == []
+    exported(x).square().sum().backward()
+    model(x).square().sum().backward()
+    expected = dict(model.named_parameters())
+    for name, parameter in exported.named_parameters():
+        assert_close(parameter.grad, expected[name].grad, torch.float32)
+
+
+@torch.no_grad()
+def test_a_pair_that_cannot_be_looked_at_is_left_alone(monkeypatch):
+    def fail(*args):
+        raise AttributeError("something of torch's has moved")
+
+    monkeypatch.setattr(depthwise_separable_pass, "find_pair", fail)
+    rewritten = Rewritten(Activated(nn.ReLU()).eval(), torch.randn(IMAGE))
+    assert rewritten.calls == []
+    (reason,) = rewritten.left
+    assert reason.endswith("it could not be looked at: AttributeError: something of torch's has moved")
 
 
 # Channels and strides of the backbone of RetinaFace with a quarter of MobileNet's channels, in facexlib and elsewhere.

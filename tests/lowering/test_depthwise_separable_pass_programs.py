@@ -245,6 +245,23 @@ def test_an_input_that_is_changed_afterwards():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("activation", [torch.tanh, torch.sigmoid])
+def test_an_activation_that_is_written_to_a_tensor(activation):
+    """Others may read it."""
+    weight, pointwise_weight, x = torch.randn(8, 1, 3, 3), torch.randn(12, 8, 1, 1), torch.randn(IMAGE)
+
+    def program(x: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = activation(F.conv2d(x, weight, padding=1, groups=8), out=buffer)
+        return F.conv2d(hidden, pointwise_weight), buffer * 2
+
+    compiled = torch.compile(program, backend=with_the_pass, fullgraph=True)
+    buffers = torch.zeros(2, *IMAGE)
+    for ours, right in zip(compiled(x, buffers[0]), program(x, buffers[1]), strict=True):
+        assert_close(ours, right, torch.float32)
+    assert torch.equal(*buffers)
+
+
+@torch.no_grad()
 def test_a_last_norm_with_parameters_of_its_own_time_stays():
     """The pair is fused without it; also where its input would be changed before all is there."""
     first, second, last = depthwise(), pointwise(), norm(12)
