@@ -5,11 +5,13 @@ It takes an hour, so that it runs only where it is named: ``pytest tests/stock_d
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from inductor_vision import accelerate_torchvision, export_detector
 from inductor_vision.tests.support.compiled import compile_and_run
-from inductor_vision.tests.support.detectors import STOCK, assert_same_detections, stock_detector
+from inductor_vision.tests.support.detectors import STOCK, stock_detector
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.usefixtures("torchvision", "unoptimized")
@@ -41,7 +43,14 @@ def test_package(model, tmp_path):
 
 
 def assert_right(ours: dict[str, Tensor], detector: nn.Module, image: Tensor) -> None:
+    """As near to the detections of float64 as those of stock in float32, of which random weights and scores that are
+    spread make errors that can be seen."""
     with torch.no_grad():
-        (stock,) = detector([image])
+        (stock,), (exact,) = detector([image]), copy.deepcopy(detector).double()([image.double()])
     assert len(stock["boxes"]) > 4
-    assert_same_detections(ours, stock)
+    assert list(ours) == list(stock)
+    assert torch.equal(ours["labels"], stock["labels"]) and torch.equal(exact["labels"], stock["labels"])
+    for key, expected in exact.items():
+        error, stocks = ((detections[key] - expected).abs().max().item() for detections in (ours, stock))
+        assert stocks < {"scores": 1e-2, "masks": 1e-2}.get(key, 0.1), key
+        assert error <= 3 * stocks + 1e-5, f"{key}: error {error:.2g}, {stocks:.2g} in stock"
