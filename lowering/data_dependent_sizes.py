@@ -58,7 +58,7 @@ def install_for_tracing() -> None:
 
     Where torch, or somebody else, has done so already, that stays; where torch has no such operator, a warning says so.
     """
-    for name, function in (("_batch_norm_impl_index", _batch_norm), ("scaled_dot_product_attention", _attention)):
+    for name, function in _TRACED.items():
         try:
             op = getattr(torch.ops.aten, name).default
             if _COMPOSITE not in op.py_kernels:
@@ -145,3 +145,7 @@ def _attention(
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -math.inf)
     args = query, key, value, attn_mask, dropout_p, is_causal
     return torch.ops.aten._scaled_dot_product_attention_math.default(*args, **options)[0]
+
+
+# Operators of aten's, and what computes them.
+_TRACED = {"_batch_norm_impl_index": _batch_norm, "scaled_dot_product_attention": _attention}

@@ -59,6 +59,14 @@ def test_convolutions(layer, channels_last):
             torch.testing.assert_close(compiled.function(images, some), model(images, some))
 
 
+def test_an_operator_that_torch_no_longer_has(monkeypatch, caplog):
+    monkeypatch.setattr(data_dependent_sizes, "_TRACED", {"gone": None, **data_dependent_sizes._TRACED})
+    data_dependent_sizes.install_for_tracing()
+    (record,) = caplog.records
+    message = record.getMessage()
+    assert "are left to torch: " in message and "'gone'" in message and "is tested with torch" in message
+
+
 def with_statistics(layer: nn.Module) -> nn.Module:
     """As after some training."""
     for values in [*layer.parameters(), *layer.buffers()]:
