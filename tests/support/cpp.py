@@ -111,7 +111,9 @@ def build_sanitized(
     source: pathlib.Path, program: pathlib.Path, capability: Capability, optimization: str
 ) -> pathlib.Path:
     """:func:`build` with AddressSanitizer and UndefinedBehaviorSanitizer."""
-    return build(source, program, capability, optimization, *_SANITIZED)
+    # g++ 12.2 takes the frames that find uses after a return for aligned to 64 bytes, which they are to 32.
+    frames = ("--param=asan-use-after-return=0",) if capability.lanes == 16 else ()
+    return build(source, program, capability, optimization, *_SANITIZED, *frames)
 
 
 @contextlib.contextmanager
