@@ -17,11 +17,11 @@ import pytest
 import torch
 from inductor_vision.lowering.registry import _triton_program
 from inductor_vision.ops.registry import OPS
-from inductor_vision.tests.support.triton import interpreting, triton_or_skip
+from inductor_vision.tests.support.triton import TRITON_IS_MISSING, interpreting
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-triton_or_skip()
+pytest.importorskip("triton", reason=TRITON_IS_MISSING)
 
 from inductor_vision.lowering.triton import kernels
 
