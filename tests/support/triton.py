@@ -286,10 +286,11 @@ def _libdevice() -> dict[str, Callable[..., Any]]:
 BACKENDS = ("interpreter", "triton-cpu", "cuda")
 
 
+TRITON_IS_MISSING = "Triton is not installed: pip install the one that goes with this torch"
+
+
 def triton_or_skip() -> ModuleType:
-    return pytest.importorskip(
-        "triton", reason="Triton is not installed: pip install the one that goes with this torch"
-    )
+    return pytest.importorskip("triton", reason=TRITON_IS_MISSING)
 
 
 @contextlib.contextmanager
