@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .boxes import check_boxes
-from .registry import check, define_op, is_proxy, not_scriptable, record_call, register_no_gradient
+from .registry import check, define_op, is_proxy, not_scriptable, record_call, register_no_gradient, serves_torchvision
 
 COLUMNS = "x, y, width, height, angle"
 
@@ -133,3 +133,8 @@ _op = define_op(
     autocast=False,  # it computes in float64
 )
 register_no_gradient(_op)
+
+
+@serves_torchvision("box_iou_rotated")
+def _torchvision(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    return box_iou_rotated(boxes1, boxes2).float()  # of whichever boxes

@@ -110,12 +110,14 @@ class Bright(nn.Module):
 DETECTS_WITH_FUSED_PAIRS = """
 import sys
 import torch
-from inductor_vision import export_detector, fuse_depthwise_separable
+from inductor_vision import accelerate_torchvision, export_detector, fuse_depthwise_separable
 from inductor_vision.paths import recorded_paths
 from inductor_vision.perf.suites.detectors import detections_error  # in any order of equal scores
 from inductor_vision.tests.support.detectors import spread
 from torch import nn
 from torch._inductor import config
+
+accelerate_torchvision()  # before torchvision is imported, which may not load by itself
 from torchvision.models import detection
 
 fuse_depthwise_separable()

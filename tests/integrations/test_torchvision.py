@@ -459,6 +459,9 @@ assert torchvision.ops.nms(torch.ones(1, 4), torch.zeros(1), 0.5).tolist() == [0
 # Its Python function for where there is no operator has other values for boxes that leave the image.
 leaving = torch.rand(1, 2, 9, 9), torch.tensor([[0.0, -5, -5, 14, 14]]), 2, 1.0, 2
 assert torch.equal(torchvision.ops.roi_align(*leaving), inductor_vision.roi_align(*leaving))
+rotated = torch.tensor([[5.0, 5, 4, 2, 30], [6, 5, 3, 3, 70]], dtype=torch.float64)
+overlaps = torchvision.ops.box_iou(rotated, rotated, fmt="cxcywhr")
+assert torch.equal(overlaps, inductor_vision.box_iou_rotated(rotated, rotated).float())
 try:
     torch.ops.torchvision.qnms(torch.zeros(1, 4), torch.zeros(1), 0.5)
 except NotImplementedError as error:
