@@ -140,9 +140,16 @@ def _define_operators() -> None:
         if name not in _HAVE_FAKE_KERNELS:
             torch.library.register_fake(f"torchvision::{name}", function, lib=library)
     _stand_ins = library
-    # Its wrappers ask for it, and where it is not so roi_align is a Python function of other values.
-    _exchange("extension._has_ops", lambda: True, _always)
+    import torchvision.extension
+
+    # Its wrappers ask for it, scripted ones too, and where it is not so roi_align is a Python function of other values.
+    # All of its modules have this very function.
+    torchvision.extension._has_ops.__code__ = _has_ops.__code__
     logger.info("torchvision's compiled library does not load; its operators are defined by inductor_vision")
+
+
+def _has_ops():
+    return True
 
 
 def _exchange(path: str, replacement: Callable[..., Any], choose: Callable[..., Callable[..., Any]]) -> None:
