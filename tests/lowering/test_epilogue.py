@@ -218,7 +218,7 @@ def test_any_epilogue(**drawn):
 
 
 @pytest.mark.slow
-@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(**CALLS)
 def test_any_epilogue_at_length(**drawn):
     check(**drawn)
