@@ -92,9 +92,10 @@ def export_detector(
         raise ValueError(f"export_detector: labels must not have commas, got {list(labels)}")
     example_image = example_image.contiguous()
     require_lowerings("export_detector")
-    install_for_tracing()
-    if importlib.util.find_spec("torchvision") is not None:  # else the model has nothing to do with it
+    if importlib.util.find_spec("torchvision") is not None:
         accelerate_torchvision()
+    else:  # the model has nothing to do with it
+        install_for_tracing()
     from .lowering.checks import inputs_checked
     from .lowering.sizes import sizes_as_symbols  # imports sympy, which takes its time
 

@@ -153,6 +153,11 @@ def _import_if_there(name: str) -> bool:
     return name not in _broken
 
 
+def _why_missing(name: str, what: str) -> str | None:
+    """Why what a module here declares is not there, if the module does not load."""
+    return f"its {what} does not load: {_broken[name]}" if name in _broken else None
+
+
 def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error} (this is torch {torch.__version__}; {tested_torch()})"
 
@@ -166,11 +171,10 @@ def _decompose_or_keep(op: VisionOp) -> Callable[..., Any]:
         generated = ""
         if _generates_triton(_device(args)):
             program = _triton_program(op)
-            broken = _broken.get(f"triton.{op.family}")
             if program is not None:
                 cannot = program.refusal(*args, **kwargs)
             else:
-                cannot = f"its kernel does not load: {broken}" if broken else "no kernel of its own"
+                cannot = _why_missing(f"triton.{op.family}", "kernel") or "no kernel of its own"
             if program is not None and cannot is None:
                 record_path(op.name, "triton", f"an aten program with Triton kernels of its own; {refused}")
                 return program.program(*args, **kwargs)
@@ -191,8 +195,7 @@ def refusal(op: VisionOp, *args: Any, **kwargs: Any) -> str | None:
     template = _template(op)
     if template is not None:
         return _refusal(template, *args, **kwargs)
-    broken = _broken.get(op.family)
-    return f"its template does not load: {broken}" if broken else "this operator has no template"
+    return _why_missing(op.family, "template") or "this operator has no template"
 
 
 def _refusal(template: Template, *args: Any, **kwargs: Any) -> str | None:
