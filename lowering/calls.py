@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
-from ..ops.depthwise_separable_conv2d import ACTIVATIONS, IDENTITY, format_activation
+from ..ops.depthwise_separable_conv2d import ACTIVATIONS, IDENTITY, SELU, format_activation
 from ..ops.registry import pair
 from .names import layer_of, parameters_of
 
@@ -58,7 +58,7 @@ _ACTIVATIONS = {form: name for name in ACTIVATIONS if name != IDENTITY for form 
 
 _PRELUS = ("prelu", torch.prelu, F.prelu, _aten.prelu.default)
 
-# Arguments of such functions that are no parameters of ours, and what they must be.
+# Arguments of aten's operators that are no parameters of ours, and what they are by themselves.
 _NEUTRAL = {"approximate": "none", "scale": 1, "input_scale": 1}
 
 
@@ -209,9 +209,22 @@ def activation_of(node: Node) -> str | None:
     parameters: dict[str, Any] = {key: given[key] for key in defaults}
     if len(node.args) > 1 + len(names) or any(isinstance(value, Node) for value in parameters.values()):
         return None
-    if any(given[key] != value for key, value in _NEUTRAL.items()):
-        return None
+    special = {key: given[key] for key, value in _NEUTRAL.items() if given[key] != value}
+    if special:
+        return _special_case(name, parameters, special)
     return "relu6" if (name, parameters) == _RELU6 else format_activation(name, parameters)
 
 
 _RELU6 = ("hardtanh", {"min_val": 0, "max_val": 6})
+
+
+def _special_case(name: str, parameters: dict[str, Any], special: dict[str, Any]) -> str | None:
+    """Of aten's operators, what has a name of its own in torch, or in our table; ``special`` are other arguments."""
+    if (name, special) == ("gelu", {"approximate": "tanh"}):
+        return "gelu_tanh"
+    alpha = parameters.get("alpha")
+    if (name, alpha, special) == ("elu", SELU[0], {"scale": SELU[1]}):
+        return "selu"
+    if name == "elu" and alpha and special == {"input_scale": 1 / alpha}:
+        return format_activation("celu", parameters)
+    return None

@@ -74,9 +74,10 @@ def depthwise_separable_conv2d(
         pointwise_bias: ``[O]``.
         stride, padding, dilation: of the depthwise convolution; one number, or one for each of height and width.
         depthwise_activation, pointwise_activation: what follows each convolution, none or one of ``"relu"``,
-            ``"relu6"``, ``"leaky_relu"``, ``"hardtanh"``, ``"elu"``, ``"hardsigmoid"``, ``"hardswish"``, ``"sigmoid"``,
-            ``"tanh"``, ``"silu"``, ``"mish"`` and ``"gelu"`` (exact): the functions of these names in
-            :mod:`torch.nn.functional`. A slope, limits or alpha that are not the defaults are given with the name:
+            ``"relu6"``, ``"leaky_relu"``, ``"hardtanh"``, ``"elu"``, ``"selu"``, ``"celu"``, ``"softplus"``,
+            ``"softsign"``, ``"hardsigmoid"``, ``"hardswish"``, ``"sigmoid"``, ``"tanh"``, ``"silu"``, ``"mish"`` and
+            ``"gelu"`` (exact): the functions of these names in :mod:`torch.nn.functional`; and ``"gelu_tanh"``, gelu's
+            approximation by tanh. Parameters that are not the defaults are given with the name, all of them:
             ``"leaky_relu(0.2)"``, ``"hardtanh(-2, 2)"``, ``"elu(0.5)"``.
 
     Returns:
@@ -134,6 +135,8 @@ _aten = torch.ops.aten
 
 IDENTITY = "identity"  # what the operator calls no activation
 
+SELU = 1.6732632423543772, 1.0507009873554805  # alpha and scale, see F.selu
+
 # By the names that they have in torch. Of each there is a C++ type in lowering/cpp/activations.h, and a branch in
 # lowering/triton/depthwise_separable_conv2d.py.
 ACTIVATIONS = {
@@ -145,6 +148,12 @@ ACTIVATIONS = {
     ),
     "hardtanh": Activation(_aten.hardtanh, _aten.hardtanh_backward, {"min_val": -1.0, "max_val": 1.0}),
     "elu": Activation(F.elu, lambda grad, x, alpha: _aten.elu_backward(grad, alpha, 1, 1, False, x), {"alpha": 1.0}),
+    "selu": Activation(F.selu, lambda grad, x: _aten.elu_backward(grad, *SELU, 1, False, x)),
+    "celu": Activation(
+        F.celu, lambda grad, x, alpha: _aten.elu_backward(grad, alpha, 1, 1 / alpha, False, x), {"alpha": 1.0}
+    ),
+    "softplus": Activation(F.softplus, _aten.softplus_backward, {"beta": 1.0, "threshold": 20.0}),
+    "softsign": Activation(F.softsign, lambda grad, x: grad / (1 + x.abs()).square()),
     "hardsigmoid": Activation(F.hardsigmoid, _aten.hardsigmoid_backward),
     "hardswish": Activation(F.hardswish, _aten.hardswish_backward),
     "sigmoid": Activation(torch.sigmoid, lambda grad, x: _aten.sigmoid_backward(grad, x.sigmoid())),
@@ -152,6 +161,9 @@ ACTIVATIONS = {
     "silu": Activation(F.silu, _aten.silu_backward),
     "mish": Activation(F.mish, _aten.mish_backward),
     "gelu": Activation(F.gelu, _aten.gelu_backward),
+    "gelu_tanh": Activation(
+        functools.partial(F.gelu, approximate="tanh"), functools.partial(_aten.gelu_backward, approximate="tanh")
+    ),
 }
 
 

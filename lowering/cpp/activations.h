@@ -110,6 +110,78 @@ struct Elu {
   }
 };
 
+struct Selu {
+  template <typename acc_t>
+  static Vectorized<acc_t> apply(const Vectorized<acc_t>& x) {
+    return Vectorized<acc_t>(scale<acc_t>()) * Unscaled::apply(x);
+  }
+  template <typename acc_t>
+  static ValueAndGradient<acc_t> both(const Vectorized<acc_t>& x, const Vectorized<acc_t>& grad) {
+    return {apply(x), Unscaled::both(x, grad * Vectorized<acc_t>(scale<acc_t>())).gradient};
+  }
+
+ private:
+  struct Parameters {
+    static constexpr double alpha() {
+      return 1.6732632423543772848170429916717;
+    }
+  };
+  using Unscaled = Elu<Parameters>;
+  template <typename acc_t>
+  static constexpr acc_t scale() {
+    return static_cast<acc_t>(1.0507009873554804934193349852946);
+  }
+};
+
+// Parameters: alpha.  Elu of x / alpha with a slope of 1 on both sides of zero.
+template <typename Parameters>
+struct Celu {
+  template <typename acc_t>
+  static Vectorized<acc_t> apply(const Vectorized<acc_t>& x) {
+    const Vectorized<acc_t> alpha(static_cast<acc_t>(Parameters::alpha()));
+    return Vectorized<acc_t>::blendv(x, alpha * (x / alpha).expm1(), x <= Vectorized<acc_t>(0));
+  }
+  template <typename acc_t>
+  static ValueAndGradient<acc_t> both(const Vectorized<acc_t>& x, const Vectorized<acc_t>& grad) {
+    const Vectorized<acc_t> alpha(static_cast<acc_t>(Parameters::alpha()));
+    return {apply(x), Vectorized<acc_t>::blendv(grad, grad * (x / alpha).exp(), x <= Vectorized<acc_t>(0))};
+  }
+};
+
+// Parameters: beta, threshold.  log(1 + exp(beta * x)) / beta, and x itself where beta * x is above the threshold.
+template <typename Parameters>
+struct Softplus {
+  template <typename acc_t>
+  static Vectorized<acc_t> apply(const Vectorized<acc_t>& x) {
+    const Vectorized<acc_t> beta(static_cast<acc_t>(Parameters::beta())), scaled = x * beta;
+    return Vectorized<acc_t>::blendv(scaled.exp().log1p() / beta, x, scaled > threshold<acc_t>());
+  }
+  template <typename acc_t>
+  static ValueAndGradient<acc_t> both(const Vectorized<acc_t>& x, const Vectorized<acc_t>& grad) {
+    const Vectorized<acc_t> beta(static_cast<acc_t>(Parameters::beta())), scaled = x * beta;
+    const Vectorized<acc_t> e = scaled.exp(), below = grad * e / (e + Vectorized<acc_t>(1));
+    return {apply(x), Vectorized<acc_t>::blendv(below, grad, scaled > threshold<acc_t>())};
+  }
+
+ private:
+  template <typename acc_t>
+  static Vectorized<acc_t> threshold() {
+    return Vectorized<acc_t>(static_cast<acc_t>(Parameters::threshold()));
+  }
+};
+
+struct Softsign {
+  template <typename acc_t>
+  static Vectorized<acc_t> apply(const Vectorized<acc_t>& x) {
+    return x / (Vectorized<acc_t>(1) + x.abs());
+  }
+  template <typename acc_t>
+  static ValueAndGradient<acc_t> both(const Vectorized<acc_t>& x, const Vectorized<acc_t>& grad) {
+    const Vectorized<acc_t> divisor = Vectorized<acc_t>(1) + x.abs();
+    return {apply(x), grad / (divisor * divisor)};
+  }
+};
+
 struct Hardsigmoid {
   template <typename acc_t>
   static Vectorized<acc_t> apply(const Vectorized<acc_t>& x) {
@@ -207,6 +279,36 @@ struct Gelu {
     const Vectorized<acc_t> scale(acc_t(0.39894228040143267794));  // 1 / sqrt(2 pi)
     const Vectorized<acc_t> below = half * (one + (x * root).erf()), density = scale * (x * x * half).neg().exp();
     return {x * below, grad * (below + x * density)};
+  }
+};
+
+// x * (1 + tanh(y)) / 2 with y = sqrt(2 / pi) * (x + 0.044715 * x^3), where (1 + tanh(y)) / 2 is the sigmoid of 2 * y.
+// From |x| = 30 on this is 0 or 1 to the last bit, and its derivative 0, which infinite powers of x would make NaN.
+struct GeluTanh {
+  template <typename acc_t>
+  static Vectorized<acc_t> apply(const Vectorized<acc_t>& x) {
+    return x * below(bounded(x));
+  }
+  template <typename acc_t>
+  static ValueAndGradient<acc_t> both(const Vectorized<acc_t>& x, const Vectorized<acc_t>& grad) {
+    const Vectorized<acc_t> one(1), twice(kTwice<acc_t>), triple(acc_t(3) * kCube<acc_t>);
+    const Vectorized<acc_t> b = bounded(x), part = below(b), slope = twice * (one + triple * b * b);
+    return {x * part, grad * (part + b * part * (one - part) * slope)};
+  }
+
+ private:
+  template <typename acc_t>
+  static constexpr acc_t kTwice = acc_t(1.5957691216057307117);  // 2 * sqrt(2 / pi)
+  template <typename acc_t>
+  static constexpr acc_t kCube = acc_t(0.044715);
+  template <typename acc_t>
+  static Vectorized<acc_t> bounded(const Vectorized<acc_t>& x) {
+    return at::vec::clamp(x, Vectorized<acc_t>(-30), Vectorized<acc_t>(30));
+  }
+  template <typename acc_t>
+  static Vectorized<acc_t> below(const Vectorized<acc_t>& x) {
+    const Vectorized<acc_t> one(1), twice(kTwice<acc_t>), cube(kCube<acc_t>);
+    return one / (one + (twice * x * (one + cube * x * x)).neg().exp());
   }
 };
 

@@ -50,6 +50,16 @@ def activated(x, ACTIVATION: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.const
         x = tl.where(x > SECOND, SECOND, x)
     elif ACTIVATION == "elu":
         x = tl.where(x <= 0, FIRST * (tl.exp(tl.where(x > 0, 0.0, x)) - 1), x)
+    elif ACTIVATION == "selu":  # ops.SELU
+        negative = 1.6732632423543772 * (tl.exp(tl.where(x > 0, 0.0, x)) - 1)
+        x = 1.0507009873554805 * tl.where(x <= 0, negative, x)
+    elif ACTIVATION == "celu":
+        x = tl.where(x <= 0, FIRST * (tl.exp(tl.where(x > 0, 0.0, x) / FIRST) - 1), x)
+    elif ACTIVATION == "softplus":
+        scaled = x * FIRST
+        x = tl.where(scaled > SECOND, x, tl.log(1 + tl.exp(tl.where(scaled > SECOND, 0.0, scaled))) / FIRST)
+    elif ACTIVATION == "softsign":
+        x = x / (1 + tl.abs(x))
     elif ACTIVATION == "hardsigmoid":
         y = x + 3
         x = tl.where(y < 0, 0.0, tl.where(y > 6, 6.0, y)) / 6
@@ -70,6 +80,8 @@ def activated(x, ACTIVATION: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.const
         x = x * (n / (n + 2))
     elif ACTIVATION == "gelu":
         x = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":  # (1 + tanh(y)) / 2 = 1 / (1 + exp(-2 * y))
+        x = x / (1 + tl.exp(-1.5957691216057308 * x * (1 + 0.044715 * x * x)))
     return x
 
 

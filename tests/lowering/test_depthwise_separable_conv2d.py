@@ -291,7 +291,8 @@ def test_gradients():
 # mode has a sixth in float32, so that it is not compared in float64.
 ACTIVATIONS = [
     *("then_relu", "then_relu6", "then_leaky_relu(0.3)", "then_hardtanh(-0.5, 2)", "then_elu(0.3)", "then_hardswish"),
-    *("then_sigmoid", "then_tanh", "then_silu", "then_mish", "then_gelu"),
+    *("then_sigmoid", "then_tanh", "then_silu", "then_mish", "then_gelu", "then_gelu_tanh"),
+    *("then_selu", "then_celu(0.5)", "then_softplus(2, 1)", "then_softsign"),
 ]
 GEOMETRY = (
     "plain", "no_biases", "numbers", "stride_3x4", "no_padding", "padding_beyond_the_kernel", "stride_padding_dilation",

@@ -136,6 +136,16 @@ ACTIVATIONS: dict[str, list[Callable[[Tensor], Tensor]]] = {
     "hardtanh(0.0, inf)": [nn.Hardtanh(0, float("inf"))],
     "elu": [F.elu, nn.ELU(inplace=True), torch.ops.aten.elu.default],
     "elu(0.5)": [lambda x: F.elu(x, 0.5), lambda x: F.elu_(x, 0.5), nn.ELU(0.5)],
+    "selu": [
+        F.selu,
+        torch.selu_,
+        nn.SELU(inplace=True),
+        lambda x: torch.ops.aten.elu.default(x, 1.6732632423543772, 1.0507009873554805),
+    ],
+    "celu": [F.celu, torch.celu_, nn.CELU(inplace=True)],
+    "celu(0.5)": [lambda x: F.celu(x, 0.5), nn.CELU(0.5), lambda x: torch.ops.aten.elu.default(x, 0.5, 1, 2.0)],
+    "softplus": [F.softplus, nn.Softplus()],
+    "softplus(2.0, 10.0)": [lambda x: F.softplus(x, 2, 10), nn.Softplus(2, 10)],
     "sigmoid": [torch.sigmoid, F.sigmoid, lambda x: x.sigmoid_(), nn.Sigmoid()],
     "tanh": [torch.tanh, torch.tanh_, lambda x: x.tanh(), nn.Tanh()],
     "mish": [F.mish, nn.Mish(inplace=True)],
@@ -143,6 +153,7 @@ ACTIVATIONS: dict[str, list[Callable[[Tensor], Tensor]]] = {
     "hardswish": [F.hardswish, nn.Hardswish(inplace=True)],
     "silu": [F.silu, nn.SiLU(inplace=True)],
     "gelu": [F.gelu, nn.GELU()],
+    "gelu_tanh": [lambda x: F.gelu(x, approximate="tanh"), nn.GELU(approximate="tanh")],
     "identity": [lambda x: x, nn.Identity()],
 }
 

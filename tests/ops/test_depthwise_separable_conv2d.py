@@ -376,8 +376,8 @@ def test_wrong_arguments(wrong):
 def test_wrong_arguments_of_the_operators():
     s = sample("plain")
     *arguments, _ = s.positional
-    with pytest.raises(RuntimeError, match=r"activation must be one of identity, relu, relu6, .*, got 'softsign'"):
-        OP(*arguments, "softsign")
+    with pytest.raises(RuntimeError, match=r"activation must be one of identity, relu, relu6, .*, got 'softshrink'"):
+        OP(*arguments, "softshrink")
     with pytest.raises(RuntimeError, match=re.escape("grad must have shape (2, 6, 7, 9), got (2, 6, 7, 8)")):
         OP_BACKWARD(torch.zeros(2, 6, 7, 8), *s.positional, [True] * 5)
 
@@ -386,14 +386,14 @@ def test_wrong_arguments_of_the_operators():
 @pytest.mark.parametrize(
     "name",
     [
-        *("softsign", "identity", "", "relu(", "relu()", "relu(1)", "leaky_relu(0.1", "leaky_relu(0.1, 2)"),
+        *("softshrink", "identity", "", "relu(", "relu()", "relu(1)", "leaky_relu(0.1", "leaky_relu(0.1, 2)"),
         *("leaky_relu(slope)", "hardtanh(1)", "elu()", "(0.1)"),
     ],
 )
 def test_unknown_activations(argument, name):
     known = (
-        "relu, relu6, leaky_relu(negative_slope), hardtanh(min_val, max_val), elu(alpha), hardsigmoid, hardswish, "
-        "sigmoid, tanh, silu, mish, gelu"
+        "relu, relu6, leaky_relu(negative_slope), hardtanh(min_val, max_val), elu(alpha), selu, celu(alpha), "
+        "softplus(beta, threshold), softsign, hardsigmoid, hardswish, sigmoid, tanh, silu, mish, gelu, gelu_tanh"
     )
     message = re.escape(f"{argument} must be None or one of {known}, got {name!r}")
     s = sample("plain")

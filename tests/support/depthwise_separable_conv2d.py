@@ -109,6 +109,8 @@ def activate(text: str | None, x: Tensor) -> Tensor:
     """By the function of torch.nn.functional."""
     if text is None:
         return x
+    if text == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
     name, _, parameters = text.removesuffix(")").partition("(")
     return getattr(F, name)(x, *(float(number) for number in parameters.split(",") if number))
 
@@ -123,6 +125,12 @@ ACTIVATIONS: dict[str | None, Callable[[float], float]] = {
     "hardtanh(-0.5, 2)": lambda x: x if x != x else min(max(x, -0.5), 2.0),
     "elu": lambda x: math.expm1(x) if x <= 0 else x,
     "elu(0.3)": lambda x: 0.3 * math.expm1(x) if x <= 0 else x,
+    "selu": lambda x: 1.0507009873554805 * (1.6732632423543772 * math.expm1(x) if x <= 0 else x),
+    "celu": lambda x: math.expm1(x) if x <= 0 else x,
+    "celu(0.5)": lambda x: 0.5 * math.expm1(x / 0.5) if x <= 0 else x,  # aten's gradient has 1 / alpha in float32
+    "softplus": lambda x: x if x > 20 else math.log1p(math.exp(x)),
+    "softplus(2, 1)": lambda x: x if 2 * x > 1 else math.log1p(math.exp(2 * x)) / 2,
+    "softsign": lambda x: x / (1 + abs(x)),
     "sigmoid": lambda x: 1 / (1 + math.exp(-x)) if not x < -700 else 0.0,
     "tanh": math.tanh,
     "mish": lambda x: x * math.tanh(math.log1p(math.exp(min(x, 700.0)))) if x == x else x,
@@ -130,6 +138,7 @@ ACTIVATIONS: dict[str | None, Callable[[float], float]] = {
     "hardswish": lambda x: x * (x if x != x else min(max(x + 3, 0.0), 6.0)) / 6,
     "silu": lambda x: x / (1 + math.exp(-x)) if not x < -700 else x * 0.0,
     "gelu": lambda x: x * (1 + math.erf(x / math.sqrt(2))) / 2,
+    "gelu_tanh": lambda x: x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2,
 }
 
 CASES = {

@@ -132,14 +132,17 @@ inline double sigmoid(double x) {
   return 1 / (1 + std::exp(-x));
 }
 using inductor_vision::Gelu;
+using inductor_vision::GeluTanh;
 using inductor_vision::Hardsigmoid;
 using inductor_vision::Hardswish;
 using inductor_vision::Identity;
 using inductor_vision::Mish;
 using inductor_vision::Relu;
 using inductor_vision::Relu6;
+using inductor_vision::Selu;
 using inductor_vision::Sigmoid;
 using inductor_vision::Silu;
+using inductor_vision::Softsign;
 using inductor_vision::Tanh;
 struct Parameters {
   static constexpr double negative_slope() {
@@ -154,12 +157,29 @@ struct Parameters {
   static constexpr double alpha() {
     return 0.7;
   }
+  static constexpr double beta() {
+    return 1.5;
+  }
+  static constexpr double threshold() {
+    return 3;
+  }
 };
 using LeakyRelu = inductor_vision::LeakyRelu<Parameters>;
 using Hardtanh = inductor_vision::Hardtanh<Parameters>;
 using Elu = inductor_vision::Elu<Parameters>;
+using Celu = inductor_vision::Celu<Parameters>;
+using Softplus = inductor_vision::Softplus<Parameters>;
+const double kSeluAlpha = 1.6732632423543772848, kSeluScale = 1.0507009873554804934;
 inline double tanh_of_softplus(double x) {
   return std::tanh(std::log1p(std::exp(x)));
+}
+inline double tanh_of_cube(double x) {
+  return std::tanh(std::sqrt(2 / std::acos(-1.0)) * (x + 0.044715 * x * x * x));
+}
+// Of the tangent.
+inline double slope_of_cube(double x) {
+  const double tangent = tanh_of_cube(x);
+  return (1 - tangent * tangent) * std::sqrt(2 / std::acos(-1.0)) * (1 + 3 * 0.044715 * x * x);
 }
 FUNCTION(Identity, false, x, grad)
 FUNCTION(Relu, true, clamp(x, kInf), x <= 0 ? 0 : grad)
@@ -167,6 +187,13 @@ FUNCTION(Relu6, true, clamp(x, 6), x <= 0 || x >= 6 ? 0 : grad)
 FUNCTION(LeakyRelu, true, x > 0 ? x : 0.3 * x, x > 0 ? grad : 0.3 * grad)
 FUNCTION(Hardtanh, true, x != x ? x : std::clamp(x, -0.5, 2.0), x <= -0.5 || x >= 2 ? 0 : grad)
 FUNCTION(Elu, true, x <= 0 ? 0.7 * std::expm1(x) : x, x <= 0 ? 0.7 * grad * std::exp(x) : grad)
+FUNCTION(
+    Selu, true, kSeluScale*(x <= 0 ? kSeluAlpha * std::expm1(x) : x),
+    grad* kSeluScale*(x <= 0 ? kSeluAlpha * std::exp(x) : 1))
+FUNCTION(Celu, false, x <= 0 ? 0.7 * std::expm1(x / 0.7) : x, x <= 0 ? grad * std::exp(x / 0.7) : grad)
+FUNCTION(
+    Softplus, true, 1.5 * x > 3 ? x : std::log1p(std::exp(1.5 * x)) / 1.5, 1.5 * x > 3 ? grad : grad * sigmoid(1.5 * x))
+FUNCTION(Softsign, false, x / (1 + std::abs(x)), grad / ((1 + std::abs(x)) * (1 + std::abs(x))))
 FUNCTION(Hardsigmoid, true, clamp(x + 3, 6) / 6, x > -3 && x < 3 ? grad / 6 : 0)
 FUNCTION(Hardswish, true, x*(clamp(x + 3, 6) / 6), x <= -3 ? 0 : x < 3 ? grad * (x / 3 + 0.5) : grad)
 FUNCTION(Sigmoid, false, sigmoid(x), grad* sigmoid(x) * (1 - sigmoid(x)))
@@ -178,6 +205,8 @@ FUNCTION(Silu, false, x / (1 + std::exp(-x)), grad* sigmoid(x) * (1 + x * (1 - s
 FUNCTION(
     Gelu, false, x * 0.5 * (1 + std::erf(x * std::sqrt(0.5))),
     grad * (0.5 * (1 + std::erf(x * std::sqrt(0.5))) + x * (std::exp(-0.5 * x * x) / std::sqrt(8 * std::atan(1)))))
+FUNCTION(
+    GeluTanh, false, x * 0.5 * (1 + tanh_of_cube(x)), grad*(0.5 * (1 + tanh_of_cube(x)) + 0.5 * x * slope_of_cube(x)))
 #undef FUNCTION
 
 template <typename scalar_t>
