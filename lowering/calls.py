@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
-from ..ops.depthwise_separable_conv2d import ACTIVATIONS, IDENTITY, SELU, format_activation
+from ..ops.depthwise_separable_conv2d import ACTIVATIONS, IDENTITY, PRELU, SELU, format_activation
 from ..ops.registry import pair
 from .names import layer_of, parameters_of
 
@@ -55,8 +55,6 @@ def _forms(name: str) -> Iterator[Any]:
 
 
 _ACTIVATIONS = {form: name for name in ACTIVATIONS if name != IDENTITY for form in _forms(name) if form is not None}
-
-_PRELUS = ("prelu", torch.prelu, F.prelu, _aten.prelu.default)
 
 # Arguments of aten's operators that are no parameters of ours, and what they are by themselves.
 _NEUTRAL = {"approximate": "none", "scale": 1, "input_scale": 1}
@@ -186,20 +184,41 @@ def _constant(node: Node) -> Tensor | None:
 
 
 def has_unknown_parameters(node: Node) -> bool:
-    """Whether it is an activation, but with slopes or limits that a graph is given."""
+    """Whether it is an activation, but with numbers that a graph is given. A slope that is a tensor is none."""
     parameters = [*node.args[1:], *(value for name, value in node.kwargs.items() if name not in ("input", "out"))]
-    return node.target in (*_ACTIVATIONS, *_PRELUS) and any(isinstance(value, Node) for value in parameters)
+    return _ACTIVATIONS.get(node.target, PRELU) != PRELU and any(isinstance(value, Node) for value in parameters)
 
 
-def activation_of(node: Node) -> str | None:
-    """An activation as the operator is given it; None of what is none, or has parameters that are not known."""
+@dataclasses.dataclass(frozen=True)
+class Activation:
+    """A call of an activation.
+
+    Attributes:
+        name: as the operator is given it, with numbers.
+        slope: a tensor, of prelu; the others have None.
+    """
+
+    node: Node
+    name: str
+    slope: Node | None = None
+
+
+def activation_of(node: Node) -> Activation | None:
+    """None of what is none, or has parameters that are not known; of prelu, whether it has one slope is not asked."""
     if node.op not in ("call_function", "call_method"):
         return None
-    if node.target in _PRELUS:
-        slope = _constant(_bind(node, _parameters("input weight"))["weight"])
-        if slope is None or slope.numel() != 1:
-            return None
-        return format_activation("leaky_relu", {"negative_slope": slope.item()})
+    if _ACTIVATIONS.get(node.target) == PRELU:
+        slope = _bind(node, _parameters("input weight"))["weight"]
+        constant = _constant(slope)
+        if constant is None or constant.numel() != 1:
+            return Activation(node, PRELU, slope)
+        return Activation(node, format_activation("leaky_relu", {"negative_slope": constant.item()}))
+    name = _activation_name(node)
+    return None if name is None else Activation(node, name)
+
+
+def _activation_name(node: Node) -> str | None:
+    """With numbers, of what has no tensor for a parameter."""
     name = _ACTIVATIONS.get(node.target)
     if name is None or len(node.all_input_nodes) != 1:  # with `out`, a tensor that others may read
         return None

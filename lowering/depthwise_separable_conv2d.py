@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..ops.convolution import empty_output, gradient_format
 from ..ops.depthwise_separable_conv2d import (
+    PRELU,
     Arguments,
     DepthwiseGradients,
     check_arguments,
@@ -64,15 +65,17 @@ class Separable:
         scalar = DTYPE_TO_CPP[image.get_dtype()]
         return f"const inductor_vision::DepthwiseSeparableConv2d<{scalar}> op{{{', '.join(map(str, fields))}}};"
 
-    def declare_activation(self) -> str:
-        """C++ that defines `Activation`, a type of cpp/activations.h; of leaky_relu, ``LeakyRelu<its parameters>``."""
+    def declare_activation(self, kernel: CppTemplateKernel, slope: ir.IRNode | None) -> str:
+        """C++ that defines `activation`, of a type of cpp/activations.h: of leaky_relu ``LeakyRelu<Parameters>``."""
         activation = parse_activation(self.activation)
         assert activation is not None
+        if self.activation == PRELU:
+            return f"const inductor_vision::Prelu activation{{static_cast<double>(*{pointer(kernel, slope)})}};"
         name = "".join(word.capitalize() for word in self.activation.partition("(")[0].split("_"))
         if not activation.parameters:
-            return f"using Activation = inductor_vision::{name};"
+            return f"const inductor_vision::{name} activation{{}};"
         values = (f"static constexpr double {k}() {{ return {double(v)}; }}" for k, v in activation.parameters.items())
-        return f"struct Parameters {{ {' '.join(values)} }}; using Activation = inductor_vision::{name}<Parameters>;"
+        return f"struct Parameters {{ {' '.join(values)} }}; const inductor_vision::{name}<Parameters> activation{{}};"
 
     def blocking(self, dtype: torch.dtype) -> int:
         """SeparableBlocking: pixels of a tile whose hidden channels and sums take half of the second-level cache."""
@@ -120,9 +123,8 @@ def _prepack(*args: Any) -> Tensor:
     dtype = accumulate_dtype(call.input.dtype)
     pointwise = _by_multiplier(call, call.pointwise_weight.to(dtype).reshape(call.out_channels, -1).t()).t()
     packed = pack_panels(pointwise[None, :, :, None])  # of [O, M * C]
-    return _prepacked(
-        call.input, depthwise, packed, bias, call.pointwise_bias, *_separable(call).arguments, check_arguments(call)
-    )
+    tensors = call.input, depthwise, packed, bias, call.pointwise_bias, call.slope
+    return _prepacked(*tensors, *_separable(call).arguments, check_arguments(call))
 
 
 def _prepack_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -134,13 +136,15 @@ def _depthwise_gradients(call: Arguments, grad_hidden: Tensor | None, wanted: De
     if grad_hidden is not None:
         grad_hidden = _by_multiplier(call, grad_hidden.t()).t()
     channels_last = gradient_format(call.input) == torch.channels_last
-    grad_input, grad_weight, grad_bias, hidden = _gradients(
-        grad_hidden, call.input, weight, bias, *_separable(call).arguments, check_arguments(call), channels_last, wanted
+    tensors = grad_hidden, call.input, weight, bias, call.slope
+    grad_input, grad_weight, grad_bias, grad_slope, hidden = _gradients(
+        *tensors, *_separable(call).arguments, check_arguments(call), channels_last, wanted
     )
     return DepthwiseGradients(
         grad_input if wanted.input else None,
         _by_channel(call, grad_weight.t()) if wanted.weight else None,
         _by_channel(call, grad_bias).reshape(-1) if wanted.bias else None,
+        grad_slope if wanted.slope else None,
         _by_channel(call, hidden.t()).t() if wanted.hidden else None,
     )
 
@@ -151,11 +155,14 @@ def _unpacked(
     pointwise: Tensor,
     depthwise_bias: Tensor | None,
     pointwise_bias: Tensor | None,
+    slope: Tensor | None,
     separable: Separable,
 ) -> Arguments:
     """The operator's arguments from what :func:`_pack_depthwise` made of them, and ``pointwise``, ``[O, M * C]``."""
-    geometry = separable.stride, separable.padding, separable.dilation
-    packed = Arguments(input, depthwise.t(), pointwise, depthwise_bias, pointwise_bias, *geometry, separable.activation)
+    tensors = input, depthwise.t(), pointwise, depthwise_bias, pointwise_bias, slope
+    packed = Arguments(
+        *tensors, separable.stride, separable.padding, separable.dilation, activation=separable.activation
+    )
     depthwise = _by_channel(packed, packed.depthwise_weight).reshape(-1, 1, *separable.kernel)
     pointwise = _by_channel(packed, pointwise.t()).t()[:, :, None, None]
     if depthwise_bias is not None:
@@ -168,15 +175,15 @@ def _unpacked(
 
 
 def _prepacked_body(input: Tensor, depthwise: Tensor, packed: Tensor, *args: Any) -> Tensor:
-    depthwise_bias, pointwise_bias, *fields, _ = args
+    depthwise_bias, pointwise_bias, slope, *fields, _ = args
     separable = Separable(*fields)
     pointwise = unpack_panels(packed, separable.out_channels)[0, :, :, 0]  # [O, M * C]
-    call = _unpacked(input, depthwise, pointwise, depthwise_bias, pointwise_bias, separable)
+    call = _unpacked(input, depthwise, pointwise, depthwise_bias, pointwise_bias, slope, separable)
     return OPS["depthwise_separable_conv2d"].decomposition(*call)
 
 
 def _fake_prepacked(input: Tensor, *args: Any) -> Tensor:
-    return empty_output(input, args[5], args[-1])
+    return empty_output(input, args[6], args[-1])
 
 
 def _constant(position: int, value: ir.TensorBox | None) -> ir.IRNode | None:
@@ -194,11 +201,12 @@ def _lower(
     pointwise: ir.TensorBox,
     depthwise_bias: ir.TensorBox | None,
     pointwise_bias: ir.TensorBox | None,
+    slope: ir.TensorBox | None,
     *args: Any,
 ) -> ir.TensorBox:
     node = V.graph.current_node
     image, channels_last = image_and_format(input, node)
-    tensors = (depthwise, pointwise, depthwise_bias, pointwise_bias)
+    tensors = (depthwise, pointwise, depthwise_bias, pointwise_bias, slope)
     return DepthwiseSeparableConv2dTemplate(
         Separable(*args[:-1]),
         image,
@@ -224,7 +232,7 @@ class DepthwiseSeparableConv2dTemplate(BlocksTemplate):
     ) -> None:
         """
         Args:
-            tensors: depthwise and pointwise weight, depthwise and pointwise bias.
+            tensors: depthwise and pointwise weight, depthwise and pointwise bias, slope.
         """
         super().__init__([image, *(t for t in tensors if t is not None)], image.get_dtype(), size, channels_last)
         self.separable = separable
@@ -236,22 +244,22 @@ class DepthwiseSeparableConv2dTemplate(BlocksTemplate):
 
     def call(self, kernel: CppTemplateKernel, inputs: Sequence[ir.IRNode], store: str) -> str:
         image, *tensors = inputs
-        depthwise, pointwise, *biases = (tensors.pop(0) if present else None for present in self.present)
+        depthwise, pointwise, *biases, slope = (tensors.pop(0) if present else None for present in self.present)
         out_size = self.output_size(kernel)[2:]
         return f"""
     {self.separable.declare(kernel, image, [depthwise, biases[0], pointwise, biases[1]], out_size)}
     const inductor_vision::SeparableBlocking blocking{{{self.separable.blocking(self.dtype)}}};
-    {self.separable.declare_activation()}
+    {self.separable.declare_activation(kernel, slope)}
     const auto store = {store};
-    inductor_vision::depthwise_separable_conv2d<{str(self.channels_last).lower()}, Activation>(op, blocking, store);"""
+    inductor_vision::depthwise_separable_conv2d<{str(self.channels_last).lower()}>(op, activation, blocking, store);"""
 
 
 def _gradients_body(
-    grad_hidden: Tensor | None, input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
+    grad_hidden: Tensor | None, input: Tensor, weight: Tensor, bias: Tensor | None, slope: Tensor | None, *args: Any
 ) -> tuple[Tensor, ...]:
     separable, (_, channels_last, wanted) = Separable(*args[:-3]), args[-3:]
     pointwise = weight.new_empty(separable.out_channels, weight.shape[1])  # its values do not matter
-    call = _unpacked(input, weight, pointwise, bias, None, separable)
+    call = _unpacked(input, weight, pointwise, bias, None, slope, separable)
     if grad_hidden is not None:
         grad_hidden = _by_channel(call, grad_hidden.t()).t()
     half = depthwise_gradients(call, grad_hidden, DepthwiseGradients(*wanted))
@@ -260,6 +268,7 @@ def _gradients_body(
         input.new_empty(0) if half.input is None else half.input.to(input.dtype).contiguous(memory_format=format),
         weight.new_empty(0) if half.weight is None else _by_multiplier(call, half.weight).t().contiguous(),
         weight.new_empty(0) if half.bias is None else _by_multiplier(call, half.bias).flatten(),
+        weight.new_empty(0) if half.slope is None else half.slope,
         weight.new_empty(0) if half.hidden is None else _by_multiplier(call, half.hidden.t()).t().contiguous(),
     )
 
@@ -271,12 +280,17 @@ def _fake_gradients(grad_hidden: Tensor | None, input: Tensor, weight: Tensor, *
     if wanted[0]:
         format = torch.channels_last if channels_last else torch.contiguous_format
         grad_input = input.new_empty(input.shape).contiguous(memory_format=format)
-    sizes = [[taps, hidden], [hidden], [input.shape[0] * out_size[0] * out_size[1], hidden]]
+    sizes = [[taps, hidden], [hidden], [1], [input.shape[0] * out_size[0] * out_size[1], hidden]]
     return grad_input, *(weight.new_empty(size if want else [0]) for size, want in zip(sizes, wanted[1:]))
 
 
 def _lower_gradients(
-    grad_hidden: ir.TensorBox | None, input: ir.TensorBox, weight: ir.TensorBox, bias: ir.TensorBox | None, *args: Any
+    grad_hidden: ir.TensorBox | None,
+    input: ir.TensorBox,
+    weight: ir.TensorBox,
+    bias: ir.TensorBox | None,
+    slope: ir.TensorBox | None,
+    *args: Any,
 ) -> list[ir.TensorBox]:
     *separable, out_size, channels_last, wanted = args
     realize, require_contiguous = ir.ExternKernel.realize_input, ir.ExternKernel.require_contiguous
@@ -286,7 +300,7 @@ def _lower_gradients(
         out_size,
         channels_last,
         realize(input),
-        [grad, _constant(2, weight), _constant(3, bias)],
+        [grad, _constant(2, weight), _constant(3, bias), _constant(4, slope)],
         wanted,
     ).results()
 
@@ -296,7 +310,7 @@ class DepthwiseGradientsTemplate(ResultsTemplate):
 
     op = "depthwise_separable_conv2d_backward"
     header = "depthwise_separable_conv2d_backward.h"
-    names = ("grad_input", "grad_weight", "grad_bias", "hidden")
+    names = ("grad_input", "grad_weight", "grad_bias", "grad_slope", "hidden")
 
     def __init__(
         self,
@@ -311,7 +325,7 @@ class DepthwiseGradientsTemplate(ResultsTemplate):
         Args:
             out_size: height and width.
             channels_last: memory format of the input's gradient.
-            tensors: gradient of the hidden channels, depthwise weight and bias.
+            tensors: gradient of the hidden channels, depthwise weight and bias, slope.
         """
         super().__init__([image, *(t for t in tensors if t is not None)], wanted)
         self.separable = separable
@@ -321,7 +335,12 @@ class DepthwiseGradientsTemplate(ResultsTemplate):
 
     @property
     def path(self) -> str:
-        names = {"grad_input": "input", "grad_weight": "depthwise_weight", "grad_bias": "depthwise_bias"}
+        names = {
+            "grad_input": "input",
+            "grad_weight": "depthwise_weight",
+            "grad_bias": "depthwise_bias",
+            "grad_slope": "slope",
+        }
         gradients = [f"gradient of {names[name]}" for name in self.wanted if name in names]
         return ", ".join([*gradients, *(["hidden channels"] if "hidden" in self.wanted else [])])
 
@@ -329,7 +348,7 @@ class DepthwiseGradientsTemplate(ResultsTemplate):
         self, kernel: CppTemplateKernel, inputs: Sequence[ir.IRNode], results: dict[str, ir.Buffer]
     ) -> Sequence[str]:
         image, *tensors = inputs
-        grad, weight, bias = (tensors.pop(0) if present else None for present in self.present)
+        grad, weight, bias, slope = (tensors.pop(0) if present else None for present in self.present)
         pointers = [pointer(kernel, results.get(name)) for name in self.names]
         fields = [pointer(kernel, grad), str(self.channels_last).lower(), *pointers]
         return [
@@ -337,21 +356,22 @@ class DepthwiseGradientsTemplate(ResultsTemplate):
             f"const inductor_vision::SeparableGradients<{DTYPE_TO_CPP[image.get_dtype()]}> gradients"
             f"{{{', '.join(fields)}}};",
             f"const inductor_vision::SeparableBackwardBlocking blocking{{{cache_bytes() // 2}}};",
-            self.separable.declare_activation(),
-            "inductor_vision::depthwise_separable_conv2d_backward<Activation>(op, gradients, blocking);",
+            self.separable.declare_activation(kernel, slope),
+            "inductor_vision::depthwise_separable_conv2d_backward(op, activation, gradients, blocking);",
         ]
 
 
 _prepacked = define_internal_op(
     "depthwise_separable_conv2d_prepacked(Tensor input, Tensor depthwise, Tensor packed, Tensor? depthwise_bias, "
-    f"Tensor? pointwise_bias, {Separable.SCHEMA}, SymInt[2] out_size) -> Tensor",
+    f"Tensor? pointwise_bias, Tensor? slope, {Separable.SCHEMA}, SymInt[2] out_size) -> Tensor",
     body=_prepacked_body,
     fake=_fake_prepacked,
     lower=_lower,
 )
 _gradients = define_internal_op(
     "depthwise_separable_conv2d_gradients(Tensor? grad_hidden, Tensor input, Tensor depthwise, Tensor? bias, "
-    f"{Separable.SCHEMA}, SymInt[2] out_size, bool channels_last, bool[4] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor? slope, {Separable.SCHEMA}, SymInt[2] out_size, bool channels_last, bool[5] wanted) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     body=_gradients_body,
     fake=_fake_gradients,
     lower=_lower_gradients,

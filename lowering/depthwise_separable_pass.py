@@ -27,7 +27,16 @@ from ..ops.convolution import FLOAT_DTYPES
 from ..ops.depthwise_separable_conv2d import IDENTITY
 from ..ops.registry import OPS
 from ..paths import record_path
-from .calls import Convolution, Norm, activation_of, convolution_of, has_unknown_parameters, norm_of, value_of
+from .calls import (
+    Activation,
+    Convolution,
+    Norm,
+    activation_of,
+    convolution_of,
+    has_unknown_parameters,
+    norm_of,
+    value_of,
+)
 from .changes import changed_by, memory_of
 from .machine import cache_bytes
 from .names import name_of
@@ -71,7 +80,7 @@ class Pair:
 
     depthwise: Convolution
     depthwise_norm: Norm | None
-    activation: Node | None
+    activation: Activation | None
     pointwise: Convolution
     pointwise_norm: Norm | None
 
@@ -83,12 +92,17 @@ class Pair:
     def nodes(self) -> list[Node]:
         """All that is replaced, in order."""
         parts = self.depthwise, self.depthwise_norm, self.activation, self.pointwise, self.pointwise_norm
-        return [part if isinstance(part, Node) else part.node for part in parts if part is not None]
+        return [part.node for part in parts if part is not None]
+
+    @property
+    def slope(self) -> Node | None:
+        """That of the activation, if it is a tensor."""
+        return None if self.activation is None else self.activation.slope
 
     @property
     def parameters(self) -> dict[str, Node]:
-        """Weights, biases and statistics, by what they are to the depthwise convolution."""
-        parameters = {}
+        """Weights, biases, statistics and slope, by what they are to the depthwise convolution."""
+        parameters = {} if self.slope is None else {"its activation's slope": self.slope}
         for owner, convolution, norm in (
             ("its", self.depthwise, self.depthwise_norm),
             ("the pointwise convolution's", self.pointwise, self.pointwise_norm),
@@ -114,7 +128,7 @@ class Pair:
 
 def find_pair(depthwise: Convolution) -> Pair | str:
     """The pair that a depthwise convolution begins, or why there is none."""
-    node, activation = depthwise.node, None
+    node = depthwise.node
     follower = _only_user(node)
     norm = norm_of(follower, node)
     if norm is not None:
@@ -122,8 +136,9 @@ def find_pair(depthwise: Convolution) -> Pair | str:
             return "its batch norm is in training mode"
         node = norm.node
         follower = _only_user(node)
-    if follower is not None and activation_of(follower) is not None:
-        node = activation = follower
+    activation = None if follower is None else activation_of(follower)
+    if activation is not None:
+        node = activation.node
         follower = _only_user(node)
     if follower is None:
         return f"its result is not only the input of a pointwise convolution, but {_uses(node)}"
@@ -177,6 +192,8 @@ def _test_tensors(pair: Pair) -> str | None:
             return f"{name} is of {value.dtype}"
     if value_of(pair.depthwise.input).dim() != 4:
         return "its input has no batch"
+    if pair.slope is not None and (slopes := tuple(value_of(pair.slope).shape)) != (1,):
+        return f"its activation has slopes of shape {slopes}, one for each channel, where the kernel takes one for all"
     return None
 
 
@@ -289,9 +306,9 @@ def _after(node: Node) -> Iterator[Node]:
 def _test_template(pair: Pair) -> str | None:
     """Without the kernel there is nothing to be gained."""
     depthwise, pointwise = pair.depthwise, pair.pointwise
-    tensors = depthwise.input, depthwise.weight, pointwise.weight, depthwise.bias, pointwise.bias
+    tensors = depthwise.input, depthwise.weight, pointwise.weight, depthwise.bias, pointwise.bias, pair.slope
     values = (None if tensor is None else value_of(tensor) for tensor in tensors)
-    activation = IDENTITY if pair.activation is None else activation_of(pair.activation)
+    activation = IDENTITY if pair.activation is None else pair.activation.name
     return refusal(OPS[OP], *values, depthwise.stride, _padding(depthwise), depthwise.dilation, activation)
 
 
@@ -376,10 +393,11 @@ def replace(pair: Pair) -> None:
             pointwise_weight,
             depthwise_bias,
             pointwise_bias,
+            pair.slope,
             pair.depthwise.stride,
             _padding(pair.depthwise),
             pair.depthwise.dilation,
-            IDENTITY if pair.activation is None else activation_of(pair.activation),
+            IDENTITY if pair.activation is None else pair.activation.name,
         )
         out = graph.call_function(OPS[OP].overload, arguments)
     out.meta = dict(last.meta)

@@ -50,6 +50,7 @@ def depthwise_separable_conv2d(
     dilation: int | Sequence[int] = 1,
     depthwise_activation: str | None = None,
     pointwise_activation: str | None = None,
+    slope: Tensor | None = None,
 ) -> Tensor:
     r"""A depthwise convolution, an activation, a pointwise (1 x 1) convolution and an activation, in one pass.
 
@@ -78,19 +79,25 @@ def depthwise_separable_conv2d(
             ``"softsign"``, ``"hardsigmoid"``, ``"hardswish"``, ``"sigmoid"``, ``"tanh"``, ``"silu"``, ``"mish"`` and
             ``"gelu"`` (exact): the functions of these names in :mod:`torch.nn.functional`; and ``"gelu_tanh"``, gelu's
             approximation by tanh. Parameters that are not the defaults are given with the name, all of them:
-            ``"leaky_relu(0.2)"``, ``"hardtanh(-2, 2)"``, ``"elu(0.5)"``.
+            ``"leaky_relu(0.2)"``, ``"hardtanh(-2, 2)"``, ``"elu(0.5)"``. The first of them may be ``"prelu"`` too.
+        slope: ``[1]``, of prelu; None for other activations.
 
     Returns:
         ``[B, O, Ho, Wo]`` (or ``[O, Ho, Wo]``) with :math:`H_o = \lfloor (H + 2\,\text{padding} -
         \text{dilation}\,(kH - 1) - 1) / \text{stride} \rfloor + 1`, in the memory format of ``input``.
 
     Raises:
-        ValueError: there is no activation of that name, or ``padding`` is a word.
+        ValueError: there is no activation of that name, ``"prelu"`` and ``slope`` are not given together, or
+            ``padding`` is a word.
         RuntimeError: shapes, dtypes or devices do not go together. The message says what was expected.
     """
     if is_proxy(input, depthwise_weight, pointwise_weight):
         return record_call(depthwise_separable_conv2d, **locals())
-    _check_activation("depthwise_activation", depthwise_activation)
+    if (slope is not None) != (depthwise_activation == PRELU):
+        given = "none" if slope is None else f"one with depthwise_activation={depthwise_activation!r}"
+        raise ValueError(f"slope must be given with depthwise_activation={PRELU!r}, and only then, got {given}")
+    if slope is None:
+        _check_activation("depthwise_activation", depthwise_activation)
     last = _check_activation("pointwise_activation", pointwise_activation)
     unbatched = input.dim() == 3
     arguments = Arguments(
@@ -99,6 +106,7 @@ def depthwise_separable_conv2d(
         pointwise_weight,
         depthwise_bias,
         pointwise_bias,
+        slope,
         pair("stride", stride),
         pair("padding", padding),
         pair("dilation", dilation),
@@ -117,12 +125,12 @@ class Activation:
     Attributes:
         function: of a tensor and the parameters.
         gradient: of its input, from the gradient of its result, the input, and the parameters.
-        parameters: the parameters by name; defaults in the table.
+        parameters: the parameters by name; defaults in the table. That of prelu is a tensor, which comes with a call.
     """
 
     function: Callable[..., Tensor]
     gradient: Callable[..., Tensor]
-    parameters: dict[str, float] = dataclasses.field(default_factory=dict)
+    parameters: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.function(x, *self.parameters.values())
@@ -134,6 +142,7 @@ class Activation:
 _aten = torch.ops.aten
 
 IDENTITY = "identity"  # what the operator calls no activation
+PRELU = "prelu"
 
 SELU = 1.6732632423543772, 1.0507009873554805  # alpha and scale, see F.selu
 
@@ -145,6 +154,9 @@ ACTIVATIONS = {
     "relu6": Activation(F.relu6, lambda grad, x: _aten.hardtanh_backward(grad, x, 0, 6)),
     "leaky_relu": Activation(
         F.leaky_relu, lambda grad, x, slope: _aten.leaky_relu_backward(grad, x, slope, False), {"negative_slope": 0.01}
+    ),
+    PRELU: Activation(
+        lambda x, slope: torch.where(x > 0, x, x * slope), lambda grad, x, slope: torch.where(x > 0, grad, grad * slope)
     ),
     "hardtanh": Activation(_aten.hardtanh, _aten.hardtanh_backward, {"min_val": -1.0, "max_val": 1.0}),
     "elu": Activation(F.elu, lambda grad, x, alpha: _aten.elu_backward(grad, alpha, 1, 1, False, x), {"alpha": 1.0}),
@@ -194,11 +206,14 @@ def _known_activations(names: Iterable[str]) -> str:
     return ", ".join(f"{name}({', '.join(p)})" if (p := ACTIVATIONS[name].parameters) else name for name in names)
 
 
+_OF_THE_OPERATOR = IDENTITY, PRELU  # which are not called by name alone
+
+
 def _check_activation(argument: str, text: str | None) -> Activation:
     """The activation; raises ValueError if there is none of that name."""
-    activation = None if text == IDENTITY else parse_activation(IDENTITY if text is None else text)
+    activation = None if text in _OF_THE_OPERATOR else parse_activation(IDENTITY if text is None else text)
     if activation is None:
-        known = _known_activations(name for name in ACTIVATIONS if name != IDENTITY)
+        known = _known_activations(name for name in ACTIVATIONS if name not in _OF_THE_OPERATOR)
         raise ValueError(f"{argument} must be None or one of {known}, got {text!r}")
     return activation
 
@@ -405,6 +420,7 @@ class Arguments(NamedTuple):
     pointwise_weight: Tensor
     depthwise_bias: Tensor | None
     pointwise_bias: Tensor | None
+    slope: Tensor | None
     stride: Sequence[int]
     padding: Sequence[int]
     dilation: Sequence[int]
@@ -413,13 +429,17 @@ class Arguments(NamedTuple):
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """What has a gradient, in the order in which the backward operator returns them."""
-        return self[:5]
+        return self[:6]
 
     @property
     def function(self) -> Activation:
         activation = parse_activation(self.activation)
         assert activation is not None  # which was checked
-        return activation
+        return activation if self.slope is None else dataclasses.replace(activation, parameters={"slope": self.slope})
+
+    def gradient_of_slope(self, grad: Tensor, x: Tensor) -> Tensor:
+        """``[1]``, from the gradient of the activation's result, and its input."""
+        return torch.where(x > 0, 0, grad * x).sum().reshape(1)
 
     @property
     def channels(self) -> int:
@@ -445,7 +465,7 @@ class Arguments(NamedTuple):
 
 def check_arguments(arguments: Arguments) -> tuple[int, int]:
     """Raise RuntimeError unless the arguments go together; the output's height and width."""
-    input, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, *geometry, activation = arguments
+    input, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, slope, *geometry, activation = arguments
     op = "depthwise_separable_conv2d"
     require = functools.partial(check, op)
 
@@ -458,13 +478,16 @@ def check_arguments(arguments: Arguments) -> tuple[int, int]:
     for name, weight in weights.items():
         require(weight.dim() == 4, f"{name} must have 4 dimensions, got shape {tuple(weight.shape)}")
         require(weight.numel() > 0, f"{name} must not be empty, got shape {tuple(weight.shape)}")
-    check_dtypes(op, input, {**weights, **biases})
+    check_dtypes(op, input, {**weights, **biases, "slope": slope})
     stride, padding, dilation = geometry
     check_geometry(op, stride, padding, dilation)
     require(
         parse_activation(activation) is not None,
         f"activation must be one of {_known_activations(ACTIVATIONS)}, got {activation!r}",
     )
+    wanted = "have shape (1,)" if activation == PRELU else f"be None with activation {activation!r}"
+    shape = None if slope is None else tuple(slope.shape)
+    require(shape == ((1,) if activation == PRELU else None), f"slope must {wanted}, got {shape}")
 
     # int() makes a symbolic size a constant: channels are what the operator is.
     channels, hidden, kernel = int(input.shape[1]), arguments.hidden_channels, arguments.kernel
@@ -520,8 +543,8 @@ def _decomposition(*args: Any) -> Tensor:
 
 _op = define_op(
     "depthwise_separable_conv2d(Tensor input, Tensor depthwise_weight, Tensor pointwise_weight, "
-    "Tensor? depthwise_bias, Tensor? pointwise_bias, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, "
-    "str activation) -> Tensor",
+    "Tensor? depthwise_bias, Tensor? pointwise_bias, Tensor? slope, SymInt[2] stride, SymInt[2] padding, "
+    "SymInt[2] dilation, str activation) -> Tensor",
     family="depthwise_separable_conv2d",
     decomposition=_decomposition,
     fake=_fake,
@@ -575,17 +598,19 @@ class DepthwiseGradients(NamedTuple):
 
     Attributes:
         input, weight, bias: gradients; None if not wanted.
+        slope: that of prelu, ``[1]``.
         hidden: ``[P, C * M]`` with P = B * Ho * Wo, what the pointwise convolution takes; None if not wanted.
     """
 
     input: Any
     weight: Any
     bias: Any
+    slope: Any
     hidden: Any
 
 
 def gradients(grad: Tensor, *args: Any, depthwise: Callable[..., DepthwiseGradients]) -> tuple[Tensor, ...]:
-    """Gradients of input, the two weights and the two biases; an empty tensor for each that is not wanted.
+    """Gradients of input, the two weights, the two biases and the slope; an empty tensor for each that is not wanted.
 
     The pointwise half of them are products of matrices, which take the gradient of the output in either memory format.
 
@@ -598,16 +623,18 @@ def gradients(grad: Tensor, *args: Any, depthwise: Callable[..., DepthwiseGradie
     _check_backward(grad, arguments)
     dtype = accumulate_dtype(arguments.input.dtype)
     wanted = [want and tensor is not None for want, tensor in zip(wanted, arguments.tensors)]
-    results: list[Tensor | None] = [None] * 5
-    if any(wanted[:4]):
+    results: list[Tensor | None] = [None] * 6
+    of_input, of_weight, of_pointwise_weight, of_bias, of_pointwise_bias, of_slope = wanted
+    if of_input or of_weight or of_pointwise_weight or of_bias or of_slope:
         rows = grad.to(dtype).transpose(0, 1).flatten(1)  # [O, P]
         grad_hidden = None
-        if wanted[0] or wanted[1] or wanted[3]:
+        if of_input or of_weight or of_bias or of_slope:
             grad_hidden = rows.t() @ arguments.pointwise_weight.flatten(1).to(dtype)
-        half = depthwise(arguments, grad_hidden, DepthwiseGradients(wanted[0], wanted[1], wanted[3], wanted[2]))
-        results[0], results[1], results[3] = half.input, half.weight, half.bias
+        wanted_half = DepthwiseGradients(of_input, of_weight, of_bias, of_slope, of_pointwise_weight)
+        half = depthwise(arguments, grad_hidden, wanted_half)
+        results[0], results[1], results[3], results[5] = half.input, half.weight, half.bias, half.slope
         results[2] = None if half.hidden is None else rows @ half.hidden
-    if wanted[4]:
+    if of_pointwise_bias:
         results[4] = grad.to(dtype).sum(3).sum((0, 2))  # of rows first: threads then read memory from front to back
     return gradients_like(arguments.tensors, results, arguments.input)
 
@@ -624,9 +651,10 @@ def depthwise_gradients(
     sums = _depthwise(a).contiguous(memory_format=torch.channels_last)  # [B, C * M, Ho, Wo]
     hidden = a.function(sums).permute(0, 2, 3, 1).flatten(0, 2) if wanted.hidden else None
     if grad_hidden is None:
-        return DepthwiseGradients(None, None, None, hidden)
+        return DepthwiseGradients(None, None, None, None, hidden)
     batch, channels, height, width = sums.shape
-    grad_sums = a.function.backward(grad_hidden.reshape(batch, height, width, channels).permute(0, 3, 1, 2), sums)
+    grad_hidden = grad_hidden.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
+    grad_sums = a.function.backward(grad_hidden, sums)
     grad_input, grad_weight, grad_bias = None, None, None
     if wanted.input or wanted.weight:
         grad_input, grad_weight, _ = _aten.convolution_backward(
@@ -644,15 +672,16 @@ def depthwise_gradients(
         )
     if wanted.bias:
         grad_bias = grad_sums.sum((0, 2, 3))
+    grad_slope = a.gradient_of_slope(grad_hidden, sums) if wanted.slope else None
     return DepthwiseGradients(
-        grad_input if wanted.input else None, grad_weight if wanted.weight else None, grad_bias, hidden
+        grad_input if wanted.input else None, grad_weight if wanted.weight else None, grad_bias, grad_slope, hidden
     )
 
 
 _op_backward = define_op(
     "depthwise_separable_conv2d_backward(Tensor grad, Tensor input, Tensor depthwise_weight, Tensor pointwise_weight, "
-    "Tensor? depthwise_bias, Tensor? pointwise_bias, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, "
-    "str activation, bool[5] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? depthwise_bias, Tensor? pointwise_bias, Tensor? slope, SymInt[2] stride, SymInt[2] padding, "
+    "SymInt[2] dilation, str activation, bool[6] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     family="depthwise_separable_conv2d",
     decomposition=functools.partial(gradients, depthwise=depthwise_gradients),
     fake=_fake_backward,
@@ -667,7 +696,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, grad):
-    wanted = list(ctx.needs_input_grad[:5])
+    wanted = list(ctx.needs_input_grad[:6])
     grads = _op_backward(grad, *ctx.saved_tensors, ctx.stride, ctx.padding, ctx.dilation, ctx.activation, wanted)
     return (*(g if want else None for g, want in zip(grads, wanted)), None, None, None, None)
 

@@ -3,7 +3,8 @@
 //   apply(x)       the function
 //   both(x, grad)  the function, and the gradient of x from that of the result: aten's, at kinks and for NaN too
 //
-// Parameters are types with a constexpr function for each parameter, so that these are constants in the code.
+// Parameters are types with a constexpr function for each parameter, so that these are constants in the code.  Only a
+// slope that is a tensor is known when the kernel runs alone; the others have no state.
 #ifndef INDUCTOR_VISION_ACTIVATIONS_H
 #define INDUCTOR_VISION_ACTIVATIONS_H
 
@@ -68,6 +69,32 @@ struct LeakyRelu {
   static Vectorized<acc_t> scaled(const Vectorized<acc_t>& value, const Vectorized<acc_t>& x) {
     const Vectorized<acc_t> zero(0), slope(static_cast<acc_t>(Parameters::negative_slope()));
     return Vectorized<acc_t>::blendv(value * slope, value, x > zero);
+  }
+};
+
+// The slope is a parameter of a model, read from memory once a call.
+struct Prelu {
+  double slope;
+
+  template <typename acc_t>
+  Vectorized<acc_t> apply(const Vectorized<acc_t>& x) const {
+    return scaled(x, x);
+  }
+  template <typename acc_t>
+  ValueAndGradient<acc_t> both(const Vectorized<acc_t>& x, const Vectorized<acc_t>& grad) const {
+    return {apply(x), scaled(grad, x)};
+  }
+  // What an element adds to the gradient of the slope.
+  template <typename acc_t>
+  static Vectorized<acc_t> of_slope(const Vectorized<acc_t>& x, const Vectorized<acc_t>& grad) {
+    const Vectorized<acc_t> zero(0);
+    return Vectorized<acc_t>::blendv(grad * x, zero, x > zero);
+  }
+
+ private:
+  template <typename acc_t>
+  Vectorized<acc_t> scaled(const Vectorized<acc_t>& value, const Vectorized<acc_t>& x) const {
+    return Vectorized<acc_t>::blendv(value * Vectorized<acc_t>(static_cast<acc_t>(slope)), value, x > Vectorized<acc_t>(0));
   }
 };
 

@@ -68,7 +68,8 @@ class SeparableTile {
   using Vec = Vectorized<acc_t>;
   static constexpr int64_t kLanes = Vec::size();
 
-  SeparableTile(const DepthwiseSeparableConv2d<scalar_t>& op, int64_t rows, int64_t columns)
+  SeparableTile(
+      const DepthwiseSeparableConv2d<scalar_t>& op, const Activation& activation, int64_t rows, int64_t columns)
       : op_(op),
         transposed_(op.channels > 1 && op.input.channel != 1),
         // A cache line more than the channels need: pixels a power of two apart would share cache sets.
@@ -81,7 +82,8 @@ class SeparableTile {
         hidden_(round_up(rows * columns, kMicroRows) * kRowDistance),
         bias_(sum_distance_),
         sums_(round_up(rows * columns, kMicroRows) * sum_distance_),
-        by_channel_(kChannelsLast ? 0 : rows * columns * op.out_channels) {
+        by_channel_(kChannelsLast ? 0 : rows * columns * op.out_channels),
+        activation_(activation) {
     std::fill_n(bias_.get(), sum_distance_, acc_t(0));
     for (int64_t o = 0; op.pointwise_bias != nullptr && o < op.out_channels; ++o) {
       bias_[o] = static_cast<acc_t>(op.pointwise_bias[o]);
@@ -171,7 +173,7 @@ class SeparableTile {
       acc_t* hidden = hidden_.get() + span.pixel * kRowDistance;
       depthwise_sums(
           list_, span, 0, span.pixels, c, k, depth, begin, [&](int64_t n, int64_t i, Vec sum, int64_t count) {
-            store_vector(Activation::apply(sum), hidden + n * kRowDistance + i, count);
+            store_vector(activation_.apply(sum), hidden + n * kRowDistance + i, count);
           });
     }
   }
@@ -190,12 +192,14 @@ class SeparableTile {
   Scratch<acc_t> bias_;
   Scratch<acc_t> sums_;
   Scratch<acc_t> by_channel_;
+  Activation activation_;
 };
 
 // kChannelsLast: of the output that `store` is for, see OutputBlock.
 template <bool kChannelsLast, typename Activation, typename scalar_t, typename Store>
 inline void depthwise_separable_conv2d(
-    const DepthwiseSeparableConv2d<scalar_t>& op, const SeparableBlocking& blocking, const Store& store) {
+    const DepthwiseSeparableConv2d<scalar_t>& op, const Activation& activation, const SeparableBlocking& blocking,
+    const Store& store) {
   if (op.batch * op.out_channels * op.out_height * op.out_width == 0) {
     return;
   }
@@ -216,7 +220,7 @@ inline void depthwise_separable_conv2d(
   // Allocated here, because no exception may leave the parallel region.
   std::vector<SeparableTile<kChannelsLast, Activation, scalar_t>> tiles;
   for (int thread = 0; thread < threads; ++thread) {
-    tiles.emplace_back(op, rows, columns);
+    tiles.emplace_back(op, activation, rows, columns);
   }
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (int64_t band = 0; band < op.batch * bands; ++band) {

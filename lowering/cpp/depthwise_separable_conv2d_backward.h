@@ -5,6 +5,7 @@
 //   grad_input[c, q]    = sum over m, and over taps and pixels p that look at q, of weight[k, tap] * grad_sum[k, p]
 //   grad_weight[k, tap] = sum over p of grad_sum[k, p] * input[c, p at tap]
 //   grad_bias[k]        = sum over p of grad_sum[k, p]
+//   grad_slope          = sum over k and p of grad_hidden[k, p] * min(sum[k, p], 0), of prelu
 //
 // `sum` is not kept by the forward pass: computed again, vectorized over channels, it costs less than reading it.  What
 // the weight of the pointwise convolution's gradient needs, activation(sum), is a result too.
@@ -18,6 +19,8 @@
 // order: the result is the same, to the bit, for any number of threads.
 #ifndef INDUCTOR_VISION_DEPTHWISE_SEPARABLE_CONV2D_BACKWARD_H
 #define INDUCTOR_VISION_DEPTHWISE_SEPARABLE_CONV2D_BACKWARD_H
+
+#include <numeric>
 
 #include "depthwise_separable_conv2d.h"
 
@@ -33,6 +36,7 @@ struct SeparableGradients {
   scalar_t* input;           // [B, H, W, C] or [B, C, H, W]
   acc_t* weight;             // [taps][hidden]
   acc_t* bias;               // [hidden]
+  acc_t* slope;              // one number
   acc_t* hidden;             // [B, Ho, Wo, hidden]
 };
 
@@ -90,10 +94,12 @@ class SeparableGradientsTile {
   using acc_t = accumulate_t<scalar_t>;
   using Vec = Vectorized<acc_t>;
   static constexpr int64_t kLanes = Vec::size();
+  static constexpr bool kHasSlope = std::is_same_v<Activation, Prelu>;
+  static constexpr int64_t kSums = kHasSlope ? 2 : 1;  // of a hidden channel: for the bias, and for the slope
 
   SeparableGradientsTile(
-      const DepthwiseSeparableConv2d<scalar_t>& op, const SeparableGradients<scalar_t>& gradients,
-      const SeparablePieces<scalar_t>& pieces)
+      const DepthwiseSeparableConv2d<scalar_t>& op, const Activation& activation,
+      const SeparableGradients<scalar_t>& gradients, const SeparablePieces<scalar_t>& pieces)
       : op_(op),
         gradients_(gradients),
         pieces_(pieces),
@@ -109,18 +115,19 @@ class SeparableGradientsTile {
         gradient_list_(op.columns().of_gradient(), 1, op.multiplier * op.kernel_height, distance_, weight_distance_),
         weight_(taps_ * weight_distance_),
         grad_weight_(taps_ * weight_distance_),
-        grad_bias_(weight_distance_),
+        sums_(kSums * weight_distance_),
         input_(pieces.in_place ? 0 : pieces.input_rows / pieces.rows_at_once * input_block_),
         grad_sum_(pieces.output_rows * op.multiplier * output_row_),
         grad_input_(gradients.input == nullptr ? 0 : stored_rows_ * op.width * distance_),
         converted_(
             gradients.input == nullptr || gradients.channels_last || std::is_same_v<scalar_t, acc_t>
                 ? 0
-                : stored_rows_ * op.width * kLanes) {
+                : stored_rows_ * op.width * kLanes),
+        activation_(activation) {
   }
 
-  // The sums of a piece go into `weight` and `bias`, [taps][hidden] and [hidden], beside those of other slabs.
-  void run(int64_t piece, acc_t* weight, acc_t* bias) {
+  // The sums of a piece go into `weight` and `sums`, [taps][hidden] and [kSums][hidden], beside those of other slabs.
+  void run(int64_t piece, acc_t* weight, acc_t* sums) {
     const int64_t slab = piece % pieces_.slabs, band = piece / pieces_.slabs % pieces_.bands;
     const int64_t chunk = piece / (pieces_.slabs * pieces_.bands);
     channel_ = slab * pieces_.channels;
@@ -129,7 +136,7 @@ class SeparableGradientsTile {
     for (image_ = op_.batch * chunk / pieces_.chunks; image_ < op_.batch * (chunk + 1) / pieces_.chunks; ++image_) {
       run_band(band);
     }
-    store_sums(weight, bias);
+    store_sums(weight, sums);
   }
 
  private:
@@ -146,7 +153,7 @@ class SeparableGradientsTile {
   // The slab's weights, and no sums yet.
   void load_weight() {
     std::fill_n(grad_weight_.get(), taps_ * weight_distance_, acc_t(0));
-    std::fill_n(grad_bias_.get(), weight_distance_, acc_t(0));
+    std::fill_n(sums_.get(), kSums * weight_distance_, acc_t(0));
     for (int64_t tap = 0; tap < taps_; ++tap) {
       for (int64_t m = 0; m < op_.multiplier; ++m) {
         const acc_t* from = op_.depthwise_weight + tap * op_.hidden() + m * op_.channels + channel_;
@@ -155,14 +162,16 @@ class SeparableGradientsTile {
     }
   }
 
-  void store_sums(acc_t* weight, acc_t* bias) const {
+  void store_sums(acc_t* weight, acc_t* sums) const {
     for (int64_t m = 0; m < op_.multiplier; ++m) {
       const int64_t k = m * op_.channels + channel_;
       for (int64_t tap = 0; tap < taps_; ++tap) {
         std::copy_n(
             grad_weight_.get() + tap * weight_distance_ + m * distance_, channels_, weight + tap * op_.hidden() + k);
       }
-      std::copy_n(grad_bias_.get() + m * distance_, channels_, bias + k);
+      for (int64_t i = 0; i < kSums; ++i) {
+        std::copy_n(sums_.get() + i * weight_distance_ + m * distance_, channels_, sums + i * op_.hidden() + k);
+      }
     }
   }
 
@@ -244,7 +253,13 @@ class SeparableGradientsTile {
         for (int64_t n = 0; n < span.pixels; n += kBlock) {
           const int64_t end = std::min(n + kBlock, span.pixels);
           read_ahead(y, span.pixel + end, kBlock, grad, hidden);
-          differentiate_block(span, n, end, m, bias, grad, hidden, grad_sum(y, m));
+          sum_block(span, n, end, m, bias, grad_sum(y, m));
+          if constexpr (kHasSlope) {
+            if (own && gradients_.slope != nullptr) {
+              add_slope(span, n, end, m, grad, grad_sum(y, m));
+            }
+          }
+          differentiate_block(span, n, end, grad, hidden, grad_sum(y, m));
           if (own && gradients_.weight != nullptr) {
             add_weight(span, n, end, m, grad_sum(y, m));
           }
@@ -276,23 +291,26 @@ class SeparableGradientsTile {
     }
   }
 
-  // The pixels [first, end) of a span.
-  void differentiate_block(
-      const DepthwiseSpan& span, int64_t first, int64_t end, int64_t m, const acc_t* bias, const acc_t* grad,
-      acc_t* hidden, acc_t* row) const {
+  // What the activation is applied to, of the pixels [first, end) of a span.
+  void sum_block(
+      const DepthwiseSpan& span, int64_t first, int64_t end, int64_t m, const acc_t* bias, acc_t* row) const {
     const auto begin = [&](int64_t k, const auto& load) { return bias == nullptr ? Vec(0) : load(bias + k); };
     const auto finish = [&](int64_t n, int64_t k, Vec sum, int64_t count) {
       store_vector(sum, row + (span.pixel + n) * distance_ + k, count);
     };
     depthwise_sums(list_, span, first, end, 0, m * distance_, channels_, begin, finish);
-    // Apart from the sums: what calls functions has no registers for them.
+  }
+
+  // Apart from the sums: what calls functions has no registers for them.
+  void differentiate_block(
+      const DepthwiseSpan& span, int64_t first, int64_t end, const acc_t* grad, acc_t* hidden, acc_t* row) const {
     for (int64_t n = first; n < end; ++n) {
       acc_t* sums = row + (span.pixel + n) * distance_;
       const int64_t at = (span.pixel + n) * op_.hidden();
       for (int64_t k = 0; k < channels_; k += kLanes) {
         const int64_t count = std::min(kLanes, channels_ - k);
         const Vec of_hidden = grad == nullptr ? Vec(0) : load_vector(grad + at + k, count);
-        const auto result = Activation::both(load_vector(sums + k, count), of_hidden);
+        const auto result = activation_.both(load_vector(sums + k, count), of_hidden);
         store_vector(result.gradient, sums + k, count);
         if (hidden != nullptr) {
           store_vector(result.value, hidden + at + k, count);
@@ -340,12 +358,27 @@ class SeparableGradientsTile {
   void add_bias(const DepthwiseSpan& span, int64_t first, int64_t end, int64_t m, const acc_t* grad) const {
     for (int64_t k = 0; k < channels_; k += kLanes) {
       const int64_t count = std::min(kLanes, channels_ - k);
-      acc_t* bias = grad_bias_.get() + m * distance_ + k;
+      acc_t* bias = sums_.get() + m * distance_ + k;
       Vec sum(0);
       for (int64_t n = first; n < end; ++n) {
         sum = sum + load_vector(grad + (span.pixel + n) * distance_ + k, count);
       }
       store_vector(load_vector(bias, count) + sum, bias, count);
+    }
+  }
+
+  // From what the activation is applied to, `row`, before its gradient takes the place.
+  void add_slope(
+      const DepthwiseSpan& span, int64_t first, int64_t end, int64_t m, const acc_t* grad, const acc_t* row) const {
+    for (int64_t k = 0; k < channels_; k += kLanes) {
+      const int64_t count = std::min(kLanes, channels_ - k);
+      acc_t* slope = sums_.get() + weight_distance_ + m * distance_ + k;
+      Vec sum(0);
+      for (int64_t n = first; n < end; ++n) {
+        const Vec x = load_vector(row + (span.pixel + n) * distance_ + k, count);
+        sum = sum + Activation::of_slope(x, load_vector(grad + (span.pixel + n) * op_.hidden() + k, count));
+      }
+      store_vector(load_vector(slope, count) + sum, slope, count);
     }
   }
 
@@ -414,45 +447,58 @@ class SeparableGradientsTile {
   int64_t pending_ = 0;      // rows before it that are not stored yet
   DepthwiseTapList<acc_t> list_, gradient_list_;
   Scratch<acc_t> weight_, grad_weight_;  // [taps][M][channels]
-  Scratch<acc_t> grad_bias_;             // [M][channels]
+  Scratch<acc_t> sums_;                  // [kSums][M][channels]
   Scratch<acc_t> input_;                 // rows of [width][channels]
   Scratch<acc_t> grad_sum_;              // rows of [M][width][channels]
   Scratch<acc_t> grad_input_;
   Scratch<acc_t> converted_;
+  Activation activation_;
 };
 
 template <typename Activation, typename scalar_t>
 inline void depthwise_separable_conv2d_backward(
-    const DepthwiseSeparableConv2d<scalar_t>& op, const SeparableGradients<scalar_t>& gradients,
-    const SeparableBackwardBlocking& blocking) {
+    const DepthwiseSeparableConv2d<scalar_t>& op, const Activation& activation,
+    const SeparableGradients<scalar_t>& gradients, const SeparableBackwardBlocking& blocking) {
   using acc_t = accumulate_t<scalar_t>;
+  using Tile = SeparableGradientsTile<Activation, scalar_t>;
   const SeparablePieces<scalar_t> pieces(op, gradients, blocking);
   const int64_t weights = op.kernel_height * op.kernel_width * op.hidden();
   // Of each chunk and band, the sums for all slabs.
   const Scratch<acc_t> weight(pieces.chunks * pieces.bands * weights);
-  const Scratch<acc_t> bias(pieces.chunks * pieces.bands * op.hidden());
+  const int64_t parts = pieces.chunks * pieces.bands, sums_of_part = Tile::kSums * op.hidden();
+  const Scratch<acc_t> sums(parts * sums_of_part);
   const int threads = omp_get_max_threads();
   // Allocated here, because no exception may leave the parallel region.
-  std::vector<SeparableGradientsTile<Activation, scalar_t>> tiles;
+  std::vector<Tile> tiles;
   for (int thread = 0; thread < threads; ++thread) {
-    tiles.emplace_back(op, gradients, pieces);
+    tiles.emplace_back(op, activation, gradients, pieces);
   }
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (int64_t piece = 0; piece < pieces.count(); ++piece) {
     const int64_t part = piece / pieces.slabs;
-    tiles[omp_get_thread_num()].run(piece, weight.get() + part * weights, bias.get() + part * op.hidden());
+    tiles[omp_get_thread_num()].run(piece, weight.get() + part * weights, sums.get() + part * sums_of_part);
   }
-  const auto add_parts = [&](const acc_t* parts, int64_t count, acc_t* total) {
+  const auto add_parts = [&](const acc_t* from, int64_t distance, int64_t count, acc_t* total) {
     std::fill_n(total, count, acc_t(0));
-    for (int64_t part = 0; part < pieces.chunks * pieces.bands; ++part) {
-      add_to(total, parts + part * count, count);
+    for (int64_t part = 0; part < parts; ++part) {
+      add_to(total, from + part * distance, count);
     }
   };
   if (gradients.weight != nullptr) {
-    add_parts(weight.get(), weights, gradients.weight);
+    add_parts(weight.get(), weights, weights, gradients.weight);
   }
   if (gradients.bias != nullptr) {
-    add_parts(bias.get(), op.hidden(), gradients.bias);
+    add_parts(sums.get(), sums_of_part, op.hidden(), gradients.bias);
+  }
+  if constexpr (Tile::kHasSlope) {
+    if (gradients.slope != nullptr) {
+      double total = 0;  // of many numbers
+      for (int64_t part = 0; part < parts; ++part) {
+        const acc_t* of_part = sums.get() + part * sums_of_part + op.hidden();
+        total = std::accumulate(of_part, of_part + op.hidden(), total);
+      }
+      *gradients.slope = static_cast<acc_t>(total);
+    }
   }
 }
 

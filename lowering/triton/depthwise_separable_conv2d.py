@@ -37,13 +37,14 @@ from .kernels import (
 
 
 @kernel
-def activated(x, ACTIVATION: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr):
-    """A function of each element, by the operator's name for it, with its parameters. NaN stays NaN."""
+def activated(x, ACTIVATION: tl.constexpr, FIRST, SECOND: tl.constexpr):
+    """A function of each element, by the operator's name for it, with its parameters; that of prelu was read from
+    memory. NaN stays NaN."""
     if ACTIVATION == "relu":
         x = tl.where(x < 0, 0.0, x)
     elif ACTIVATION == "relu6":
         x = tl.where(x < 0, 0.0, tl.where(x > 6, 6.0, x))
-    elif ACTIVATION == "leaky_relu":
+    elif ACTIVATION == "leaky_relu" or ACTIVATION == "prelu":
         x = tl.where(x > 0, x, x * FIRST)
     elif ACTIVATION == "hardtanh":
         x = tl.where(x < FIRST, FIRST, x)
@@ -92,6 +93,7 @@ def convolve(
     depthwise_bias,
     pointwise_weight,  # [hidden channels, outputs]
     pointwise_bias,
+    slope,
     out,
     pixels,
     out_pixels,
@@ -137,6 +139,9 @@ def convolve(
     output_exists = output < OUTPUTS
     image_input = (input + image * input_image)[:, None]
 
+    parameter = FIRST
+    if ACTIVATION == "prelu":
+        parameter = tl.load(slope)
     total = tl.zeros([BLOCK_PIXELS, BLOCK_OUTPUTS], dtype)
     for begin in range(0, HIDDEN, BLOCK_CHANNELS):
         channel = begin + tl.arange(0, BLOCK_CHANNELS)
@@ -154,7 +159,7 @@ def convolve(
             filters_at = positions(tap, WIDE) * HIDDEN + channel
             filters = tl.load(depthwise_weight + filters_at, mask=channel_exists, other=0.0)
             hidden += block * filters[None, :]
-        hidden = activated(hidden, ACTIVATION, FIRST, SECOND)
+        hidden = activated(hidden, ACTIVATION, parameter, SECOND)
         mask = channel_exists[:, None] & output_exists[None, :]
         filters_at = (positions(channel, WIDE) * OUTPUTS)[:, None] + output[None, :]
         filters = tl.load(pointwise_weight + filters_at, mask=mask, other=0.0)
@@ -175,10 +180,14 @@ def _forward(*args: Any) -> Tensor:
     pixels = input.shape[0] * size[0] * size[1]
     out = in_format_of(call.input, (input.shape[0], call.out_channels, *size), input.new_empty, input.dtype)
     depthwise_weight = call.depthwise_weight.to(dtype).flatten(1).t().contiguous()
-    first, second, *_ = (*call.function.parameters.values(), 0.0, 0.0)
-    biases = {
-        name: depthwise_weight if bias is None else bias.to(dtype).contiguous()
-        for name, bias in (("depthwise_bias", call.depthwise_bias), ("pointwise_bias", call.pointwise_bias))
+    first, second, *_ = (*(() if call.slope is not None else call.function.parameters.values()), 0.0, 0.0)
+    vectors = {
+        name: depthwise_weight if vector is None else vector.to(dtype).contiguous()
+        for name, vector in (
+            ("depthwise_bias", call.depthwise_bias),
+            ("pointwise_bias", call.pointwise_bias),
+            ("slope", call.slope),
+        )
     }
     (out,) = launch(
         convolve,
@@ -187,7 +196,7 @@ def _forward(*args: Any) -> Tensor:
         input=input,
         depthwise_weight=depthwise_weight,
         pointwise_weight=call.pointwise_weight.flatten(1).t().contiguous(),
-        **biases,
+        **vectors,
         pixels=pixels,
         out_pixels=size[0] * size[1],
         out_width=size[1],
@@ -239,7 +248,7 @@ def _depthwise_gradients(call: Arguments, grad_hidden: Tensor | None, wanted: De
     if wanted.hidden:
         hidden = call.function(sums).flatten(1, 2).permute(0, 2, 3, 1).flatten(0, 2)
     if grad_hidden is None:
-        return DepthwiseGradients(None, None, None, hidden)
+        return DepthwiseGradients(None, None, None, None, hidden)
     grad_hidden = grad_hidden.reshape(batch, *out_size, channels, multiplier).permute(0, 3, 4, 1, 2)
     grad_sums = call.function.backward(grad_hidden, sums)
     grad_input, grad_weight, grad_bias = None, None, None
@@ -266,7 +275,8 @@ def _depthwise_gradients(call: Arguments, grad_hidden: Tensor | None, wanted: De
         grad_weight = torch.stack(products, dim=2)
     if wanted.bias:
         grad_bias = grad_sums.sum((0, 3, 4))
-    return DepthwiseGradients(grad_input, grad_weight, grad_bias, hidden)
+    grad_slope = call.gradient_of_slope(grad_hidden, sums) if wanted.slope else None
+    return DepthwiseGradients(grad_input, grad_weight, grad_bias, grad_slope, hidden)
 
 
 _backward = functools.partial(depthwise_separable_conv2d.gradients, depthwise=_depthwise_gradients)
@@ -276,8 +286,8 @@ _MOST_TAPS = 64  # each is a few nodes of the graph
 
 def _refusal_backward(grad: Tensor, *args: Any) -> str | None:
     taps = math.prod(map(int, args[1].shape[2:]))
-    return constant_geometry(*args[5:8]) if taps <= _MOST_TAPS else f"{taps} taps are too many to add one by one"
+    return constant_geometry(*args[6:9]) if taps <= _MOST_TAPS else f"{taps} taps are too many to add one by one"
 
 
-triton_program_for("depthwise_separable_conv2d", TritonProgram(_forward, lambda *args: constant_geometry(*args[5:8])))
+triton_program_for("depthwise_separable_conv2d", TritonProgram(_forward, lambda *args: constant_geometry(*args[6:9])))
 triton_program_for("depthwise_separable_conv2d_backward", TritonProgram(_backward, _refusal_backward))

@@ -63,6 +63,7 @@ def build(shape: Shape) -> Arguments:
         pointwise_weight=normal(shape.out_channels, hidden, 1, 1) / math.sqrt(hidden),
         depthwise_bias=normal(hidden),
         pointwise_bias=normal(shape.out_channels),
+        slope=None,
         stride=(shape.stride, shape.stride),
         padding=(shape.padding, shape.padding),
         dilation=(shape.dilation, shape.dilation),
@@ -103,7 +104,7 @@ class Layer(nn.Module):
     def __init__(self, function: Callable[..., Tensor], arguments: Arguments) -> None:
         super().__init__()
         self.function = function
-        self.weights = nn.ParameterList(map(nn.Parameter, arguments.tensors[1:]))
+        self.weights = nn.ParameterList(nn.Parameter(t) for t in arguments.tensors[1:] if t is not None)
         self.geometry = arguments.stride, arguments.padding, arguments.dilation
         self.activation = None if arguments.activation == IDENTITY else arguments.activation
 

@@ -41,7 +41,7 @@ FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.flo
 QUICK_NAMES = {
     FP32: [
         "plain", "stride_padding_dilation", "kernel_1x1", "kernel_2x3", "channels_1_to_5", "channels_300_to_33",
-        "empty_batch", "width_130", "input_sliced", "multiplier_channels_last", "strided_channels_last",
+        "empty_batch", "width_130", "input_sliced", "then_prelu", "multiplier_channels_last", "strided_channels_last",
     ],
     BF16: ["channels_37_to_19"],
 }  # fmt: skip
@@ -245,7 +245,7 @@ class Backward:
     @property
     def kernel(self) -> str:
         """What is said of the kernel: the pointwise convolution's gradients are products of matrices."""
-        own = ("input", "depthwise_weight", "depthwise_bias")
+        own = ("input", "depthwise_weight", "depthwise_bias", "slope")
         said = [f"gradient of {name}" for name in own if name in self.wanted and name in self.sample.tensors]
         return ", ".join([*said, *(["hidden channels"] if "pointwise_weight" in self.wanted else [])])
 
@@ -280,7 +280,7 @@ def assert_right_gradients(calls: Sequence[Backward], **options: Any) -> None:
         call.assert_right(result)
 
 
-QUICK_GRADIENTS = ["then_silu", "multiplier_3_of_5", "strided_channels_last"]
+QUICK_GRADIENTS = ["then_silu", "then_prelu", "multiplier_3_of_5", "strided_channels_last"]
 
 
 def test_gradients():
@@ -304,7 +304,9 @@ GEOMETRY = (
 OTHER_GRADIENTS = {
     "float32": lambda: [sample(name) for name in ("then_hardsigmoid", *GEOMETRY)],
     "float64": lambda: [sample(name, FP64) for name in (*ACTIVATIONS, "multiplier_3_of_5")],
-    "bfloat16": lambda: [sample(name, BF16) for name in (*FEW, "input_sliced_channels_last", "then_gelu")],
+    "bfloat16": lambda: [
+        sample(name, BF16) for name in (*FEW, "input_sliced_channels_last", "then_gelu", "then_prelu")
+    ],
     "float16": lambda: [sample(name, FP16) for name in FEW],
 }
 
@@ -346,7 +348,7 @@ def test_only_gradients_that_are_wanted():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("read,left_out", [((0,), 3), ((1, 4), 3), ((2, 3), 2)], ids=str)
+@pytest.mark.parametrize("read,left_out", [((0,), 4), ((1, 4), 4), ((2, 3), 3)], ids=str)
 def test_gradients_without_users(read, left_out):
     """They are asked for, but nothing reads them: the kernel leaves them out."""
     call = Backward(sample("both_activations"))
@@ -369,7 +371,7 @@ def test_gradients_of_the_last_convolutions_bias_alone_take_no_kernel():
     with torch.no_grad():
         compiled = compile_and_run(lambda args: BACKWARD(*args), Backward(sample("plain"), ("pointwise_bias",)).args)
     assert compiled.templates == 0
-    assert [result.numel() for result in compiled.result] == [0, 0, 0, 0, 6]
+    assert [result.numel() for result in compiled.result] == [0, 0, 0, 0, 6, 0]
 
 
 @pytest.mark.slow
@@ -439,7 +441,7 @@ def test_a_stride_that_is_not_a_constant_is_refused():
     s = sample("plain")
 
     def run(x: Tensor, stride: int) -> Tensor:
-        return OP(x, *s.args[1:], [stride, stride], [1, 1], [1, 1], "identity")
+        return OP(x, *s.args[1:], None, [stride, stride], [1, 1], [1, 1], "identity")
 
     with torch.no_grad():
         compiled = compile_and_run(run, s.args[0], 2, dynamic=True)

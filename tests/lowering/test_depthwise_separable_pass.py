@@ -179,15 +179,38 @@ def test_an_exported_slope():
 
 
 def test_an_exported_slope_that_may_be_trained():
-    """What computes with a constant has no gradient for the slope."""
+    """It is no constant."""
     model, x = Activated(nn.PReLU(init=0.375)).eval(), torch.randn(IMAGE)
     exported = torch.export.export(model, (x,)).module(check_guards=False)
-    assert rewrite(exported) == []
+    assert [call.args[-1] for call in rewrite(exported)] == ["prelu"]
     exported(x).square().sum().backward()
     model(x).square().sum().backward()
     expected = dict(model.named_parameters())
     for name, parameter in exported.named_parameters():
         assert_close(parameter.grad, expected[name].grad, torch.float32)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@torch.no_grad()
+def test_a_slope_that_is_an_input(dynamic):
+    """As all parameters are of what Dynamo traces."""
+    model, x = Activated(nn.PReLU(init=0.375)).eval(), torch.randn(IMAGE)
+    rewritten = Rewritten(model, x, dynamic=dynamic)
+    assert rewritten.activations == ["prelu"]
+    assert_close(rewritten.result, model(x), torch.float32)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_gradients_of_a_slope(trained):
+    model, x = Activated(nn.PReLU(init=0.375)).eval(), torch.randn(IMAGE, requires_grad=True)
+    model.activation.weight.requires_grad_(trained)
+    rewritten = assert_fused(model, x)
+    wanted = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad} | {"input": x}
+    assert ("activation.weight" in wanted) == trained
+    expected = torch.autograd.grad(model(x).square().sum(), list(wanted.values()))
+    actual = torch.autograd.grad(rewritten.result.square().sum(), list(wanted.values()))
+    for name, gradient, right in zip(wanted, actual, expected):
+        assert_close(gradient, right, torch.float32, name)
 
 
 @torch.no_grad()
@@ -426,8 +449,23 @@ def test_compiled(switched_on):
 
 
 @pytest.mark.slow
+@torch.no_grad()
+def test_a_slope_that_changes(switched_on):
+    """It is read at each call, and from a constant where the model is frozen."""
+    model, x = block(nn.PReLU()), torch.randn(IMAGE)
+    compiled = compile_and_run(model, x)
+    assert calls(compiled.paths) == ["fused", "template"]
+    for slope in (0.25, -1.5):
+        model[2].weight.fill_(slope)
+        assert_close(compiled.function(x), model(x), torch.float32)
+    frozen = compile_and_run(model, x, config={"freezing": True})
+    assert calls(frozen.paths) == ["fused", "template"]
+    assert_close(frozen.result, model(x), torch.float32)
+
+
+@pytest.mark.slow
 def test_compiled_with_gradients(switched_on):
-    model, x = block(nn.ReLU6()), torch.randn(IMAGE)
+    model, x = block(nn.PReLU()), torch.randn(IMAGE)
     parameters = list(model.parameters())
 
     def step(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:

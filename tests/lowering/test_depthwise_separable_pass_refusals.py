@@ -91,13 +91,32 @@ def test_what_follows_is_named(name):
 
 
 @torch.no_grad()
-def test_slopes_that_a_graph_is_given():
-    """One for each channel, or one that may change from call to call."""
-    why = "followed by torch.nn.functional.prelu() in activation, whose parameters are not known when it is compiled"
-    for slopes in (nn.PReLU(), nn.PReLU(8)):
-        assert_left(Activated(slopes).eval(), torch.randn(IMAGE), why=why)
-    exported = torch.export.export(Activated(nn.PReLU(8)).eval(), (torch.randn(IMAGE),)).module(check_guards=False)
-    assert rewrite(exported) == []
+def test_a_slope_for_each_channel():
+    model, x = Activated(nn.PReLU(8)).eval(), torch.randn(IMAGE)
+    why = "its activation has slopes of shape (8,), one for each channel, where the kernel takes one for all"
+    assert_left(model, x, why=why)
+    with recorded_paths() as paths:
+        assert rewrite(torch.export.export(model, (x,)).module(check_guards=False)) == []
+    assert [path.detail for path in paths] == [f"depthwise (3 x 3, 8 channels): {why}"]
+
+
+@torch.no_grad()
+def test_a_slope_that_is_computed_in_between():
+    slope = torch.randn(1)
+    assert_left(
+        Activated(lambda x: F.prelu(x, slope * 2)).eval(),
+        torch.randn(IMAGE),
+        why="its activation's slope is computed after it",
+    )
+
+
+@torch.no_grad()
+def test_a_slope_behind_another_activation():
+    assert_left(
+        Activated(nn.Sequential(nn.ReLU(), nn.PReLU())).eval(),
+        torch.randn(IMAGE),
+        why="followed by torch.nn.functional.prelu() in activation.1, not by a pointwise convolution",
+    )
 
 
 def test_exported_operators_are_named():

@@ -137,15 +137,15 @@ def depthwise_separable_conv2d_backward() -> Part:
     backward = OPS["depthwise_separable_conv2d_backward"]
 
     def function(grad: Tensor, x: Tensor, *weights: Tensor) -> Any:
-        return backward(grad, x, *weights, [1, 1], [1, 1], [1, 1], "relu6", [True] * 5)
+        return backward(grad, x, *weights, [1, 1], [1, 1], [1, 1], "prelu", [True] * 6)
 
     def call(batch: int, *size: int) -> Call:
-        s = separable.sample(separable.Case(batch=batch, channels=16, out_channels=24, size=size, first="relu6"))
+        s = separable.sample(separable.Case(batch=batch, channels=16, out_channels=24, size=size, first="prelu"))
         grad = convolution.gradient_like(torch.empty(batch, 24, *size))
-        return grad, *s.args
+        return grad, *s.args, s.tensors["slope"]
 
     image = (0, 2, 3)
-    varies = (image, image, (), (), (), ())
+    varies = (image, image, *[()] * 5)
     calls = [call(3, 7, 9), call(1, 3, 4), call(2, 20, 33)]
     return Part(function, calls, varies, same_as_in_float64(function), ["depthwise_separable_conv2d_backward"])
 

@@ -37,10 +37,10 @@ OP = torch.ops.inductor_vision.depthwise_separable_conv2d.default
 OP_BACKWARD = torch.ops.inductor_vision.depthwise_separable_conv2d_backward.default
 
 
-def operator(*args, stride, padding, dilation, depthwise_activation, pointwise_activation) -> Tensor:
+def operator(*args, stride, padding, dilation, depthwise_activation, pointwise_activation, slope) -> Tensor:
     """The function by the operator. Eagerly it is not what computes gradients, so that its own would not be seen."""
     pairs = map(_pair, (stride, padding, dilation))
-    return activate(pointwise_activation, OP(*args, *pairs, depthwise_activation or "identity"))
+    return activate(pointwise_activation, OP(*args, slope, *pairs, depthwise_activation or "identity"))
 
 
 def two_convolutions(
@@ -54,11 +54,12 @@ def two_convolutions(
     dilation=1,
     depthwise_activation=None,
     pointwise_activation=None,
+    slope=None,
 ):
     """What the operator takes the place of, with autograd's gradients."""
     channels = input.shape[-3]
     hidden = F.conv2d(input, depthwise_weight, depthwise_bias, stride, padding, dilation, groups=channels)
-    out = F.conv2d(activate(depthwise_activation, hidden), pointwise_weight, pointwise_bias)
+    out = F.conv2d(activate(depthwise_activation, hidden, slope), pointwise_weight, pointwise_bias)
     return activate(pointwise_activation, out)
 
 
@@ -189,8 +190,9 @@ gradcheck = partial(convolution.assert_gradcheck, operator, weight="depthwise_we
 
 
 @pytest.mark.parametrize(
-    "name", ["plain", "then_leaky_relu", "then_hardswish", "then_gelu", "no_biases", "stride_padding_dilation",
-             "multiplier_3_of_5", "empty_batch", "input_transposed", "weights_permuted", "weight_shared"]
+    "name", ["plain", "then_leaky_relu", "then_prelu", "then_hardswish", "then_gelu", "no_biases",
+             "stride_padding_dilation", "multiplier_3_of_5", "empty_batch", "input_transposed", "weights_permuted",
+             "weight_shared"]
 )  # fmt: skip
 def test_gradcheck(name):
     """The derivative along a random direction."""
@@ -220,14 +222,14 @@ def test_double_backward_says_that_it_is_not_supported():
 
 
 @pytest.mark.parametrize(
-    "name", ["plain", "no_biases", "numbers", "then_relu6", "then_gelu", "multiplier_2", "weight_shared", "empty_batch",
+    "name", ["plain", "no_biases", "numbers", "then_prelu", "then_gelu", "multiplier_2", "weight_shared", "empty_batch",
              "one_input_pixel", "input_channels_last", "input_sliced", "weights_permuted"]
 )  # fmt: skip
 def test_opcheck(name):
     convolution.opcheck(OP, OP_BACKWARD, sample(name))
 
 
-@pytest.mark.parametrize("name", ["then_gelu", "no_biases", "weight_shared", "empty_batch", "input_channels_last"])
+@pytest.mark.parametrize("name", ["then_prelu", "no_biases", "weight_shared", "empty_batch", "input_channels_last"])
 def test_opcheck_with_dynamic_shapes(name):
     convolution.opcheck_with_dynamic_shapes(OP, sample(name))
 
@@ -376,10 +378,23 @@ def test_wrong_arguments(wrong):
 def test_wrong_arguments_of_the_operators():
     s = sample("plain")
     *arguments, _ = s.positional
+    *tensors, _ = arguments[:6]
+    for slope, activation, message in (
+        (None, "prelu", "slope must have shape (1,), got None"),
+        (torch.zeros(8), "prelu", "slope must have shape (1,), got (8,)"),
+        (torch.zeros(1), "relu", "slope must be None with activation 'relu', got (1,)"),
+        (
+            torch.zeros(1, dtype=torch.float64),
+            "prelu",
+            "slope must have input's dtype torch.float32, got torch.float64",
+        ),
+    ):
+        with pytest.raises(RuntimeError, match=re.escape(f"depthwise_separable_conv2d: {message}")):
+            OP(*tensors, slope, *arguments[6:], activation)
     with pytest.raises(RuntimeError, match=r"activation must be one of identity, relu, relu6, .*, got 'softshrink'"):
         OP(*arguments, "softshrink")
     with pytest.raises(RuntimeError, match=re.escape("grad must have shape (2, 6, 7, 9), got (2, 6, 7, 8)")):
-        OP_BACKWARD(torch.zeros(2, 6, 7, 8), *s.positional, [True] * 5)
+        OP_BACKWARD(torch.zeros(2, 6, 7, 8), *s.positional, [True] * 6)
 
 
 @pytest.mark.parametrize("argument", ["depthwise_activation", "pointwise_activation"])
@@ -401,6 +416,21 @@ def test_unknown_activations(argument, name):
         depthwise_separable_conv2d(*s.args, **{argument: name})
     with pytest.raises(ValueError, match=message):
         DepthwiseSeparableConv2d(4, 4, 3, **{argument: name})
+
+
+def test_a_slope_goes_with_prelu():
+    s = sample("plain")
+    message = re.escape("slope must be given with depthwise_activation='prelu', and only then, got ")
+    with pytest.raises(ValueError, match=f"{message}none"):
+        depthwise_separable_conv2d(*s.args, depthwise_activation="prelu")
+    with pytest.raises(ValueError, match=f"{message}one with depthwise_activation='relu'"):
+        depthwise_separable_conv2d(*s.args, depthwise_activation="relu", slope=torch.zeros(1))
+    for wrong in (
+        lambda: depthwise_separable_conv2d(*s.args, pointwise_activation="prelu"),
+        lambda: DepthwiseSeparableConv2d(4, 4, 3, depthwise_activation="prelu"),
+    ):
+        with pytest.raises(ValueError, match=r"_activation must be None or one of relu, .*, got 'prelu'"):
+            wrong()
 
 
 def test_every_activation_is_tested():

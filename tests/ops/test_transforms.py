@@ -99,7 +99,7 @@ DIFFERENTIABLE = {
     ),
     "depthwise_separable_conv2d_op": Call(
         lambda input, depthwise_weight, pointwise_weight: torch.ops.inductor_vision.depthwise_separable_conv2d(
-            input, depthwise_weight, pointwise_weight, None, None, [1, 1], [1, 1], [1, 1], "silu"
+            input, depthwise_weight, pointwise_weight, None, None, None, [1, 1], [1, 1], [1, 1], "silu"
         ),
         lambda: {
             "input": randn(2, 3, 5, 6), "depthwise_weight": randn(6, 1, 3, 3), "pointwise_weight": randn(4, 6, 1, 1)

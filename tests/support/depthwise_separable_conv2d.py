@@ -57,22 +57,22 @@ class Case:
         return convolution.out_size(self)
 
 
-TENSORS = ("input", "depthwise_weight", "pointwise_weight", "depthwise_bias", "pointwise_bias")
+TENSORS = ("input", "depthwise_weight", "pointwise_weight", "depthwise_bias", "pointwise_bias", "slope")
 
 
 class Sample(convolution.Sample):
     """One call: ``depthwise_separable_conv2d(*args, **kwargs)``.
 
     Attributes:
-        args: the tensors, in the order of ``TENSORS``.
-        kwargs: geometry and activations.
+        args: the tensors but the slope, in the order of ``TENSORS``.
+        kwargs: geometry, activations and the slope.
     """
 
     names = TENSORS
 
     @property
     def positional(self) -> tuple[Any, ...]:
-        return (*self.args, *self.geometry, self.case.first or "identity")
+        return (*self.args, self.kwargs["slope"], *self.geometry, self.case.first or "identity")
 
 
 def sample(case: str | Case, dtype: torch.dtype = torch.float32) -> Sample:
@@ -101,19 +101,24 @@ def sample(case: str | Case, dtype: torch.dtype = torch.float32) -> Sample:
         "dilation": case.dilation,
         "depthwise_activation": case.first,
         "pointwise_activation": case.second,
+        "slope": torch.tensor([SLOPE], dtype=dtype) if case.first == "prelu" else None,
     }
     return Sample(name, case, args, kwargs)
 
 
-def activate(text: str | None, x: Tensor) -> Tensor:
+def activate(text: str | None, x: Tensor, slope: Tensor | None = None) -> Tensor:
     """By the function of torch.nn.functional."""
     if text is None:
         return x
+    if slope is not None:
+        return F.prelu(x, slope)
     if text == "gelu_tanh":
         return F.gelu(x, approximate="tanh")
     name, _, parameters = text.removesuffix(")").partition("(")
     return getattr(F, name)(x, *(float(number) for number in parameters.split(",") if number))
 
+
+SLOPE = 0.25  # of prelu
 
 ACTIVATIONS: dict[str | None, Callable[[float], float]] = {
     None: lambda x: x,
@@ -121,6 +126,7 @@ ACTIVATIONS: dict[str | None, Callable[[float], float]] = {
     "relu6": lambda x: x if x != x else min(max(x, 0.0), 6.0),
     "leaky_relu": lambda x: x if x > 0 else 0.01 * x,
     "leaky_relu(0.3)": lambda x: x if x > 0 else 0.3 * x,
+    "prelu": lambda x: x if x > 0 else SLOPE * x,
     "hardtanh": lambda x: x if x != x else min(max(x, -1.0), 1.0),
     "hardtanh(-0.5, 2)": lambda x: x if x != x else min(max(x, -0.5), 2.0),
     "elu": lambda x: math.expm1(x) if x <= 0 else x,
@@ -215,7 +221,7 @@ def cases(draw: st.DrawFn) -> Case:
         dilation=pair(1, 3),
         biases=(draw(st.booleans()), draw(st.booleans())),
         first=draw(st.sampled_from(list(ACTIVATIONS))),
-        second=draw(st.sampled_from(list(ACTIVATIONS))),
+        second=draw(st.sampled_from([name for name in ACTIVATIONS if name != "prelu"])),
         layout=draw(st.sampled_from(LAYOUTS)),
         weight_layout=draw(st.sampled_from(["contiguous", "permuted", "shared"])),
     )
@@ -235,11 +241,13 @@ def oracle(
     dilation: Pair = 1,
     depthwise_activation: str | None = None,
     pointwise_activation: str | None = None,
+    slope: Tensor | None = None,
 ) -> Tensor:
     """depthwise_separable_conv2d in float64, one output pixel at a time; taps outside the image are not visited."""
     x, filters, mixing = (t.detach().double().numpy() for t in (input, depthwise_weight, pointwise_weight))
     between = np.zeros(len(filters)) if depthwise_bias is None else depthwise_bias.detach().double().numpy()
     last = np.zeros(len(mixing)) if pointwise_bias is None else pointwise_bias.detach().double().numpy()
+    assert slope is None or slope.item() == SLOPE
     first_function, second_function = ACTIVATIONS[depthwise_activation], ACTIVATIONS[pointwise_activation]
     images, channels, height, width = x.shape
     hidden, _, kernel_height, kernel_width = filters.shape

@@ -26,6 +26,7 @@ template <typename Activation, typename acc_t>
 void check(const char* type, const std::vector<double>& numbers, double allowed, double& error) {
   using Vec = at::vec::Vectorized<acc_t>;
   const Function function = function_of<Activation>();
+  const auto activation = make<Activation>();
   const auto compare = [&](const char* what, acc_t x, double got, double expected) {
     const double of_this = difference(got, expected);
     if (!(of_this <= allowed)) {
@@ -40,8 +41,8 @@ void check(const char* type, const std::vector<double>& numbers, double allowed,
       in[i] = static_cast<acc_t>(number);
       grad[i] = acc_t(i) - acc_t(1.5);
     }
-    Activation::apply(Vec::loadu(in)).store(value);
-    const auto both = Activation::both(Vec::loadu(in), Vec::loadu(grad));
+    activation.apply(Vec::loadu(in)).store(value);
+    const auto both = activation.both(Vec::loadu(in), Vec::loadu(grad));
     both.value.store(out);
     both.gradient.store(gradient);
     for (int64_t i = 0; i < Vec::size(); ++i) {
@@ -74,7 +75,7 @@ int main() {
   }
   Errors errors;
   check_all<
-      Identity, Relu, Relu6, LeakyRelu, Hardtanh, Elu, Selu, Celu, Softplus, Softsign, Hardsigmoid, Hardswish, Sigmoid,
+      Identity, Relu, Relu6, LeakyRelu, Prelu, Hardtanh, Elu, Selu, Celu, Softplus, Softsign, Hardsigmoid, Hardswish, Sigmoid,
       Tanh, Silu, Mish, Gelu, GeluTanh>(numbers, errors);
   std::printf(
       "lanes=%d numbers=%" PRId64 " float_error=%g double_error=%g\n",

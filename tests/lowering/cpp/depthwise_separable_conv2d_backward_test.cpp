@@ -19,7 +19,7 @@ using inductor_vision::SeparableGradients;
 
 // What the results are, in double, channels in the order of the operator, [C * M].
 struct Expected {
-  Numbers input, weight, bias, hidden;
+  Numbers input, weight, bias, slope, hidden;
 
   template <typename scalar_t>
   Expected(
@@ -28,6 +28,7 @@ struct Expected {
       : input(call.batch * call.channels * call.height * call.width),
         weight(call.hidden() * call.taps()),
         bias(call.hidden()),
+        slope(1),
         hidden(call.batch * call.out_pixels() * call.hidden()) {
     for (int64_t b = 0; b < call.batch; ++b) {
       for (int64_t p = 0; p < call.out_pixels(); ++p) {
@@ -67,6 +68,7 @@ struct Expected {
     const double grad_bound = std::abs(grad) + std::abs(grad_of_hidden) * (1 + (std::isfinite(bound) ? bound : 0));
     hidden.add(at, activation.of(sum), 1 + bound);
     bias.add(k, grad, grad_bound);
+    slope.add(0, sum > 0 ? 0 : grad_of_hidden * sum, std::abs(grad_of_hidden) * (1 + (std::isfinite(bound) ? bound : 0)));
     for_taps([&](int64_t tap, int64_t y, int64_t x) {
       const double w = static_cast<double>(tensors.depthwise_weight[tap]), value = tensors.input(b, c, y, x);
       weight.add(tap, grad * value, grad_bound * std::abs(value));
@@ -81,7 +83,7 @@ struct Setting {
   int64_t bytes;  // of SeparableBackwardBlocking
   int threads;
   bool channels_last;                // memory format of the gradient of the input
-  bool input, weight, bias, hidden;  // which results are wanted
+  bool input, weight, bias, hidden;  // which results are wanted; the slope's with the bias's, of prelu
 };
 const Setting kSettings[] = {
     {1 << 18, 1, true, true, true, true, true},    {1 << 18, 2, false, true, true, true, true},
@@ -95,7 +97,7 @@ template <typename scalar_t>
 struct Gradients {
   using acc_t = accumulate_t<scalar_t>;
   std::vector<scalar_t> input;
-  std::vector<acc_t> weight, bias, hidden;
+  std::vector<acc_t> weight, bias, slope, hidden;
 };
 
 // Of [..., M, C], [..., C, M].
@@ -116,17 +118,19 @@ Gradients<scalar_t> run(
   using acc_t = accumulate_t<scalar_t>;
   const int64_t pixels = call.height * call.width;
   const Output<scalar_t> input(call.batch * call.channels * pixels);
-  const Output<acc_t> weight(call.taps() * call.hidden()), bias(call.hidden());
+  const Output<acc_t> weight(call.taps() * call.hidden()), bias(call.hidden()), slope(1);
   const Output<acc_t> hidden(call.batch * call.out_pixels() * call.hidden());
   const bool differentiates = setting.input || setting.weight || setting.bias;
+  const bool has_slope = setting.bias && std::is_same_v<Activation, Prelu>;
   const SeparableGradients<scalar_t> gradients{
       differentiates ? grad_hidden.data() : nullptr, setting.channels_last,
       setting.input ? input.get() : nullptr,         setting.weight ? weight.get() : nullptr,
-      setting.bias ? bias.get() : nullptr,           setting.hidden ? hidden.get() : nullptr,
+      setting.bias ? bias.get() : nullptr,           has_slope ? slope.get() : nullptr,
+      setting.hidden ? hidden.get() : nullptr,
   };
   omp_set_num_threads(setting.threads);
-  inductor_vision::depthwise_separable_conv2d_backward<Activation>(
-      op, gradients, SeparableBackwardBlocking{setting.bytes});
+  inductor_vision::depthwise_separable_conv2d_backward(
+      op, make<Activation>(), gradients, SeparableBackwardBlocking{setting.bytes});
 
   Gradients<scalar_t> results;
   const auto taken = [&](const char* name, bool wanted, const auto& output, int64_t count) {
@@ -145,6 +149,7 @@ Gradients<scalar_t> run(
     }
   }
   results.bias = by_channel(call, taken("the gradient of the bias", setting.bias, bias, call.hidden()));
+  results.slope = taken("the gradient of the slope", has_slope, slope, 1);
   const int64_t count = call.batch * call.out_pixels() * call.hidden();
   results.hidden = by_channel(call, taken("hidden", setting.hidden, hidden, count));
   const auto by_tap =
@@ -189,6 +194,9 @@ void check(const Call& call, const char* type, uint64_t seed, Figures& figures) 
   compare<acc_t>(call, kind + ", gradient of the input", first.input, expected.input, figures);
   compare<acc_t>(call, kind + ", gradient of the weight", first.weight, expected.weight, figures);
   compare<acc_t>(call, kind + ", gradient of the bias", first.bias, expected.bias, figures);
+  if (std::is_same_v<Activation, Prelu>) {
+    compare<acc_t>(call, kind + ", gradient of the slope", first.slope, expected.slope, figures);
+  }
   compare<acc_t>(call, kind + ", hidden", first.hidden, expected.hidden, figures);
   ++figures.calls;
   for (const Setting& setting : kSettings) {
@@ -196,7 +204,7 @@ void check(const Call& call, const char* type, uint64_t seed, Figures& figures) 
     const Gradients<scalar_t> other = run<Activation>(call, kind, op, grad_hidden, setting);
     if ((setting.input && !same_bits(other.input, first.input)) ||
         (setting.weight && !same_bits(other.weight, first.weight)) ||
-        (setting.bias && !same_bits(other.bias, first.bias)) ||
+        (setting.bias && !(same_bits(other.bias, first.bias) && same_bits(other.slope, first.slope))) ||
         (setting.hidden && !same_bits(other.hidden, first.hidden))) {
       fail(
           call, kind,
@@ -230,7 +238,7 @@ int main(int argc, char** argv) {
   const int random_calls = argc > 1 ? std::atoi(argv[1]) : 40;
   Figures figures;
   // Of each type few, because each is a kernel to compile.
-  check_type<float, Identity, Relu, Relu6, LeakyRelu, Hardsigmoid, Hardswish, Silu, Gelu>(
+  check_type<float, Identity, Relu, Relu6, Prelu, Hardsigmoid, Hardswish, Silu, Gelu>(
       "float", random_calls, figures);
   check_type<double, Silu>("double", random_calls, figures);
   check_type<at::BFloat16, Silu>("bf16", random_calls, figures);

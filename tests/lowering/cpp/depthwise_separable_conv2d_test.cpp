@@ -81,9 +81,9 @@ Results<accumulate_t<scalar_t>> run(
   const bool channels_last = setting.channels_last || !std::is_same_v<Activation, Identity>;
   const Sink<accumulate_t<scalar_t>> store{&out, channels_last};
   if (channels_last) {
-    inductor_vision::depthwise_separable_conv2d<true, Activation>(op, blocking, store);
+    inductor_vision::depthwise_separable_conv2d<true>(op, make<Activation>(), blocking, store);
   } else if constexpr (std::is_same_v<Activation, Identity>) {
-    inductor_vision::depthwise_separable_conv2d<false, Activation>(op, blocking, store);
+    inductor_vision::depthwise_separable_conv2d<false>(op, make<Activation>(), blocking, store);
   }
   std::string complaint;
   if (!out.written(1, &complaint)) {
@@ -102,7 +102,8 @@ bool same_in_place(
   std::vector<acc_t> written(call.batch * pixels * channels, harness::poison<acc_t>());
   omp_set_num_threads(setting.threads);
   const DenseStore<kChannelsLast, acc_t> store{written.data(), channels, call.out(0), call.out(1)};
-  inductor_vision::depthwise_separable_conv2d<kChannelsLast, Activation>(op, SeparableBlocking{setting.pixels}, store);
+  const SeparableBlocking blocking{setting.pixels};
+  inductor_vision::depthwise_separable_conv2d<kChannelsLast>(op, make<Activation>(), blocking, store);
   for (int64_t b = 0; b < call.batch; ++b) {
     const inductor_vision::OutputBlock image{b, 0, channels, 0, call.out(0), 0, call.out(1)};
     out.add(kChannelsLast, image, written.data() + b * pixels * channels, store.distance());
@@ -162,7 +163,7 @@ int main(int argc, char** argv) {
   const int random_calls = argc > 1 ? std::atoi(argv[1]) : 40;
   Figures figures;
   // Of each type few, because each is a kernel to compile.
-  check_type<float, Identity, Relu, Relu6, Identity, LeakyRelu, Hardsigmoid, Identity, Hardswish, Silu, Identity, Gelu>(
+  check_type<float, Identity, Relu, Relu6, Identity, Prelu, Hardsigmoid, Identity, Hardswish, Silu, Identity, Gelu>(
       "float", random_calls, figures);
   check_type<double, Identity, Gelu>("double", random_calls, figures);
   check_type<at::BFloat16, Identity, Silu>("bf16", random_calls, figures);

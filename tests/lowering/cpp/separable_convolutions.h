@@ -137,6 +137,7 @@ using inductor_vision::Hardsigmoid;
 using inductor_vision::Hardswish;
 using inductor_vision::Identity;
 using inductor_vision::Mish;
+using inductor_vision::Prelu;
 using inductor_vision::Relu;
 using inductor_vision::Relu6;
 using inductor_vision::Selu;
@@ -170,6 +171,15 @@ using Elu = inductor_vision::Elu<Parameters>;
 using Celu = inductor_vision::Celu<Parameters>;
 using Softplus = inductor_vision::Softplus<Parameters>;
 const double kSeluAlpha = 1.6732632423543772848, kSeluScale = 1.0507009873554804934;
+// With the parameters above.
+template <typename Activation>
+Activation make() {
+  if constexpr (std::is_same_v<Activation, Prelu>) {
+    return {Parameters::negative_slope()};
+  } else {
+    return {};
+  }
+}
 inline double tanh_of_softplus(double x) {
   return std::tanh(std::log1p(std::exp(x)));
 }
@@ -185,6 +195,7 @@ FUNCTION(Identity, false, x, grad)
 FUNCTION(Relu, true, clamp(x, kInf), x <= 0 ? 0 : grad)
 FUNCTION(Relu6, true, clamp(x, 6), x <= 0 || x >= 6 ? 0 : grad)
 FUNCTION(LeakyRelu, true, x > 0 ? x : 0.3 * x, x > 0 ? grad : 0.3 * grad)
+FUNCTION(Prelu, true, x > 0 ? x : 0.3 * x, x > 0 ? grad : 0.3 * grad)
 FUNCTION(Hardtanh, true, x != x ? x : std::clamp(x, -0.5, 2.0), x <= -0.5 || x >= 2 ? 0 : grad)
 FUNCTION(Elu, true, x <= 0 ? 0.7 * std::expm1(x) : x, x <= 0 ? 0.7 * grad * std::exp(x) : grad)
 FUNCTION(

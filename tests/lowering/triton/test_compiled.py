@@ -51,7 +51,7 @@ CALLS: dict[str, tuple[Callable[[], tuple[Any, ...]], str | None]] = {
     "patch_conv2d_backward": (lambda: _gradient("patch_conv2d", patch.sample("plain").positional, 3), "correlate"),
     "depthwise_separable_conv2d": (lambda: separable.sample("then_silu").positional, "convolve"),
     "depthwise_separable_conv2d_backward": (
-        lambda: _gradient("depthwise_separable_conv2d", separable.sample("then_silu").positional, 5),
+        lambda: _gradient("depthwise_separable_conv2d", separable.sample("then_silu").positional, 6),
         None,
     ),
     "roi_align": (lambda: regions.sample("roi_align", "adaptive").positional, "sample_bins"),

@@ -124,7 +124,7 @@ CALLS: dict[str, tuple[str, Any]] = {
     ),
     "pointwise weight of depthwise_separable_conv2d": (
         "depthwise_separable_conv2d",
-        lambda: (empty(1, 512, 4, 4), empty(512, 1, 3, 3), empty(2**23, 512, 1, 1), None, None, *ONES, "relu"),
+        lambda: (empty(1, 512, 4, 4), empty(512, 1, 3, 3), empty(2**23, 512, 1, 1), *[None] * 3, *ONES, "relu"),
     ),
     "where bins of roi_align are": (
         "roi_align",
