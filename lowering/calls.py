@@ -191,14 +191,15 @@ def has_unknown_parameters(node: Node) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Activation:
-    """A call of an activation.
+    """A call of an activation, or the calls that one is written out in.
 
     Attributes:
+        nodes: in their order; the last has the result.
         name: as the operator is given it, with numbers.
         slope: a tensor, of prelu; the others have None.
     """
 
-    node: Node
+    nodes: tuple[Node, ...]
     name: str
     slope: Node | None = None
 
@@ -211,10 +212,10 @@ def activation_of(node: Node) -> Activation | None:
         slope = _bind(node, _parameters("input weight"))["weight"]
         constant = _constant(slope)
         if constant is None or constant.numel() != 1:
-            return Activation(node, PRELU, slope)
-        return Activation(node, format_activation("leaky_relu", {"negative_slope": constant.item()}))
+            return Activation((node,), PRELU, slope)
+        return Activation((node,), format_activation("leaky_relu", {"negative_slope": constant.item()}))
     name = _activation_name(node)
-    return None if name is None else Activation(node, name)
+    return None if name is None else Activation((node,), name)
 
 
 def _activation_name(node: Node) -> str | None:
@@ -247,3 +248,64 @@ def _special_case(name: str, parameters: dict[str, Any], special: dict[str, Any]
     if name == "elu" and alpha and special == {"input_scale": 1 / alpha}:
         return format_activation("celu", parameters)
     return None
+
+
+# Functions and methods of torch, and operators of Python and aten, by what they compute.
+_ARITHMETIC = {
+    torch.abs: "abs",
+    "abs": "abs",
+    _aten.abs.default: "abs",
+    **{
+        form: name
+        for name, of_python in (("add", operator.add), ("mul", operator.mul), ("div", operator.truediv))
+        for form in (of_python, name, getattr(torch, name), getattr(_aten, name).Tensor)
+    },
+}
+
+# Activations as they are written out; sums and products have the longer operand first.
+_WRITTEN_OUT = {
+    ("mul", ("sigmoid", "x"), "x"): "silu",
+    ("div", ("relu6", ("add", "x", 3)), 6): "hardsigmoid",
+    ("mul", ("hardsigmoid", "x"), "x"): "hardswish",
+    ("div", ("mul", ("relu6", ("add", "x", 3)), "x"), 6): "hardswish",
+    ("div", "x", ("add", ("abs", "x"), 1)): "softsign",
+}
+
+
+def written_out_activation_of(input: Node) -> Activation | None:
+    """The activation that the users of a node compute together, as ``x * sigmoid(x)``."""
+    expressions: dict[Node, Any] = {input: "x"}
+    for _ in range(4):  # calls that the longest consists of
+        users = [user for node in expressions for user in node.users if user not in expressions]
+        node = next((user for user in users if expressions.keys() >= set(user.all_input_nodes)), None)
+        expression = None if node is None else _expression_of(node, expressions)
+        if node is None or expression is None:
+            return None
+        name = _WRITTEN_OUT.get(expression)
+        all_users = {user for other in expressions for user in other.users}
+        expressions[node] = expression if name is None else (name, "x")
+        if name is not None and all_users <= expressions.keys():
+            return Activation(tuple(expressions)[1:], name)
+    return None
+
+
+def _expression_of(node: Node, expressions: dict[Node, Any]) -> Any:
+    """What a node computes of ``"x"``; None if that cannot be part of an activation."""
+    operation = _ARITHMETIC.get(node.target)
+    if operation is None:
+        activation = activation_of(node)
+        if activation is None or activation.slope is not None or _changes_what_others_read(node):
+            return None
+        return activation.name, expressions[node.all_input_nodes[0]]
+    operands = [expressions[value] if isinstance(value, Node) else value for value in node.args]
+    if node.kwargs or not all(isinstance(operand, (str, tuple, int, float)) for operand in operands):
+        return None
+    if operation in ("add", "mul"):
+        operands.sort(key=lambda operand: (not isinstance(operand, tuple), not isinstance(operand, str)))
+    return operation, *operands
+
+
+def _changes_what_others_read(node: Node) -> bool:
+    name = str(getattr(node.target, "__name__", node.target)).partition(".")[0]
+    in_place = name.endswith("_") or any(value is True for value in (*node.args, *node.kwargs.values()))
+    return in_place and len(node.all_input_nodes[0].users) > 1

@@ -36,6 +36,7 @@ from .calls import (
     has_unknown_parameters,
     norm_of,
     value_of,
+    written_out_activation_of,
 )
 from .changes import changed_by, memory_of
 from .machine import cache_bytes
@@ -91,8 +92,10 @@ class Pair:
     @property
     def nodes(self) -> list[Node]:
         """All that is replaced, in order."""
-        parts = self.depthwise, self.depthwise_norm, self.activation, self.pointwise, self.pointwise_norm
-        return [part.node for part in parts if part is not None]
+        between = [] if self.depthwise_norm is None else [self.depthwise_norm.node]
+        between += [] if self.activation is None else self.activation.nodes
+        behind = [] if self.pointwise_norm is None else [self.pointwise_norm.node]
+        return [self.depthwise.node, *between, self.pointwise.node, *behind]
 
     @property
     def slope(self) -> Node | None:
@@ -136,9 +139,9 @@ def find_pair(depthwise: Convolution) -> Pair | str:
             return "its batch norm is in training mode"
         node = norm.node
         follower = _only_user(node)
-    activation = None if follower is None else activation_of(follower)
+    activation = (None if follower is None else activation_of(follower)) or written_out_activation_of(node)
     if activation is not None:
-        node = activation.node
+        node = activation.nodes[-1]
         follower = _only_user(node)
     if follower is None:
         return f"its result is not only the input of a pointwise convolution, but {_uses(node)}"

@@ -180,7 +180,8 @@ def _forward(*args: Any) -> Tensor:
     pixels = input.shape[0] * size[0] * size[1]
     out = in_format_of(call.input, (input.shape[0], call.out_channels, *size), input.new_empty, input.dtype)
     depthwise_weight = call.depthwise_weight.to(dtype).flatten(1).t().contiguous()
-    first, second, *_ = (*(() if call.slope is not None else call.function.parameters.values()), 0.0, 0.0)
+    numbers = () if call.slope is not None else tuple(call.function.parameters.values())
+    first, second, *_ = (*numbers, 0.0, 0.0)
     vectors = {
         name: depthwise_weight if vector is None else vector.to(dtype).contiguous()
         for name, vector in (

@@ -100,6 +100,30 @@ def test_a_slope_for_each_channel():
     assert [path.detail for path in paths] == [f"depthwise (3 x 3, 8 channels): {why}"]
 
 
+# What looks like an activation that is written out, and is none.
+NOT_WRITTEN_OUT: dict[str, Callable[[Tensor], Tensor]] = {
+    "in_place": lambda x: x * x.sigmoid_(),
+    "hardsigmoid_in_place": lambda x: F.hardsigmoid(x, inplace=True) * x,
+    "another_sum": lambda x: x * F.relu6(x + 2) / 6,
+    "another_factor": lambda x: x * F.relu6(x + 3) / 5,
+    "alpha": lambda x: x * F.relu6(torch.add(x, 3, alpha=2)) / 6,
+    "rounded": lambda x: torch.div(F.relu6(x + 3), 6, rounding_mode="floor"),
+    "the_reverse": lambda x: 6 / (F.relu6(x + 3) + 1),
+    "used_again": lambda x: x * x.sigmoid() + x,
+    "another_tensor": lambda x: x * x.mean((2, 3), keepdim=True).sigmoid(),
+    "long": lambda x: ((((x + 1) * x + 1) * x + 1) * x + 1) * x,
+}
+
+
+@pytest.mark.parametrize("name", NOT_WRITTEN_OUT)
+@torch.no_grad()
+def test_not_written_out(name):
+    model, x = Activated(NOT_WRITTEN_OUT[name]).eval(), torch.randn(IMAGE)
+    rewritten = Rewritten(model, x)
+    assert rewritten.calls == [] and len(rewritten.left) == 1
+    assert torch.equal(rewritten.result, model(x))
+
+
 @torch.no_grad()
 def test_a_slope_that_is_computed_in_between():
     slope = torch.randn(1)
