@@ -13,8 +13,9 @@ def fuse_depthwise_separable() -> None:
     MobileNets, and compute both as :func:`inductor_vision.depthwise_separable_conv2d`. Batch norms become part of the
     weights, at compile time if these are constants (under freezing, and in packages). Results differ by rounding.
     Models are not changed, and eager mode is not either. Left alone are batch norms in training mode, other devices
-    than the CPU, activations that the operator does not have, pairs whose intermediate result is used elsewhere too,
-    pairs that a graph changes in place, and what was measured not to become faster.
+    than the CPU, activations that the operator does not have, a PReLU with more than one slope, pairs whose
+    intermediate result is used elsewhere too, pairs that a graph changes in place, and what was measured not to become
+    faster.
     Where no batch norm tells the mode, a pair is fused in training too, and its compiled gradients are the operator's.
 
     What was found, what was left alone, and why, is in :func:`inductor_vision.explain` and in the ``inductor_vision``

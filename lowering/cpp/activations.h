@@ -94,7 +94,8 @@ struct Prelu {
  private:
   template <typename acc_t>
   Vectorized<acc_t> scaled(const Vectorized<acc_t>& value, const Vectorized<acc_t>& x) const {
-    return Vectorized<acc_t>::blendv(value * Vectorized<acc_t>(static_cast<acc_t>(slope)), value, x > Vectorized<acc_t>(0));
+    const Vectorized<acc_t> zero(0), factor(static_cast<acc_t>(slope));
+    return Vectorized<acc_t>::blendv(value * factor, value, x > zero);
   }
 };
 

@@ -72,6 +72,7 @@ class SeparableTile {
       const DepthwiseSeparableConv2d<scalar_t>& op, const Activation& activation, int64_t rows, int64_t columns)
       : op_(op),
         transposed_(op.channels > 1 && op.input.channel != 1),
+        activation_(activation),
         // A cache line more than the channels need: pixels a power of two apart would share cache sets.
         distance_(transposed_ ? op.channels + kCacheLine / static_cast<int64_t>(sizeof(scalar_t)) : op.input.column),
         slots_((rows - 1) * op.stride_height + (op.kernel_height - 1) * op.dilation_height + 1),
@@ -82,8 +83,7 @@ class SeparableTile {
         hidden_(round_up(rows * columns, kMicroRows) * kRowDistance),
         bias_(sum_distance_),
         sums_(round_up(rows * columns, kMicroRows) * sum_distance_),
-        by_channel_(kChannelsLast ? 0 : rows * columns * op.out_channels),
-        activation_(activation) {
+        by_channel_(kChannelsLast ? 0 : rows * columns * op.out_channels) {
     std::fill_n(bias_.get(), sum_distance_, acc_t(0));
     for (int64_t o = 0; op.pointwise_bias != nullptr && o < op.out_channels; ++o) {
       bias_[o] = static_cast<acc_t>(op.pointwise_bias[o]);
@@ -180,6 +180,7 @@ class SeparableTile {
 
   const DepthwiseSeparableConv2d<scalar_t>& op_;
   bool transposed_;
+  Activation activation_;
   int64_t distance_;      // elements between neighbouring pixels of a row
   int64_t slots_;         // rows in the ring
   int64_t sum_distance_;  // between the sums of two pixels: whole panels
@@ -192,7 +193,6 @@ class SeparableTile {
   Scratch<acc_t> bias_;
   Scratch<acc_t> sums_;
   Scratch<acc_t> by_channel_;
-  Activation activation_;
 };
 
 // kChannelsLast: of the output that `store` is for, see OutputBlock.

@@ -301,7 +301,7 @@ class SeparableGradientsTile {
     depthwise_sums(list_, span, first, end, 0, m * distance_, channels_, begin, finish);
   }
 
-  // Apart from the sums: what calls functions has no registers for them.
+  // Puts the gradients of the sums in their place.  Apart from them: what calls functions has no registers for sums.
   void differentiate_block(
       const DepthwiseSpan& span, int64_t first, int64_t end, const acc_t* grad, acc_t* hidden, acc_t* row) const {
     for (int64_t n = first; n < end; ++n) {

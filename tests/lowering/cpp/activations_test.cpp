@@ -75,8 +75,8 @@ int main() {
   }
   Errors errors;
   check_all<
-      Identity, Relu, Relu6, LeakyRelu, Prelu, Hardtanh, Elu, Selu, Celu, Softplus, Softsign, Hardsigmoid, Hardswish, Sigmoid,
-      Tanh, Silu, Mish, Gelu, GeluTanh>(numbers, errors);
+      Identity, Relu, Relu6, LeakyRelu, Prelu, Hardtanh, Elu, Selu, Celu, Softplus, Softsign, Hardsigmoid, Hardswish,
+      Sigmoid, Tanh, Silu, Mish, Gelu, GeluTanh>(numbers, errors);
   std::printf(
       "lanes=%d numbers=%" PRId64 " float_error=%g double_error=%g\n",
       static_cast<int>(at::vec::Vectorized<float>::size()), errors.numbers, errors.float_error, errors.double_error);

@@ -65,10 +65,11 @@ struct Expected {
     const double grad_of_hidden = static_cast<double>(grad_hidden[at]);
     const double grad = activation.gradient(sum, grad_of_hidden);
     // The error of `sum` is a part of it, and no second derivative is larger than 1.
-    const double grad_bound = std::abs(grad) + std::abs(grad_of_hidden) * (1 + (std::isfinite(bound) ? bound : 0));
+    const double of_sum = std::abs(grad_of_hidden) * (1 + (std::isfinite(bound) ? bound : 0));
+    const double grad_bound = std::abs(grad) + of_sum;
     hidden.add(at, activation.of(sum), 1 + bound);
     bias.add(k, grad, grad_bound);
-    slope.add(0, sum > 0 ? 0 : grad_of_hidden * sum, std::abs(grad_of_hidden) * (1 + (std::isfinite(bound) ? bound : 0)));
+    slope.add(0, sum > 0 ? 0 : grad_of_hidden * sum, of_sum);
     for_taps([&](int64_t tap, int64_t y, int64_t x) {
       const double w = static_cast<double>(tensors.depthwise_weight[tap]), value = tensors.input(b, c, y, x);
       weight.add(tap, grad * value, grad_bound * std::abs(value));
