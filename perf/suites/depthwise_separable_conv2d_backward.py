@@ -41,7 +41,8 @@ def _reference(problem: Problem) -> list[Tensor]:
     """The decomposition in float64."""
     decomposition = OPS["depthwise_separable_conv2d_backward"].decomposition
     arguments = forward.map_tensors(problem.arguments, torch.Tensor.double)
-    return list(decomposition(problem.grad.double(), *arguments, [True] * 6))
+    gradients = decomposition(problem.grad.double(), *arguments, [True] * 6)
+    return [gradient for gradient, tensor in zip(gradients, arguments.tensors) if tensor is not None]
 
 
 def _gradients(
