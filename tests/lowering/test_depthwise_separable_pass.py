@@ -331,10 +331,11 @@ def test_gradients():
         assert_close(gradient, wanted, torch.float32)
 
 
+@pytest.mark.parametrize("activation", [nn.ReLU6, nn.PReLU])
 @pytest.mark.usefixtures("plain_processor")
 @torch.no_grad()
-def test_autocast():
-    model, x = block(nn.ReLU6()), torch.randn(IMAGE)
+def test_autocast(activation):
+    model, x = block(activation()), torch.randn(IMAGE)
 
     def outside(x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
