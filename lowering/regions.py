@@ -1,4 +1,4 @@
-"""What the templates of all operators on regions of interest share: see cpp/regions.h."""
+"""What the templates of all operators on regions of interest share: see cpp/regions.h and cpp/region_*.h."""
 
 from __future__ import annotations
 

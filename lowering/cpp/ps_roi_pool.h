@@ -8,6 +8,9 @@
 #define INDUCTOR_VISION_PS_ROI_POOL_H
 
 #include "base.h"
+#include "region_gradients.h"
+#include "region_maps.h"
+#include "region_sampling.h"
 #include "regions.h"
 
 namespace inductor_vision {

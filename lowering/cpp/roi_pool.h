@@ -10,6 +10,9 @@
 #include <limits>
 
 #include "base.h"
+#include "region_gradients.h"
+#include "region_maps.h"
+#include "region_sampling.h"
 #include "regions.h"
 
 namespace inductor_vision {
