@@ -18,14 +18,20 @@ def install() -> None:
 
     aten = torch.ops.aten
     for overload in (aten._assert_async.msg, aten._functional_assert_async.msg):
-        lowerings[overload] = _eager_on_cpu(overload, lowerings[overload])
+        lowerings[overload] = _eager_where_it_would_abort(overload, lowerings[overload])
 
 
-def _eager_on_cpu(overload: torch._ops.OpOverload, original: Any) -> Any:
-    from ..inductor.tables import config, fallback_handler
+def _would_abort(device: torch.device) -> bool:
+    from ..inductor.tables import config
+
+    return device.type == "cpu" and config.cpu_backend == "triton"
+
+
+def _eager_where_it_would_abort(overload: torch._ops.OpOverload, original: Any) -> Any:
+    from ..inductor.tables import fallback_handler
 
     def lower(condition: Any, message: str, *rest: Any) -> Any:
-        if condition.get_device().type != "cpu" or config.cpu_backend != "triton":
+        if not _would_abort(condition.get_device()):
             return original(condition, message, *rest)
         return fallback_handler(overload, add_to_fallback_set=False)(condition, message, *rest)
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from types import FrameType
+from typing import Any
+
 import pytest
 import sympy
 import torch._inductor.lowering  # noqa: F401  (first)
 from inductor_vision.lowering.workarounds.long_sizes import _hide_sizes, sizes_as_symbols
+from sympy.core.cache import clear_cache
 from torch._inductor import sizevars
 from torch.utils._sympy.functions import FloorDiv, IntTrueDiv, Min, ModularIndexing, ToFloat, TruncToInt
 
@@ -49,3 +54,32 @@ def test_only_within_the_context():
     with sizes_as_symbols():
         assert sizevars.stride_at is not before[0]
     assert before == (sizevars.stride_at, sizevars.simplify_index_in_vec_range)
+
+
+def calls_of_functions(index: sympy.Expr) -> int:
+    """How many functions Inductor and sympy call to find a stride, knowing nothing from before."""
+    for function in (sizevars.stride_at_vec_range, sizevars.stride_at, sizevars.simplify_index_in_vec_range):
+        function.cache_clear()
+    clear_cache()
+    calls = 0
+
+    def count(frame: FrameType, event: str, argument: Any) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    sys.setprofile(count)
+    try:
+        sizevars.stride_at_vec_range(index, X2, 16)
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+def test_torch_still_needs_this():
+    """Where this fails, Inductor no longer rearranges sizes, and the module can go. Measured: 200,000 and 25,000."""
+    index = INDICES["channels_last"]
+    alone = calls_of_functions(index)
+    with sizes_as_symbols():
+        ours = calls_of_functions(index)
+    sizevars.stride_at_vec_range.cache_clear()
+    assert alone > 4 * ours

@@ -5,6 +5,8 @@ What packages do with inputs is in tests/test_export.py and tests/test_detectors
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from inductor_vision.lowering.workarounds.unchecked_inputs import _ASKED_FOR, _NOT_DECLINED, inputs_checked
@@ -56,3 +58,10 @@ def test_no_such_method(monkeypatch):
         inputs_checked(),
     ):
         raise AssertionError("entered")
+
+
+def test_torch_still_needs_this():
+    """Where this fails, packages no longer wait to be asked for checks, or ask in other words; in the first case the
+    module can go."""
+    generator = inspect.getsource(CppWrapperCpu.generate_input_output_runtime_checks)
+    assert 'getenv("AOTI_RUNTIME_CHECK_INPUTS")' in generator and _ASKED_FOR in generator
