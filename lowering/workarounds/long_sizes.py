@@ -1,6 +1,6 @@
 """Sizes that are long formulas take Inductor long to compute with.
 
-The fault, seen in torch 2.13 to 2.15: to know how a kernel's memory accesses move with a loop, Inductor has sympy
+The fault, seen in torch 2.13: to know how a kernel's memory accesses move with a loop, Inductor has sympy
 simplify their indices. A detector's sizes are formulas of the image's height and width, a line long each, and sympy
 rearranges every one of them, over and over: three quarters of the time that such a model takes to compile.
 
