@@ -8,7 +8,7 @@
 #include "base.h"
 #include "regions.h"
 
-namespace inductor_vision {
+namespace inductor_vision __attribute__((visibility("hidden"))) {
 
 // The maps that gradients are of: one level.
 struct GradMaps {

@@ -10,7 +10,7 @@
 #include "base.h"
 #include "regions.h"
 
-namespace inductor_vision {
+namespace inductor_vision __attribute__((visibility("hidden"))) {
 
 // One level of a pyramid.
 template <typename scalar_t>

@@ -15,7 +15,7 @@
 #include "region_sampling.h"
 #include "regions.h"
 
-namespace inductor_vision {
+namespace inductor_vision __attribute__((visibility("hidden"))) {
 
 // An index in the bits of a floating number of the same size: it moves through vectors with the values.
 template <typename acc_t>
