@@ -45,8 +45,9 @@ test: $(READY) ## run the tests; ARGS="-m 'not slow'" for the quick ones, "-n 0 
 # What depends on private parts of torch, and templates of each kind. C++ that is not optimized compiles in a third of the
 # time.
 COMPAT := tests/test_import.py tests/test_explain.py tests/test_export.py tests/integrations/test_torchvision.py \
-	$(addprefix tests/lowering/test_,registry.py caches.py checks.py tuning.py template.py data_dependent_sizes.py sizes.py \
-	constants.py nms.py regions.py deform_conv2d.py depthwise_separable_pass.py)
+	tests/lowering/installation tests/lowering/workarounds $(addprefix tests/lowering/common/test_,registry.py cache_key.py \
+	tuning.py template.py constants.py) $(addprefix tests/lowering/,test_nms.py test_regions.py test_deform_conv2d.py \
+	passes/test_depthwise_separable.py)
 
 compat: $(READY) ## a cross-section of the tests, for another torch: see docs/architecture.md
 	AOT_INDUCTOR_DEBUG_COMPILE=1 $(PYTEST) -m "not slow" $(COMPAT) $(ARGS)

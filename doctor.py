@@ -75,7 +75,7 @@ def _release(version: str) -> tuple[int, ...]:
 
 def check_operators() -> Check:
     """Inductor took the operators, and has what their kernels are made with."""
-    from .lowering.registry import require_lowerings
+    from .lowering.installation.installer import require_lowerings
 
     try:
         require_lowerings("doctor")
@@ -130,7 +130,7 @@ def check_bf16() -> Check:
 
 def find_compiler() -> str:
     """The C++ compiler that Inductor will call. Raises RuntimeError if there is none."""
-    from .lowering.inductor import get_cpp_compiler
+    from .lowering.inductor.codegen import get_cpp_compiler
 
     return get_cpp_compiler()
 
@@ -243,7 +243,7 @@ def count_vector_instructions(libraries: list[pathlib.Path], isa: str) -> int | 
 
 def picked_isa() -> str:
     """The vector instructions that Inductor compiles for; empty if none."""
-    from .lowering.inductor import pick_vec_isa
+    from .lowering.inductor.codegen import pick_vec_isa
 
     isa = pick_vec_isa()
     return str(isa) if isa else ""

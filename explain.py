@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .lowering.registry import why_not_installed
+from .lowering.installation.installer import why_not_installed
 from .ops.registry import TORCHVISION
 from .paths import Path, recorded_paths
 

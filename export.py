@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .integrations.torchvision import accelerate_torchvision
-from .lowering.data_dependent_sizes import install_for_tracing
-from .lowering.registry import require_lowerings
+from .lowering.installation.installer import require_lowerings
+from .lowering.workarounds.tracing import install_for_tracing
 
 _LARGEST_SIDE = 1 << 16  # of an image, in pixels
 _LARGEST_RATIO = 10  # of its sides
@@ -96,8 +96,8 @@ def export_detector(
         accelerate_torchvision()
     else:  # the model has nothing to do with it
         install_for_tracing()
-    from .lowering.checks import inputs_checked
-    from .lowering.sizes import sizes_as_symbols  # imports sympy, which takes its time
+    from .lowering.workarounds.long_sizes import sizes_as_symbols  # imports sympy, which takes its time
+    from .lowering.workarounds.unchecked_inputs import inputs_checked
 
     with torch.no_grad():
         names = _names(OneImage(model)(example_image))  # also lets stock poolers find out their scales

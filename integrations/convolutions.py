@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..lowering import registry as lowering_registry
+from ..lowering.installation import installer
 
 
 def fuse_depthwise_separable() -> None:
@@ -24,4 +24,4 @@ def fuse_depthwise_separable() -> None:
     It is a pass in ``torch._inductor.config.pre_grad_custom_pass``, behind those that are there already; one that is
     *assigned* later takes its place.
     """
-    lowering_registry.fuse_depthwise_separable()
+    installer.fuse_depthwise_separable()

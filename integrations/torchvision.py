@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..lowering import registry as lowering_registry
-from ..lowering.data_dependent_sizes import install_for_tracing
+from ..lowering.installation import installer
+from ..lowering.workarounds.tracing import install_for_tracing
 from ..ops import heatmaps_to_keypoints, torchvision_detection  # noqa: F401  (declare what they replace)
 from ..ops.boxes import check_scored_boxes
 from ..ops.registry import TORCHVISION, TORCHVISION_PYTHON
@@ -92,7 +92,7 @@ def accelerate_torchvision() -> None:
     _exchange("_meta_registrations.meta_nms", _fake_nms, _always)
     install_for_tracing()
     schemas = {schema.partition("(")[0]: torch._C.parse_schema(f"torchvision::{schema}") for schema in _SCHEMAS}
-    lowering_registry.accelerate_torchvision(
+    installer.accelerate_torchvision(
         [name for name in TORCHVISION if _is_as_tested(name, _declared_schema(name), schemas[name])]
     )
 

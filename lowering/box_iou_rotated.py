@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from .inductor import DTYPE_TO_CPP, CppTemplateKernel, ir
-from .registry import Template, serve_all, template_for
-from .template import KernelTemplate, pointer
+from .common.registry import Template, serve_all, template_for
+from .common.template import KernelTemplate, pointer
+from .inductor.codegen import DTYPE_TO_CPP, CppTemplateKernel, ir
 
 
 class RotatedIoUTemplate(KernelTemplate):

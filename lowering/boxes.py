@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .inductor import DTYPE_TO_CPP, CppTemplateKernel, ir
-from .template import KernelTemplate, pointer
+from .common.template import KernelTemplate, pointer
+from .inductor.codegen import DTYPE_TO_CPP, CppTemplateKernel, ir
 
 
 class ScoredBoxesTemplate(KernelTemplate):

@@ -13,8 +13,16 @@ from torch import Tensor
 from ..ops.convolution import empty_output
 from ..ops.deform_conv2d import Arguments, differentiable
 from ..ops.registry import OPS, accumulate_dtype
-from .constants import fold_constant
-from .inductor import (
+from .common.constants import fold_constant
+from .common.geometry import constant_geometry
+from .common.internal_op import define_internal_op
+from .common.layout import image_and_format, realize_image
+from .common.machine import cache_bytes
+from .common.panels import MAX_DEPTH, PANEL_BYTES, bf16_dot_products, pack_panels, unpack_panels
+from .common.registry import Template, template_for
+from .common.template import BlocksTemplate, ResultsTemplate, pointer, splice_header, view
+from .common.tuning import fastest
+from .inductor.codegen import (
     DTYPE_TO_CPP,
     CppCodeCache,
     CppTemplateKernel,
@@ -22,16 +30,10 @@ from .inductor import (
     config,
     ir,
 )
-from .layout import image_and_format, realize_image
-from .machine import cache_bytes
-from .panels import MAX_DEPTH, PANEL_BYTES, bf16_dot_products, pack_panels, unpack_panels
-from .registry import Template, constant_geometry, define_internal_op, template_for
-from .template import BlocksTemplate, ResultsTemplate, pointer, splice_header, view
-from .tuning import fastest
 
 
 @dataclasses.dataclass(frozen=True)
-class Convolution:
+class DeformableConvolution:
     """What is known of a call when it is compiled: all but batch and image size."""
 
     channels: int
@@ -84,7 +86,7 @@ class BackwardBlocking:
     image_bytes: int
 
 
-def default_blocking(convolution: Convolution) -> Blocking:
+def default_blocking(convolution: DeformableConvolution) -> Blocking:
     """A tile whose samples and sums take half of the second-level cache, and so do images that are transposed."""
     half = cache_bytes() // 2
     itemsize = accumulate_dtype(convolution.dtype).itemsize
@@ -96,7 +98,7 @@ def default_blocking(convolution: Convolution) -> Blocking:
     return Blocking(max(12, min(most, half // (samples + sums))), MAX_DEPTH, transposed_bytes=half)
 
 
-def default_backward_blocking(convolution: Convolution, kind: str) -> BackwardBlocking:
+def default_backward_blocking(convolution: DeformableConvolution, kind: str) -> BackwardBlocking:
     """A tile whose samples and gradients take half of the second-level cache; the rest is for weights and images."""
     outputs = convolution.out_channels // convolution.groups
     if kind == "gemm":  # bytes of a pixel: its samples, their gradients, that of the output
@@ -107,10 +109,10 @@ def default_backward_blocking(convolution: Convolution, kind: str) -> BackwardBl
     return BackwardBlocking(max(12, min(MAX_DEPTH, pixels)), phase_bytes=4 << 20, image_bytes=8 << 20)
 
 
-def _convolution(call: Arguments, weight_shape: Sequence[int]) -> Convolution:
+def _convolution(call: Arguments, weight_shape: Sequence[int]) -> DeformableConvolution:
     out_channels, group_channels, *kernel = weight_shape
     channels = int(call.input.shape[1])
-    return Convolution(
+    return DeformableConvolution(
         channels=channels,
         out_channels=out_channels,
         kernel=tuple(kernel),
@@ -139,7 +141,7 @@ def _prepack(*args: Any) -> Tensor:
     return _prepacked(*call._replace(weight=packed), shape, kind)
 
 
-def pack(convolution: Convolution, weight: Tensor) -> tuple[str, Tensor]:
+def pack(convolution: DeformableConvolution, weight: Tensor) -> tuple[str, Tensor]:
     """The DeformKernel (cpp/deform_conv2d.h) for the weight [O, Cg, kH, kW], and the weight in the order it wants."""
     groups, taps = convolution.groups, convolution.taps
     inputs, outputs = convolution.channels // groups, convolution.out_channels // groups
@@ -219,7 +221,7 @@ def _lower_backward(grad: ir.TensorBox, *args: Any) -> list[ir.TensorBox]:
 class Instance:
     """An instance of the C++ function template."""
 
-    convolution: Convolution
+    convolution: DeformableConvolution
     kind: str  # a DeformKernel
     channels_last: bool  # the memory format of the result
 
@@ -285,7 +287,7 @@ class DeformConv2dBackwardTemplate(ResultsTemplate):
 
     def __init__(
         self,
-        convolution: Convolution,
+        convolution: DeformableConvolution,
         grad: ir.IRNode,
         image: ir.IRNode,
         offset: ir.IRNode,
@@ -325,7 +327,7 @@ class DeformConv2dBackwardTemplate(ResultsTemplate):
 
 def _operation(
     kernel: CppTemplateKernel,
-    convolution: Convolution,
+    convolution: DeformableConvolution,
     image: ir.IRNode,
     offset: ir.IRNode,
     mask: ir.IRNode | None,

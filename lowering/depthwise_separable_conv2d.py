@@ -23,13 +23,15 @@ from ..ops.depthwise_separable_conv2d import (
     parse_activation,
 )
 from ..ops.registry import OPS, accumulate_dtype
-from .constants import fold_constant
-from .inductor import DTYPE_TO_CPP, CppTemplateKernel, V, ir
-from .layout import image_and_format
-from .machine import cache_bytes
-from .panels import MAX_DEPTH, pack_panels, unpack_panels
-from .registry import Template, constant_geometry, define_internal_op, template_for
-from .template import BlocksTemplate, ResultsTemplate, double, pointer, size_in_cpp, view
+from .common.constants import fold_constant
+from .common.geometry import constant_geometry
+from .common.internal_op import define_internal_op
+from .common.layout import image_and_format
+from .common.machine import cache_bytes
+from .common.panels import MAX_DEPTH, pack_panels, unpack_panels
+from .common.registry import Template, template_for
+from .common.template import BlocksTemplate, ResultsTemplate, double, pointer, size_in_cpp, view
+from .inductor.codegen import DTYPE_TO_CPP, CppTemplateKernel, V, ir
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from .boxes import ScoredBoxesTemplate
-from .inductor import ir
-from .registry import Template, serve_all, template_for
-from .template import double
+from .common.registry import Template, serve_all, template_for
+from .common.template import double
+from .inductor.codegen import ir
 
 
 class NMSTemplate(ScoredBoxesTemplate):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from .common.registry import Template, serve_all, template_for
 from .nms import NMSTemplate
-from .registry import Template, serve_all, template_for
 
 
 class RotatedNMSTemplate(NMSTemplate):

@@ -20,12 +20,14 @@ from ..ops.patch_conv2d import (
     memory_order,
 )
 from ..ops.registry import OPS
-from .constants import fold_constant
-from .inductor import DTYPE_TO_CPP, CppTemplateKernel, V, ir, lowerings
-from .machine import cache_bytes
-from .panels import pack_panels, unpack_panels
-from .registry import Template, constant_geometry, define_internal_op, template_for
-from .template import BlocksTemplate, ResultsTemplate, pointer, size_in_cpp
+from .common.constants import fold_constant
+from .common.geometry import constant_geometry
+from .common.internal_op import define_internal_op
+from .common.machine import cache_bytes
+from .common.panels import pack_panels, unpack_panels
+from .common.registry import Template, template_for
+from .common.template import BlocksTemplate, ResultsTemplate, pointer, size_in_cpp
+from .inductor.codegen import DTYPE_TO_CPP, CppTemplateKernel, V, ir, lowerings
 
 _ORDERS: dict[tuple[int, ...], str] = {
     PATCHES_FIRST: "patches_first",
@@ -35,7 +37,7 @@ _ORDERS: dict[tuple[int, ...], str] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Convolution:
+class PatchConvolution:
     """What is known of a convolution when it is compiled: all but the number and size of patches."""
 
     out_channels: int
@@ -75,9 +77,9 @@ def _view(kernel: CppTemplateKernel, node: ir.IRNode) -> str:
     return f"{{{', '.join([pointer(kernel, node), *(kernel.stride(node, d) for d in range(5))])}}}"
 
 
-def _convolution(call: Arguments) -> Convolution:
+def _convolution(call: Arguments) -> PatchConvolution:
     out_channels, _, *kernel = map(int, call.weight.shape)
-    return Convolution(out_channels, kernel, call.stride, call.padding, call.dilation, call.groups)
+    return PatchConvolution(out_channels, kernel, call.stride, call.padding, call.dilation, call.groups)
 
 
 def _refusal(*args: Any) -> str | None:
@@ -125,7 +127,7 @@ def _prepack_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 def _prepacked_body(input: Tensor, packed: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
-    convolution, (out_size, order, transposed) = Convolution(*args[:-3]), args[-3:]
+    convolution, (out_size, order, transposed) = PatchConvolution(*args[:-3]), args[-3:]
     weight = unpack_panels(packed, convolution.out_channels // convolution.groups)  # [G, Og, Cg, K]
     if transposed:
         weight = weight.transpose(1, 2)
@@ -149,7 +151,7 @@ def _lower(input: ir.TensorBox, packed: ir.TensorBox, bias: ir.TensorBox | None,
     node, realize = V.graph.current_node, ir.ExternKernel.realize_input
     size = ir.convert_shape_to_inductor(node.meta["val"].shape)
     return PatchConv2dTemplate(
-        Convolution(*geometry),
+        PatchConvolution(*geometry),
         tuple(order),
         transposed,
         realize(input),
@@ -167,7 +169,7 @@ class PatchConv2dTemplate(BlocksTemplate):
 
     def __init__(
         self,
-        convolution: Convolution,
+        convolution: PatchConvolution,
         order: tuple[int, ...],
         transposed: bool,
         input: ir.IRNode,
@@ -220,7 +222,7 @@ class PatchConv2dTemplate(BlocksTemplate):
 
 
 def _sums_body(grad: Tensor, input: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    convolution, wanted = Convolution(*args[:-2]), args[-2:]
+    convolution, wanted = PatchConvolution(*args[:-2]), args[-2:]
     group_channels = int(input.shape[2]) // convolution.groups
     weight = input.new_empty(convolution.out_channels, group_channels, *convolution.kernel)  # values do not matter
     gradients_of = Arguments(input, weight, weight[:, 0, 0, 0], *convolution.geometry)
@@ -237,7 +239,7 @@ def _fake_sums(grad: Tensor, input: Tensor, out_channels: int, kernel: Sequence[
 def _lower_sums(grad: ir.TensorBox, input: ir.TensorBox, *args: Any) -> list[ir.TensorBox]:
     *geometry, weight, bias = args
     realize = ir.ExternKernel.realize_input
-    return PatchSumsTemplate(Convolution(*geometry), realize(grad), realize(input), [weight, bias]).results()
+    return PatchSumsTemplate(PatchConvolution(*geometry), realize(grad), realize(input), [weight, bias]).results()
 
 
 class PatchSumsTemplate(ResultsTemplate):
@@ -247,7 +249,9 @@ class PatchSumsTemplate(ResultsTemplate):
     header = "patch_conv2d_backward.h"
     names = ("grad_weight", "grad_bias")
 
-    def __init__(self, convolution: Convolution, grad: ir.IRNode, input: ir.IRNode, wanted: Sequence[bool]) -> None:
+    def __init__(
+        self, convolution: PatchConvolution, grad: ir.IRNode, input: ir.IRNode, wanted: Sequence[bool]
+    ) -> None:
         super().__init__([grad, input], wanted)
         self.convolution = convolution
 
@@ -265,14 +269,15 @@ class PatchSumsTemplate(ResultsTemplate):
 
 
 _prepacked = define_internal_op(
-    f"patch_conv2d_prepacked(Tensor input, Tensor packed, Tensor? bias, {Convolution.SCHEMA}, SymInt[2] out_size, "
+    f"patch_conv2d_prepacked(Tensor input, Tensor packed, Tensor? bias, {PatchConvolution.SCHEMA}, SymInt[2] out_size, "
     "int[5] order, bool transposed) -> Tensor",
     body=_prepacked_body,
     fake=_fake_prepacked,
     lower=_lower,
 )
 _sums = define_internal_op(
-    f"patch_conv2d_sums(Tensor grad, Tensor input, {Convolution.SCHEMA}, bool weight, bool bias) -> (Tensor, Tensor)",
+    f"patch_conv2d_sums(Tensor grad, Tensor input, {PatchConvolution.SCHEMA}, bool weight, bool bias) "
+    "-> (Tensor, Tensor)",
     body=_sums_body,
     fake=_fake_sums,
     lower=_lower_sums,

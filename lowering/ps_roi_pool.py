@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .inductor import CppTemplateKernel, ir
+from .common.registry import Template, serve_all, template_for
+from .inductor.codegen import CppTemplateKernel, ir
 from .regions import RegionsTemplate
-from .registry import Template, serve_all, template_for
 
 
 class PSRoIPoolTemplate(RegionsTemplate):

@@ -1,13 +1,13 @@
-"""What the templates of all operators on regions of interest share: see cpp/regions.h."""
+"""What the templates of all operators on regions of interest share: see cpp/regions.h and cpp/region_*.h."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .inductor import DTYPE_TO_CPP, CppTemplateKernel, V, ir
-from .layout import first_result, realize_image, writes_channels_last
-from .machine import cache_bytes
-from .template import BlocksTemplate, double, pointer, view
+from .common.layout import first_result, realize_image, writes_channels_last
+from .common.machine import cache_bytes
+from .common.template import BlocksTemplate, double, pointer, view
+from .inductor.codegen import DTYPE_TO_CPP, CppTemplateKernel, V, ir
 
 
 class RegionsTemplate(BlocksTemplate):

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..ops.roi_align import Arguments, BackwardArguments
-from .inductor import CppTemplateKernel, ir
+from .common.registry import Template, serve_all, template_for
+from .inductor.codegen import CppTemplateKernel, ir
 from .regions import RegionsTemplate, grid_sampling
-from .registry import Template, serve_all, template_for
 
 
 class RoIAlignTemplate(RegionsTemplate):

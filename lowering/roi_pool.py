@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from .inductor import CppTemplateKernel, V, ir
+from .common.registry import Template, serve_all, template_for
+from .inductor.codegen import CppTemplateKernel, V, ir
 from .regions import RegionsTemplate
-from .registry import Template, serve_all, template_for
 
 
 class RoIPoolTemplate(RegionsTemplate):

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from .boxes import ScoredBoxesTemplate
-from .inductor import ir
-from .registry import Template, serve_all, template_for
-from .template import double
+from .common.registry import Template, serve_all, template_for
+from .common.template import double
+from .inductor.codegen import ir
 
 
 class SoftNMSTemplate(ScoredBoxesTemplate):

@@ -75,7 +75,7 @@ def _cpu_model() -> str:
 
 def _compiler() -> str:
     """The first line of what Inductor's C++ compiler says of itself."""
-    from ..lowering.inductor import get_cpp_compiler
+    from ..lowering.inductor.codegen import get_cpp_compiler
 
     try:
         command = [get_cpp_compiler(), "--version"]

@@ -52,8 +52,8 @@ def test_tested_releases_of_torch_are_named_alike(document: str) -> None:
 
 
 def test_the_cross_section_for_other_torches_is_there() -> None:
-    (variable,) = re.findall(r"^COMPAT := ((?:.*\\\n)*.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    named = re.findall(r"[\w/]+\.py", variable.replace("tests/lowering/test_,", ""))
+    command = ["make", "--no-print-directory", "--eval", "show: ; @echo $(COMPAT)", "show"]
+    named = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     assert len(named) > 10
     for name in named:
-        assert (ROOT / name).is_file() or (ROOT / f"tests/lowering/test_{name}").is_file(), name
+        assert (ROOT / name).exists(), name

@@ -14,7 +14,7 @@ import pytest
 import torch
 from inductor_vision import doctor
 from inductor_vision.doctor import Check, Kernel
-from inductor_vision.lowering import registry
+from inductor_vision.lowering.installation import installer
 from inductor_vision.tests.support.compiled import run_python
 from inductor_vision.version import NEWEST_TORCH, OLDEST_TORCH
 
@@ -88,7 +88,7 @@ def test_torch_that_is_newer_than_the_tests(monkeypatch):
 def test_torch_that_the_operators_are_not_for(monkeypatch):
     import torch._inductor.lowering  # noqa: F401  (what it installs is not to undo the following)
 
-    monkeypatch.setattr(registry, "_not_installed", "AttributeError: it has moved")
+    monkeypatch.setattr(installer, "_not_installed", "AttributeError: it has moved")
     *_, check = doctor.examine()
     assert_off(check)
     assert "it has moved" in check.found and "torch" in check.remedy

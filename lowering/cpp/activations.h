@@ -10,7 +10,7 @@
 
 #include "base.h"
 
-namespace inductor_vision {
+namespace inductor_vision __attribute__((visibility("hidden"))) {
 
 template <typename acc_t>
 struct ValueAndGradient {

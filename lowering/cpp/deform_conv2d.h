@@ -23,7 +23,7 @@
 #include "base.h"
 #include "gemm.h"
 
-namespace inductor_vision {
+namespace inductor_vision __attribute__((visibility("hidden"))) {
 
 template <typename scalar_t>
 struct DeformConv2d {

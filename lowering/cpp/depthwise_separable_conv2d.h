@@ -26,7 +26,7 @@
 #include "depthwise.h"
 #include "gemm.h"
 
-namespace inductor_vision {
+namespace inductor_vision __attribute__((visibility("hidden"))) {
 
 template <typename scalar_t>
 struct DepthwiseSeparableConv2d {

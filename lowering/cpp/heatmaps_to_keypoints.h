@@ -14,7 +14,7 @@
 
 #include "base.h"
 
-namespace inductor_vision {
+namespace inductor_vision __attribute__((visibility("hidden"))) {
 
 // The four source pixels of a pixel of the result, and what each counts.
 //

@@ -8,9 +8,12 @@
 #define INDUCTOR_VISION_PS_ROI_POOL_H
 
 #include "base.h"
+#include "region_gradients.h"
+#include "region_maps.h"
+#include "region_sampling.h"
 #include "regions.h"
 
-namespace inductor_vision {
+namespace inductor_vision __attribute__((visibility("hidden"))) {
 
 // kChannelsLast: of the output that `store` is for, see OutputBlock.
 template <bool kChannelsLast, typename scalar_t, typename box_t, typename Store>

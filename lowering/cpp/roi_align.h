@@ -8,9 +8,12 @@
 #define INDUCTOR_VISION_ROI_ALIGN_H
 
 #include "base.h"
+#include "region_gradients.h"
+#include "region_maps.h"
+#include "region_sampling.h"
 #include "regions.h"
 
-namespace inductor_vision {
+namespace inductor_vision __attribute__((visibility("hidden"))) {
 
 // Bins [p][q] of `count` channels into out[(p * PW + q) * kChunk], for U vectors of channels.
 template <int U, typename scalar_t, typename acc_t>

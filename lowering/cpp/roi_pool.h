@@ -10,9 +10,12 @@
 #include <limits>
 
 #include "base.h"
+#include "region_gradients.h"
+#include "region_maps.h"
+#include "region_sampling.h"
 #include "regions.h"
 
-namespace inductor_vision {
+namespace inductor_vision __attribute__((visibility("hidden"))) {
 
 // An index in the bits of a floating number of the same size: it moves through vectors with the values.
 template <typename acc_t>

@@ -14,7 +14,7 @@
 
 #include "boxes.h"
 
-namespace inductor_vision {
+namespace inductor_vision __attribute__((visibility("hidden"))) {
 
 struct RotatedBoxArrays {
   using value_t = double;

@@ -19,7 +19,8 @@ from ...ops import deform_conv2d
 from ...ops.convolution import gradients_like
 from ...ops.deform_conv2d import Arguments
 from ...ops.registry import accumulate_dtype
-from ..registry import TritonProgram, constant_geometry, triton_program_for
+from ..common.geometry import constant_geometry
+from ..common.registry import TritonProgram, triton_program_for
 from .kernels import (
     PART_PIXELS,
     adding_block,

@@ -17,7 +17,8 @@ from torch import Tensor
 from ...ops import depthwise_separable_conv2d
 from ...ops.depthwise_separable_conv2d import Arguments, DepthwiseGradients
 from ...ops.registry import accumulate_dtype
-from ..registry import TritonProgram, constant_geometry, triton_program_for
+from ..common.geometry import constant_geometry
+from ..common.registry import TritonProgram, triton_program_for
 from .kernels import (
     block_of_pixels,
     dense,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...ops import heatmaps_to_keypoints
 from ...ops.registry import accumulate_dtype
-from ..registry import TritonProgram, triton_program_for
+from ..common.registry import TritonProgram, triton_program_for
 from .boxes import first_best, first_best_of_all
 from .kernels import dense, kernel, launch, positions
 

@@ -18,7 +18,7 @@ from torch import SymInt, Tensor
 from torch._prims_common import suggest_memory_format
 from triton.runtime.jit import JITFunction
 
-from ..inductor import kernel_side_table, statically_known_true, triton_kernel_wrapper_functional
+from ..inductor.codegen import kernel_side_table, statically_known_true, triton_kernel_wrapper_functional
 
 # Arguments of kernels have no types in Python.
 # mypy: disable-error-code="no-untyped-def"

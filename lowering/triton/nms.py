@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...ops.boxes import check_scored_boxes, iou, rounded_quotient
 from ...ops.registry import accumulate_dtype
-from ..registry import TritonProgram, triton_program_for
+from ..common.registry import TritonProgram, triton_program_for
 from .boxes import suppress_greedily
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ...ops.box_iou_rotated import COLUMNS, overlap, rectangles
 from ...ops.boxes import check_scored_boxes
-from ..registry import TritonProgram, triton_program_for
+from ..common.registry import TritonProgram, triton_program_for
 from .boxes import suppress_greedily
 
 

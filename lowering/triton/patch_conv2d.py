@@ -16,7 +16,8 @@ from torch import Tensor
 from ...ops import patch_conv2d
 from ...ops.patch_conv2d import Arguments, arranged, memory_order
 from ...ops.registry import accumulate_dtype
-from ..registry import TritonProgram, constant_geometry, triton_program_for
+from ..common.geometry import constant_geometry
+from ..common.registry import TritonProgram, triton_program_for
 from .kernels import (
     PART_PIXELS,
     block_of_pixels,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...ops import ps_roi_pool
-from ..registry import triton_program_for
+from ..common.registry import triton_program_for
 from .regions import gradient_program, region_program
 
 triton_program_for("ps_roi_pool", region_program(ps_roi_pool.forward))

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from ...ops.regions import MapSize, Pixels, PooledAxis, SampledAxis
-from ..registry import TritonProgram
+from ..common.registry import TritonProgram
 from .kernels import (
     adding_block,
     dense,

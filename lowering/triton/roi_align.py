@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...ops import roi_align
-from ..registry import triton_program_for
+from ..common.registry import triton_program_for
 from .regions import gradient_program, region_program
 
 triton_program_for("roi_align", region_program(roi_align.forward))

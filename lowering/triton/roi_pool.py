@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...ops import roi_pool
-from ..registry import triton_program_for
+from ..common.registry import triton_program_for
 from .regions import region_program
 
 triton_program_for("roi_pool", region_program(roi_pool.forward))

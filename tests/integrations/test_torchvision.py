@@ -12,7 +12,7 @@ import torch
 import torch._inductor.lowering  # from here on this package is among its tables
 from inductor_vision import accelerate_torchvision, deform_conv2d
 from inductor_vision.integrations import torchvision as integration
-from inductor_vision.lowering import registry
+from inductor_vision.lowering.installation import installer
 from inductor_vision.ops.registry import TORCHVISION
 from inductor_vision.paths import recorded_paths
 from inductor_vision.tests.support.compare import assert_close
@@ -38,7 +38,7 @@ installed = pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, 
 @pytest.fixture
 def stock(torchvision, monkeypatch) -> Iterator[ModuleType]:
     """torchvision as it was before; what the test accelerates is undone."""
-    monkeypatch.setattr(registry, "_accelerated", ())
+    monkeypatch.setattr(installer, "_accelerated", ())
     before = dict(decompositions)
     for name in TORCHVISION:
         decompositions.pop(getattr(torch.ops.torchvision, name).default, None)

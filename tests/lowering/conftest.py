@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 from inductor_vision import fuse_depthwise_separable
-from inductor_vision.lowering import registry
+from inductor_vision.lowering.installation import installer
 
 
 @pytest.fixture
 def switch(monkeypatch) -> Iterator[None]:
     """What the test switches on is undone."""
-    monkeypatch.setattr(registry, "_fuse_depthwise_separable", False)
+    monkeypatch.setattr(installer, "_fuse_depthwise_separable", False)
     from torch._inductor import config
 
     with config.patch(pre_grad_custom_pass=None):

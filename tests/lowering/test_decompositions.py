@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from inductor_vision.lowering.panels import pack_panels, unpack_panels
+from inductor_vision.lowering.common.panels import pack_panels, unpack_panels
 from inductor_vision.ops.registry import NAMESPACE, OPS
 from inductor_vision.tests.support import (
     convolution,

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from inductor_vision.lowering import registry
-from inductor_vision.lowering.depthwise_separable_pass import FuseDepthwiseSeparable
+from inductor_vision.lowering.installation import installer
+from inductor_vision.lowering.passes.depthwise_separable import FuseDepthwiseSeparable
 from inductor_vision.perf import backends
 from inductor_vision.perf.spec import Job
 from inductor_vision.perf.suites import classifiers
@@ -27,7 +27,7 @@ def switches(monkeypatch):
 
     monkeypatch.setattr(backends, "compiled", eager)
     monkeypatch.setattr(backends, "packaged", eager)
-    monkeypatch.setattr(registry, "_fuse_depthwise_separable", False)
+    monkeypatch.setattr(installer, "_fuse_depthwise_separable", False)
     with config.patch(pre_grad_custom_pass=None):
         yield on
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch._inductor.lowering  # from here on this package is among its tables
-from inductor_vision.lowering.depthwise_separable_pass import FuseDepthwiseSeparable
+from inductor_vision.lowering.passes.depthwise_separable import FuseDepthwiseSeparable
 from inductor_vision.paths import recorded_paths
 from inductor_vision.tests.support.compare import assert_close
 from inductor_vision.tests.support.layouts import strides_of

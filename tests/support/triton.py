@@ -349,7 +349,7 @@ def moved(value: Any, device: torch.device) -> Any:
 
 def run_program(op: str, arguments: Any, device: torch.device) -> Any:
     """What an operator's program with Triton kernels computes, without Inductor, from arguments on the CPU."""
-    from inductor_vision.lowering.registry import _triton_program
+    from inductor_vision.lowering.common.registry import _triton_program
     from inductor_vision.ops.registry import OPS
 
     program = _triton_program(OPS[op])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from inductor_vision.lowering.template import splice_header
+from inductor_vision.lowering.common.template import splice_header
 from inductor_vision.tests.support.cpp import CAPABILITIES, HEADERS, compile_only
 
 NAMES = sorted(path.name for path in HEADERS.glob("*.h"))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from inductor_vision.lowering.registry import _triton_program
+from inductor_vision.lowering.common.registry import _triton_program
 from inductor_vision.ops.registry import OPS
 from inductor_vision.tests.support import deform_conv2d, depthwise_separable_conv2d, patch_conv2d
 from inductor_vision.tests.support.compare import assert_close

@@ -15,7 +15,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from inductor_vision.lowering.registry import _triton_program
+from inductor_vision.lowering.common.registry import _triton_program
 from inductor_vision.ops.registry import OPS
 from inductor_vision.tests.support.triton import TRITON_IS_MISSING, interpreting
 from torch import Tensor

@@ -1,0 +1,30 @@
+"""Inductor's tables and settings, and what their entries are made of. See ``__init__.py``."""
+
+from __future__ import annotations
+
+from torch._inductor import config, custom_graph_pass, ir
+from torch._inductor.codegen import common as codegen_common
+from torch._inductor.decomposition import decompositions, fast_random_decomps
+from torch._inductor.lowering import (
+    fallback_handler,
+    fallbacks,
+    lowerings,
+    needs_realized_inputs,
+    register_lowering,
+)
+from torch._inductor.virtualized import V
+
+__all__ = [
+    "V",
+    "codegen_common",
+    "config",
+    "custom_graph_pass",
+    "decompositions",
+    "fallback_handler",
+    "fallbacks",
+    "fast_random_decomps",
+    "ir",
+    "lowerings",
+    "needs_realized_inputs",
+    "register_lowering",
+]

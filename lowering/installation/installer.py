@@ -1,0 +1,159 @@
+"""Enters the operators, what is worked around and the passes into Inductor's tables: all of it, or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.compiler.config
+
+from ...ops.registry import OPS, TORCHVISION
+from ...paths import logger
+from ..common import registry
+from ..common.cache_key import TAG, backend_passes, tag_caches
+from ..workarounds import data_dependent_convolutions, data_dependent_views, device_assertions
+from .hook import INDUCTOR_LOWERING, when_inductor_is_imported
+
+_not_installed: str | None = None
+
+
+def why_not_installed() -> str | None:
+    """Why Inductor could not be told about the operators; None if it was, or has not been imported yet.
+
+    It then takes them for anybody's custom operators: a compiled graph calls them, and their decompositions run as they
+    do eagerly.
+    """
+    return _not_installed
+
+
+def require_lowerings(caller: str) -> None:
+    """Raise RuntimeError if compiled code cannot have this package's kernels, which ``caller`` is nothing without."""
+    broken = registry.why_broken("inductor.codegen")  # which has the operators installed, if that was not done before
+    broken = why_not_installed() or broken
+    if broken:
+        raise RuntimeError(f"{caller}: the kernels of inductor_vision cannot be compiled: {broken}")
+
+
+def install() -> None:
+    """Enter every operator into Inductor's tables. Runs once, when Inductor's own lowerings are defined.
+
+    That is inside of an import that every compilation makes, of models too that have none of these operators.
+    Therefore nothing is raised: where Inductor's private parts are not as expected they are left as they were, and a
+    warning says why.
+    """
+    global _not_installed
+    _not_installed = _enter(_register_operators, _serve_torchvision, _add_fusion_pass)
+    if _not_installed is not None:
+        logger.warning(
+            "inductor_vision's operators have no kernels, and run in compiled graphs as they do eagerly: %s",
+            _not_installed,
+        )
+
+
+def install_when_inductor_is_imported() -> None:
+    """Have :func:`install` run right after Inductor's lowerings are defined: now, if they are."""
+    when_inductor_is_imported(install)
+
+
+def _enter(*steps: Callable[[], None]) -> str | None:
+    """Take steps that change Inductor's tables: all of them, or none if one fails, and why."""
+    try:
+        with _all_or_nothing():
+            for step in steps:
+                step()
+    except Exception as error:  # a newer torch may lack anything, and a user's process must survive that
+        return registry.reason(error)
+    return None
+
+
+@contextlib.contextmanager
+def _all_or_nothing() -> Iterator[None]:
+    """What is changed of Inductor's within this context is as it was if the context is left with an exception."""
+    from ..inductor.tables import (
+        config,
+        decompositions,
+        fallbacks,
+        fast_random_decomps,
+        ir,
+        lowerings,
+        needs_realized_inputs,
+    )
+
+    changed = decompositions, lowerings, fallbacks, needs_realized_inputs, backend_passes()
+    tables = [(table, table.copy()) for table in changed]
+    passes, tag = config.pre_grad_custom_pass, torch.compiler.config.cache_key_tag
+    indexer = ir.View._dynamic_reshape_indexer
+    try:
+        yield
+        fast_random_decomps.cache_clear()  # it holds a copy of the table
+    except BaseException:
+        for table, before in tables:
+            table.clear()
+            table.update(before)
+        config.pre_grad_custom_pass, torch.compiler.config.cache_key_tag = passes, tag
+        ir.View._dynamic_reshape_indexer = staticmethod(indexer)
+        raise
+
+
+def _register_operators() -> None:
+    from ..inductor.tables import config, decompositions, register_lowering
+
+    for op in OPS.values():
+        decompositions[op.overload] = registry.decompose_or_keep(op)
+        register_lowering(op.overload, type_promotion_kind=None)(registry.lowering_of(op))
+    for workaround in (data_dependent_convolutions, data_dependent_views, device_assertions):
+        workaround.install()
+    _ = config.cpu_backend  # read in every compilation: let it be missed now
+    tag_caches()
+
+
+def _enter_later(caller: str, step: Callable[[], None]) -> None:
+    """Take a step that the user asks for: now if Inductor is there already, else :func:`install` takes it."""
+    if INDUCTOR_LOWERING not in sys.modules:
+        return
+    reason = _not_installed or _enter(step)
+    if reason is not None:
+        logger.warning("%s() does not change what is compiled: %s", caller, reason)
+
+
+_accelerated: Sequence[str] = ()  # operators of torchvision
+
+
+def accelerate_torchvision(names: Sequence[str]) -> None:
+    """See :func:`inductor_vision.accelerate_torchvision`; takes effect now, or once Inductor is imported."""
+    global _accelerated
+    _accelerated = names
+    _enter_later("accelerate_torchvision", _serve_torchvision)
+
+
+def _serve_torchvision() -> None:
+    from ..inductor.tables import decompositions
+
+    if not _accelerated:
+        return
+    for name in _accelerated:
+        decompositions[getattr(torch.ops.torchvision, name).default] = TORCHVISION[name]
+    tag_caches("torchvision")  # the same graph compiles to something else from now on
+
+
+_fuse_depthwise_separable = False
+
+
+def fuse_depthwise_separable() -> None:
+    """See :func:`inductor_vision.fuse_depthwise_separable`; takes effect now, or once Inductor is imported."""
+    global _fuse_depthwise_separable
+    _fuse_depthwise_separable = True
+    _enter_later("fuse_depthwise_separable", _add_fusion_pass)
+
+
+def _add_fusion_pass() -> None:
+    if not _fuse_depthwise_separable:
+        return
+    from ..inductor.tables import config, custom_graph_pass
+    from ..passes.depthwise_separable import FuseDepthwiseSeparable
+
+    passes = custom_graph_pass.get_custom_graph_passes(config.pre_grad_custom_pass)
+    if not any(isinstance(other, FuseDepthwiseSeparable) for other in passes):
+        config.pre_grad_custom_pass = [*passes, FuseDepthwiseSeparable(TAG)]

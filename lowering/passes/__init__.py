@@ -1,0 +1,1 @@
+"""Passes over the graphs of models that know nothing of this package."""
