@@ -52,10 +52,14 @@ COMPAT := tests/test_import.py tests/test_explain.py tests/test_export.py tests/
 compat: $(READY) ## a cross-section of the tests, for another torch: see docs/architecture.md
 	AOT_INDUCTOR_DEBUG_COMPILE=1 $(PYTEST) -m "not slow" $(COMPAT) $(ARGS)
 
+# C++ of kernels, their tests and examples.
+CPP := $(wildcard $(addsuffix /*.h,lowering/cpp tests/lowering/cpp) $(addsuffix /*.cpp,tests/lowering/cpp examples/cpp))
+
 lint: $(READY) ## style, format and types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
 
 doctor: $(READY) ## is this machine set up to run compiled kernels fast?
 	$(PY) -m inductor_vision.doctor $(ARGS)
