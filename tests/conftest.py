@@ -20,8 +20,10 @@ import pytest
 import torch
 from hypothesis import settings
 
-settings.register_profile("inductor_vision", derandomize=True, deadline=None, database=None)
-settings.load_profile("inductor_vision")
+# How many examples of what may be anything: "make test" is content with few, "make test-all" takes many.
+for profile, max_examples in (("few", 20), ("many", 100)):
+    settings.register_profile(profile, max_examples=max_examples, derandomize=True, deadline=None, database=None)
+settings.load_profile("few")
 
 _M_PERTURB = -6  # of glibc's mallopt
 

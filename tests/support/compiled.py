@@ -85,6 +85,30 @@ def compile_and_run(
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    """What tracing a function gave.
+
+    Attributes:
+        function: what was traced.
+        result: what it returned.
+        paths: of its operator calls: "eager" is one that its template takes, any other is refused.
+    """
+
+    function: Callable[..., Any]
+    result: Any
+    paths: list[Path]
+
+
+def trace_and_run(fn: Callable[..., Any], *args: Any) -> Traced:
+    """Trace ``fn`` as one graph for Inductor, which decides about each operator while it does so, and run the graph
+    without generating code, which takes most of the time: operators that stay in it run as they do eagerly."""
+    traced = torch.compile(fn, fullgraph=True, backend="aot_eager_decomp_partition")
+    with recorded_paths() as paths:
+        result = traced(*args)
+    return Traced(traced, result, list(paths))
+
+
 def constants_of_package(path: os.PathLike | str) -> list[str]:
     """The shapes of the constants that an AOTInductor package holds, as they stand in its source."""
     with zipfile.ZipFile(path) as archive:
