@@ -61,8 +61,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests that need torchvision, or its kernels, are marked so. Files with slow tests come first where several
-    processes take one file after the other, so that they are done at about the same time."""
+    """Tests that need torchvision, or its kernels, are marked so. Files with slow tests come first, and last those that
+    compile nothing, where several processes take one file after the other: so they are done at about the same time."""
     for item in items:
         fixtures = getattr(item, "fixturenames", ())
         for fixture, marker in (("torchvision", "torchvision_kernels"), ("torchvision_python", "torchvision_python")):
@@ -70,7 +70,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(marker)
     if hasattr(config, "workerinput"):
         slow = {item.path for item in items if item.get_closest_marker("slow")}
-        items.sort(key=lambda item: item.path not in slow)
+        items.sort(key=lambda item: (item.path not in slow, item.path.parent.name == "ops"))
 
 
 def pytest_report_header() -> str:
