@@ -92,7 +92,8 @@ class Traced:
     Attributes:
         function: what was traced.
         result: what it returned.
-        paths: of its operator calls: "eager" is one that its template takes, any other is refused.
+        paths: of its operator calls but those that became internal operators, which only templates have: "eager"
+            is one that stays for its template, any other is refused.
     """
 
     function: Callable[..., Any]
@@ -100,12 +101,16 @@ class Traced:
     paths: list[Path]
 
 
-def trace_and_run(fn: Callable[..., Any], *args: Any) -> Traced:
-    """Trace ``fn`` as one graph for Inductor, which decides about each operator while it does so, and run the graph
-    without generating code, which takes most of the time: operators that stay in it run as they do eagerly."""
+def trace_and_run(
+    fn: Callable[..., Any],
+    *args: Any,
+    run: Callable[..., Any] = lambda function, *args: function(*args),
+) -> Traced:
+    """As :func:`compile_and_run`, but only traced for Inductor, which decides about each operator then. What takes
+    most of the time is left out: no code is generated, and operators that stay in the graph run as they do eagerly."""
     traced = torch.compile(fn, fullgraph=True, backend="aot_eager_decomp_partition")
     with recorded_paths() as paths:
-        result = traced(*args)
+        result = run(traced, *args)
     return Traced(traced, result, list(paths))
 
 
