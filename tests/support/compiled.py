@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 import re
@@ -17,7 +18,9 @@ import torch
 import torch._functorch.config
 from inductor_vision.paths import Path, recorded_paths
 from torch._dynamo.utils import counters
+from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor import config as inductor_config
+from torch._inductor.compile_fx import compile_fx
 from torch._inductor.utils import run_and_get_code
 
 
@@ -108,7 +111,10 @@ def trace_and_run(
 ) -> Traced:
     """As :func:`compile_and_run`, but only traced for Inductor, which decides about each operator then. What takes
     most of the time is left out: no code is generated, and operators that stay in the graph run as they do eagerly."""
-    traced = torch.compile(fn, fullgraph=True, backend="aot_eager_decomp_partition")
+    backend = functools.partial(
+        compile_fx, inner_compile=lambda graph, *args, **options: make_boxed_func(graph.forward)
+    )
+    traced = torch.compile(fn, fullgraph=True, backend=backend)
     with recorded_paths() as paths:
         result = run(traced, *args)
     return Traced(traced, result, list(paths))
