@@ -24,10 +24,10 @@ READY := $(VENV)/.ready-$(shell printf '%s' '$(TORCH) $(TORCHVISION) $(TRITON)' 
 PERF_READY := $(READY)-perf
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo train test compat lint doctor perf clean
+.PHONY: help env demo train test test-all compat lint doctor perf clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 env: $(READY) ## make the environment, or bring it up to date
 
@@ -39,23 +39,31 @@ train: $(READY) ## train a deformable and a plain network on warped digits
 
 # As many processes as cores, but at most 4: each takes up to 2 GB, part of it for compilers that it runs. A file's tests
 # run in one of them, since they share what is compiled for the file; the order of files is that of tests/conftest.py.
-test: $(READY) ## run the tests; ARGS="-m 'not slow'" for the quick ones, "-n 0 -k nms" for some in one process
-	$(PYTEST) $(ARGS)
+# Each behaviour is tested once, with C++ that is not optimized, which compiles in half of the time.
+test: $(READY) ## run the tests, in about 15 minutes on two cores; ARGS="-n 0 -k nms" for some in one process
+	AOT_INDUCTOR_DEBUG_COMPILE=1 $(PYTEST) -m "not slow" $(ARGS)
 
-# What depends on private parts of torch, and templates of each kind. C++ that is not optimized compiles in a third of the
-# time.
+# All kinds of a behaviour, kernels as users get them and under sanitizers, more examples, clang, whole models.
+test-all: $(READY) ## run everything that CI does, in about 35 minutes on two cores
+	$(PYTEST) --hypothesis-profile many $(ARGS)
+
+# What depends on private parts of torch, and templates of each kind.
 COMPAT := tests/test_import.py tests/test_explain.py tests/test_export.py tests/integrations/test_torchvision.py \
 	tests/lowering/installation tests/lowering/workarounds $(addprefix tests/lowering/common/test_,registry.py cache_key.py \
 	tuning.py template.py constants.py) $(addprefix tests/lowering/,test_nms.py test_regions.py test_deform_conv2d.py \
 	passes/test_depthwise_separable.py)
 
 compat: $(READY) ## a cross-section of the tests, for another torch: see docs/architecture.md
-	AOT_INDUCTOR_DEBUG_COMPILE=1 $(PYTEST) -m "not slow" $(COMPAT) $(ARGS)
+	$(MAKE) test ARGS="$(COMPAT) $(ARGS)"
+
+# C++ of kernels, their tests and examples.
+CPP := $(wildcard $(addsuffix /*.h,lowering/cpp tests/lowering/cpp) $(addsuffix /*.cpp,tests/lowering/cpp examples/cpp))
 
 lint: $(READY) ## style, format and types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
 
 doctor: $(READY) ## is this machine set up to run compiled kernels fast?
 	$(PY) -m inductor_vision.doctor $(ARGS)

@@ -279,7 +279,7 @@ def compile_sum() -> tuple[Callable[[], Any], Callable[[], Any]]:
     def eager() -> Any:
         return (numbers * numbers).sum()
 
-    options = {"cpp.dynamic_threads": True, "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+    options: dict[str, Any] = {"cpp.dynamic_threads": True, "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
     return torch.compile(eager, options=options), eager
 
 

@@ -20,8 +20,10 @@ import pytest
 import torch
 from hypothesis import settings
 
-settings.register_profile("inductor_vision", derandomize=True, deadline=None, database=None)
-settings.load_profile("inductor_vision")
+# How many examples of what may be anything: "make test" is content with few, "make test-all" takes many.
+for profile, max_examples in (("few", 20), ("many", 100)):
+    settings.register_profile(profile, max_examples=max_examples, derandomize=True, deadline=None, database=None)
+settings.load_profile("few")
 
 _M_PERTURB = -6  # of glibc's mallopt
 
@@ -59,8 +61,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests that need torchvision, or its kernels, are marked so. Files with slow tests come first where several
-    processes take one file after the other, so that they are done at about the same time."""
+    """Tests that need torchvision, or its kernels, are marked so. Files with slow tests come first, and last those that
+    compile nothing, where several processes take one file after the other: so they are done at about the same time."""
     for item in items:
         fixtures = getattr(item, "fixturenames", ())
         for fixture, marker in (("torchvision", "torchvision_kernels"), ("torchvision_python", "torchvision_python")):
@@ -68,7 +70,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(marker)
     if hasattr(config, "workerinput"):
         slow = {item.path for item in items if item.get_closest_marker("slow")}
-        items.sort(key=lambda item: item.path not in slow)
+        items.sort(key=lambda item: (item.path not in slow, item.path.parent.name == "ops"))
 
 
 def pytest_report_header() -> str:

@@ -63,22 +63,32 @@ Arguments parse_arguments(const std::vector<std::string>& words) {
   for (size_t i = 0; i < words.size(); ++i) {
     const std::string& option = words[i];
     if (option.rfind("--", 0) != 0) {
-      if (!arguments.model.empty()) throw UsageError("one model is wanted, got '" + option + "' as well");
+      if (!arguments.model.empty())
+        throw UsageError("one model is wanted, got '" + option + "' as well");
       arguments.model = option;
       continue;
     }
     const std::vector<std::string> known{"--shape", "--input", "--output", "--threads", "--runs"};
-    if (std::find(known.begin(), known.end(), option) == known.end()) throw UsageError("no option " + option);
-    if (++i == words.size()) throw UsageError(option + " wants a value");
+    if (std::find(known.begin(), known.end(), option) == known.end())
+      throw UsageError("no option " + option);
+    if (++i == words.size())
+      throw UsageError(option + " wants a value");
     const std::string& value = words[i];
-    if (option == "--shape") arguments.shape = parse_shape(option, value);
-    if (option == "--input") arguments.input = value;
-    if (option == "--output") arguments.output = value;
-    if (option == "--threads") arguments.threads = parse_number(option, value, 0);
-    if (option == "--runs") arguments.runs = parse_number(option, value, 1);
+    if (option == "--shape")
+      arguments.shape = parse_shape(option, value);
+    if (option == "--input")
+      arguments.input = value;
+    if (option == "--output")
+      arguments.output = value;
+    if (option == "--threads")
+      arguments.threads = parse_number(option, value, 0);
+    if (option == "--runs")
+      arguments.runs = parse_number(option, value, 1);
   }
-  if (arguments.model.empty()) throw UsageError("which model?");
-  if (!std::ifstream(arguments.model)) throw UsageError("cannot read " + arguments.model);
+  if (arguments.model.empty())
+    throw UsageError("which model?");
+  if (!std::ifstream(arguments.model))
+    throw UsageError("cannot read " + arguments.model);
   return arguments;
 }
 
@@ -89,7 +99,8 @@ at::Tensor make_input(const Arguments& arguments) {
   }
   at::Tensor tensor = at::empty(arguments.shape);
   std::ifstream file(arguments.input, std::ios::binary | std::ios::ate);
-  if (!file) throw UsageError("cannot read " + arguments.input);
+  if (!file)
+    throw UsageError("cannot read " + arguments.input);
   const auto size = static_cast<int64_t>(file.tellg()), wanted = static_cast<int64_t>(tensor.nbytes());
   if (size != wanted) {
     throw UsageError(
@@ -113,7 +124,8 @@ void write_output(const at::Tensor& tensor, const std::filesystem::path& path) {
   const at::Tensor values = tensor.to(at::kFloat).contiguous();
   std::ofstream file(path, std::ios::binary);
   file.write(static_cast<const char*>(values.data_ptr()), static_cast<std::streamsize>(values.nbytes()));
-  if (!file) throw UsageError("cannot write " + path.string());
+  if (!file)
+    throw UsageError("cannot write " + path.string());
 }
 
 double median_milliseconds(
@@ -130,7 +142,8 @@ double median_milliseconds(
 }
 
 void run(const Arguments& arguments) {
-  if (arguments.threads > 0) at::set_num_threads(static_cast<int>(arguments.threads));
+  if (arguments.threads > 0)
+    at::set_num_threads(static_cast<int>(arguments.threads));
   const c10::InferenceMode guard;
   const std::vector<at::Tensor> inputs{make_input(arguments)};
   torch::inductor::AOTIModelPackageLoader model(arguments.model);
@@ -145,7 +158,8 @@ void run(const Arguments& arguments) {
   }
   std::printf("%-16s  %d\n", "threads", at::get_num_threads());
   std::printf("%-16s  %.3f ms\n", "time", median_milliseconds(model, inputs, arguments.runs));
-  if (arguments.output.empty()) return;
+  if (arguments.output.empty())
+    return;
   std::filesystem::create_directories(arguments.output);
   for (size_t i = 0; i < outputs.size(); ++i) {
     write_output(outputs[i], std::filesystem::path(arguments.output) / names[i]);

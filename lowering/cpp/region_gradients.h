@@ -1,7 +1,7 @@
 // The gradients of maps, from those of regions.
 //
-// A block of a map, or a band of its rows, is a tile that one thread sums up in cache, region by region, in their order:
-// no two threads write to the same place, and no sum depends on how many there are.
+// A block of a map, or a band of its rows, is a tile that one thread sums up in cache, region by region, in their
+// order: no two threads write to the same place, and no sum depends on how many there are.
 #ifndef INDUCTOR_VISION_REGION_GRADIENTS_H
 #define INDUCTOR_VISION_REGION_GRADIENTS_H
 

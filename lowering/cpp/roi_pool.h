@@ -137,7 +137,8 @@ struct RegionBins {
   const T* values;
   int64_t channel, bin;
 
-  // Bins whose values are not neighbours are copied first: loads of copies overlap, those between scattered sums do not.
+  // Bins whose values are not neighbours are copied first: loads of copies overlap, those between scattered sums
+  // do not.
   RegionBins(const View4d<T>& view, int64_t k, Bins bins, int64_t first, int64_t channels, T* copy)
       : values(view.at(k, 0, 0) + first * view.channel),
         channel(view.channel),

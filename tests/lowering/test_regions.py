@@ -409,6 +409,7 @@ def test_pyramids_of_other_dtypes(dtype, layout):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unoptimized")
 def test_all_other_pyramids():
     samples = [pyramid(name) for name in PYRAMIDS if name != "plain"]
     with torch.no_grad():
@@ -587,12 +588,14 @@ OTHERS = [name for name in (*CASES, *HOSTILE) if name not in FITTING]
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unoptimized")
 @every_op
 def test_all_other_cases(op):
     assert_trained([sample(op, name) for name in OTHERS])
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unoptimized")
 @every_op
 def test_layouts_and_channels_in_bfloat16(op):
     names = [name for name in OTHERS if "channels" in name or name.startswith(("input", "rois"))]

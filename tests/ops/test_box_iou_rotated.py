@@ -16,7 +16,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 def oracle(boxes1: Tensor, boxes2: Tensor) -> Tensor:
-    rows1, rows2 = boxes1.double().tolist(), boxes2.double().tolist()
+    rows1, rows2 = ([tuple(row) for row in boxes.double().tolist()] for boxes in (boxes1, boxes2))
     table = [[rotated_iou_oracle(a, b) for b in rows2] for a in rows1]
     return torch.tensor(table, dtype=torch.float64).reshape(len(rows1), len(rows2))
 

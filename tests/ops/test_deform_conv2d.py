@@ -7,7 +7,7 @@ from functools import cache, partial
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from inductor_vision import DeformConv2d, deform_conv2d
 from inductor_vision.ops.registry import TORCHVISION
 from inductor_vision.paths import recorded_paths
@@ -89,14 +89,12 @@ def test_defaults_are_torchvisions(torchvision):
     assert_close(deform_conv2d(*s.args[:3]), torchvision.ops.deform_conv2d(*s.args[:3]), torch.float64)
 
 
-@settings(max_examples=100)
 @given(case=cases())
 def test_any_case_is_the_oracle(case):
     s = sample(case, torch.float64)
     assert_close(call(deform_conv2d, s), call(oracle, s), torch.float64)
 
 
-@settings(max_examples=150)
 @given(case=cases())
 def test_any_case_is_torchvisions(torchvision, case):
     s = sample(case, torch.float64)

@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from inductor_vision import DepthwiseSeparableConv2d, depthwise_separable_conv2d
 from inductor_vision.ops import depthwise_separable_conv2d as ops_module
 from inductor_vision.paths import recorded_paths
@@ -110,14 +110,12 @@ def test_unbatched_input(name):
     assert_close(one, out[1], torch.float64)
 
 
-@settings(max_examples=150)
 @given(case=cases())
 def test_any_case_is_the_oracle(case):
     s = sample(case, torch.float64)
     assert_close(call(depthwise_separable_conv2d, s), call(oracle, s), torch.float64)
 
 
-@settings(max_examples=100)
 @given(case=cases())
 def test_any_gradient_is_autograds(case):
     s = sample(case, torch.float64)

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 from inductor_vision.ops.heatmaps_to_keypoints import heatmaps_to_keypoints
 from inductor_vision.tests.support.heatmaps_to_keypoints import CALLS, INF, NAN, NO_BOXES, Heatmaps, assert_keypoints
 from inductor_vision.tests.support.layouts import LAYOUTS
@@ -96,7 +96,6 @@ def test_nan_is_the_greatest():
     assert scores.isnan().all()
 
 
-@settings(max_examples=30)
 @given(st.data())
 def test_any_call(data):
     size = data.draw(st.tuples(st.integers(1, 6), st.integers(1, 6)))

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from inductor_vision import PatchConv2d, patch_conv2d
 from inductor_vision.ops.patch_conv2d import CHANNELS_FIRST, CHANNELS_LAST, PATCHES_FIRST, memory_order
 from inductor_vision.paths import recorded_paths
@@ -76,7 +76,6 @@ def test_defaults_are_those_of_a_convolution():
     assert_close(patch_conv2d(*s.args[:2]), convolution_of_a_batch(*s.args[:2]), torch.float64)
 
 
-@settings(max_examples=100)
 @given(case=cases())
 def test_any_case_is_the_oracle(case):
     s = sample(case, torch.float64)

@@ -10,7 +10,7 @@ from typing import Any
 import inductor_vision
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from inductor_vision.ops.registry import TORCHVISION
 from inductor_vision.paths import recorded_paths
 from inductor_vision.tests.support.arguments import MODES, NOT_A_FLOAT, QUICK, assert_refused, run_in
@@ -212,7 +212,6 @@ def test_signature_and_defaults_are_torchvisions(torchvision, op):
 
 
 @every_op
-@settings(max_examples=40)
 @given(case=cases())
 def test_any_case_is_the_oracle(op, case):
     s = sample(op, case, torch.float64)
@@ -221,7 +220,6 @@ def test_any_case_is_the_oracle(op, case):
 
 
 @every_op
-@settings(max_examples=40)
 @given(case=cases())
 def test_any_case_is_torchvisions(torchvision, op, case):
     s = within_torchvisions_reach(sample(op, case))

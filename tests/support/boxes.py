@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -122,28 +123,30 @@ def nms_oracle(boxes: Tensor, scores: Tensor, iou_threshold: float, classes: Ten
     """Box by box, in the arithmetic of torchvision's kernel: everything but the comparison in the boxes' precision."""
     real = np.float64 if boxes.dtype == torch.float64 else np.float32
     corners = boxes.to(torch.float64 if real is np.float64 else torch.float32).numpy()
-    with np.errstate(all="ignore"):
-        return _greedy(lambda j, i: float(_iou(corners[j], corners[i], real)), scores, iou_threshold, classes)
+    overlaps = _iou(corners[:, None], corners, real).tolist()
+    return _greedy(lambda j, i: overlaps[j][i], scores, iou_threshold, classes)
 
 
 def nms_rotated_oracle(boxes: Tensor, scores: Tensor, iou_threshold: float, classes: Tensor | None = None) -> list[int]:
-    rows = boxes.double().tolist()
+    rows = [tuple(row) for row in boxes.double().tolist()]
     return _greedy(lambda j, i: rotated_iou_oracle(rows[j], rows[i]), scores, iou_threshold, classes)
 
 
 def _greedy(
     iou: Callable[[int, int], float], scores: Tensor, iou_threshold: float, classes: Tensor | None
 ) -> list[int]:
-    order = sorted(range(len(scores)), key=lambda i: (0, 0) if math.isnan(scores[i]) else (1, -scores[i].item()))
+    ranks = [(0, 0.0) if math.isnan(score) else (1, -score) for score in scores.tolist()]
+    of_class = [0] * len(ranks) if classes is None else classes.tolist()
     kept: list[int] = []
-    for i in order:
-        others = [j for j in kept if classes is None or classes[j] == classes[i]]
+    for i in sorted(range(len(ranks)), key=ranks.__getitem__):
+        others = [j for j in kept if of_class[j] == of_class[i]]
         if not any(iou(j, i) > iou_threshold for j in others):
             kept.append(i)
     return kept
 
 
-def rotated_iou_oracle(a: Sequence[float], b: Sequence[float]) -> float:
+@functools.lru_cache(maxsize=100_000)  # the same pairs meet at several thresholds
+def rotated_iou_oracle(a: tuple[float, ...], b: tuple[float, ...]) -> float:
     """Of (x, y, width, height, angle): a's polygon, clipped at one edge of b after the other."""
     areas = [box[2] * box[3] for box in (a, b)]
     if not all(math.isfinite(number) for number in (*a, *b)) or min(areas) <= 0:
@@ -178,17 +181,21 @@ def _polygon(box: Sequence[float], origin: Sequence[float]) -> list[tuple[float,
     return [(x + i * ux + j * vx, y + i * uy + j * vy) for i, j in ((1, 1), (1, -1), (-1, -1), (-1, 1))]
 
 
-def _iou(a: np.ndarray, b: np.ndarray, real: type) -> np.floating:
-    def greater(x, y):
-        return y if x < y else x
+def _iou(a: np.ndarray, b: np.ndarray, real: type) -> np.ndarray:
+    """Of boxes [..., 4] that are broadcast, in the arithmetic of torchvision's kernel."""
 
-    def less(x, y):
-        return y if y < x else x
+    def greater(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return np.where(x < y, y, x)
 
-    width = greater(real(0), less(a[2], b[2]) - greater(a[0], b[0]))
-    height = greater(real(0), less(a[3], b[3]) - greater(a[1], b[1]))
-    intersection = width * height
-    return intersection / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - intersection)
+    def less(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return np.where(y < x, y, x)
+
+    a, b = np.moveaxis(a, -1, 0), np.moveaxis(b, -1, 0)
+    with np.errstate(all="ignore"):
+        width = greater(real(0), less(a[2], b[2]) - greater(a[0], b[0]))
+        height = greater(real(0), less(a[3], b[3]) - greater(a[1], b[1]))
+        intersection = width * height
+        return intersection / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - intersection)
 
 
 def soft_nms_oracle(
@@ -203,21 +210,25 @@ def soft_nms_oracle(
     """Box by box: the scores of those that are taken, in the order in which they are."""
     real = np.float64 if torch.float64 in (boxes.dtype, scores.dtype) else np.float32
     corners = boxes.double().numpy().astype(real)
-    left = {i: real(score) for i, score in enumerate(scores.tolist())}
+    overlaps = _iou(corners[:, None], corners, real)
+    current, of_class = scores.double().numpy().astype(real), None if classes is None else classes.numpy()
+    left = np.full(len(boxes), True)
     taken: dict[int, float] = {}
     with np.errstate(all="ignore"):
-        while left := {i: score for i, score in left.items() if not float(score) < min_score}:
-            best = min(left, key=lambda i: (0, 0, i) if np.isnan(left[i]) else (1, -left[i], i))
-            taken[best] = float(left.pop(best))
-            for i, score in left.items():
-                overlap = _iou(corners[best], corners[i], real)
-                if not score > 0 or not overlap > 0 or (classes is not None and classes[i] != classes[best]):
-                    continue
-                if method == "gaussian":
-                    score = score * np.exp(-overlap * overlap / real(sigma))
-                elif float(overlap) > iou_threshold:
-                    score = score * (1 - overlap)
-                left[i] = real(0) if np.isnan(score) else score
+        while (left := left & ~(current.astype(np.float64) < min_score)).any():
+            best = min(np.flatnonzero(left), key=lambda i: (0, 0) if np.isnan(current[i]) else (1, -current[i]))
+            taken[int(best)] = float(current[best])
+            left[best] = False
+            overlap = overlaps[best]
+            lowered = left & (current > 0) & (overlap > 0)
+            if of_class is not None:
+                lowered &= of_class == of_class[best]
+            if method == "gaussian":
+                weight = np.exp(-overlap * overlap / real(sigma))
+            else:
+                weight = np.where(overlap.astype(np.float64) > iou_threshold, 1 - overlap, real(1))
+            current = np.where(lowered, current * weight, current)
+            current[lowered & np.isnan(current)] = 0
     return taken
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 import re
@@ -17,7 +18,9 @@ import torch
 import torch._functorch.config
 from inductor_vision.paths import Path, recorded_paths
 from torch._dynamo.utils import counters
+from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor import config as inductor_config
+from torch._inductor.compile_fx import compile_fx
 from torch._inductor.utils import run_and_get_code
 
 
@@ -83,6 +86,38 @@ def compile_and_run(
         templates=counts["cpp_templated_kernel_counter"],
         fused=counts["cpp_epilogue_fusion_counter"],
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    """What tracing a function gave.
+
+    Attributes:
+        function: what was traced.
+        result: what it returned.
+        paths: of its operator calls but those that became internal operators, which only templates have: "eager"
+            is one that stays for its template, any other is refused.
+    """
+
+    function: Callable[..., Any]
+    result: Any
+    paths: list[Path]
+
+
+def trace_and_run(
+    fn: Callable[..., Any],
+    *args: Any,
+    run: Callable[..., Any] = lambda function, *args: function(*args),
+) -> Traced:
+    """As :func:`compile_and_run`, but only traced for Inductor, which decides about each operator then. What takes
+    most of the time is left out: no code is generated, and operators that stay in the graph run as they do eagerly."""
+    backend = functools.partial(
+        compile_fx, inner_compile=lambda graph, *args, **options: make_boxed_func(graph.forward)
+    )
+    traced = torch.compile(fn, fullgraph=True, backend=backend)
+    with recorded_paths() as paths:
+        result = run(traced, *args)
+    return Traced(traced, result, list(paths))
 
 
 def constants_of_package(path: os.PathLike | str) -> list[str]:

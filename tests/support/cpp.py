@@ -1,20 +1,29 @@
-"""Builds the test programs of the kernel headers, which know nothing of Inductor."""
+"""Builds the test programs of the kernel headers, which know nothing of Inductor.
+
+What was built, or found to compile, is kept in pytest's cache folder, by a digest of all that it was made from: the
+compiler, its flags, the source and the headers that it includes. CI may keep that folder too.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import os
 import pathlib
 import platform
+import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import inductor_vision
 import pytest
 import torch
+from filelock import FileLock
 from torch.utils.cpp_extension import include_paths, library_paths
 
 HEADERS = pathlib.Path(inductor_vision.__file__).parent / "lowering" / "cpp"
@@ -99,35 +108,75 @@ def _compiler(name: str) -> str:
     return path
 
 
-def build(source: pathlib.Path, program: pathlib.Path, capability: Capability, *flags: str) -> pathlib.Path:
-    """Build a program, with the math flags that Inductor gives."""
-    libraries = [flag for path in library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
+@functools.cache
+def _texts(source: pathlib.Path) -> bytes:
+    """A source and the headers of this package and its tests that it includes, one after the other."""
+    text = source.read_bytes()
+    for name in re.findall(rb'^ *# *include "([^"]+)"', text, flags=re.MULTILINE):
+        beside, kernel = source.with_name(name.decode()), HEADERS / name.decode()
+        text += _texts(beside if beside.exists() else kernel)
+    return text
+
+
+def _made_once(
+    kept: pathlib.Path,
+    name: str,
+    compiler: str,
+    source: pathlib.Path,
+    flags: Sequence[str],
+    libraries: Sequence[str] = (),
+) -> pathlib.Path:
+    """What a compiler makes of a source, or made of it in a run before.
+
+    The next version of a file takes the place of the last of the same name.
+    """
+    path = _compiler(compiler)
+    target = (flag for flag in flags if flag.startswith("-m"))
+    compiler_and_machine = _run(
+        [path, *target, "-dM", "-E", "-xc++", os.devnull]
+    )  # -march=native is not the same for all
+    made_from = "\0".join([compiler_and_machine, torch.__version__, *flags, *libraries]).encode() + _texts(source)
+    made = kept / f"{name}-{hashlib.sha256(made_from).hexdigest()[:16]}"
+    with FileLock(kept / f"{name}.lock"):
+        if not made.exists():
+            for last in kept.glob(f"{name}-*"):
+                last.unlink()
+            unfinished = kept / f"{name}.unfinished"
+            _run([path, *flags, source, "-o", unfinished, *libraries])
+            unfinished.touch()  # which -fsyntax-only does not
+            unfinished.rename(made)
+    return made
+
+
+def build(kept: pathlib.Path, source: pathlib.Path, capability: Capability, *flags: str) -> pathlib.Path:
+    """The program of a source, with the math flags that Inductor gives."""
+    paths = [flag for path in library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
     flags = (*_COMMON, *_MATH, *flags, *capability.flags)
-    _run([_compiler("g++"), *flags, source, "-o", program, *libraries, "-lc10", "-Wl,--as-needed", "-ltorch_cpu"])
-    return program
+    libraries = [*paths, "-lc10", "-Wl,--as-needed", "-ltorch_cpu"]
+    return _made_once(kept, f"{source.stem}-{capability.name}", "g++", source, flags, libraries)
 
 
 def build_sanitized(
-    source: pathlib.Path, program: pathlib.Path, capability: Capability, optimization: str
+    kept: pathlib.Path, source: pathlib.Path, capability: Capability, optimization: str
 ) -> pathlib.Path:
     """:func:`build` with AddressSanitizer and UndefinedBehaviorSanitizer."""
     # g++ 12.2 takes the frames that find uses after a return for aligned to 64 bytes, which they are to 32.
     frames = ("--param=asan-use-after-return=0",) if capability.lanes == 16 else ()
-    return build(source, program, capability, optimization, *_SANITIZED, *frames)
+    return build(kept, source, capability, optimization, *_SANITIZED, *frames)
 
 
 @contextlib.contextmanager
 def sanitized_programs(
-    request: pytest.FixtureRequest, folder: pathlib.Path, source: pathlib.Path, optimization: str
+    request: pytest.FixtureRequest, kept: pathlib.Path, source: pathlib.Path, optimization: str
 ) -> Iterator[Callable[[str], pathlib.Path]]:
     """The program of a source for a capability, by the name of that, for a fixture called ``program``.
 
     All that this session needs, for tests that are parametrized by ``name``, are built at once, on two cores.
     """
 
-    def build(name: str, program: pathlib.Path) -> pathlib.Path:
+    def build(name: str) -> pathlib.Path:
         CAPABILITIES[name].skip_unless_it_runs_here()
-        return build_sanitized(source, program, CAPABILITIES[name], optimization)
+        return build_sanitized(kept, source, CAPABILITIES[name], optimization)
 
     wanted = [
         item.callspec.params["name"]
@@ -135,7 +184,7 @@ def sanitized_programs(
         if "program" in item.fixturenames and item.path == request.path
     ]
     with ThreadPoolExecutor(max_workers=2) as pool:
-        builds = {name: pool.submit(build, name, folder / f"program{i}") for i, name in enumerate(wanted)}
+        builds = {name: pool.submit(build, name) for name in wanted}
         yield lambda name: builds[name].result()
 
 
@@ -147,18 +196,20 @@ def run(program: pathlib.Path, *args: str, **environment: str) -> dict[str, floa
 
 def run_sanitized(program: pathlib.Path, *args: str) -> dict[str, float]:
     """:func:`run` what was built with sanitizers."""
-    excused = program.with_suffix(".supp")
-    excused.write_text(_UNDEFINED_IN_TORCH)
-    return run(program, *args, UBSAN_OPTIONS=f"halt_on_error=1:print_stacktrace=1:suppressions={excused}")
+    with tempfile.NamedTemporaryFile("w", suffix=".supp") as excused:
+        excused.write(_UNDEFINED_IN_TORCH)
+        excused.flush()
+        return run(program, *args, UBSAN_OPTIONS=f"halt_on_error=1:print_stacktrace=1:suppressions={excused.name}")
 
 
-def compile_only(compiler: str, source: pathlib.Path, capability: Capability, *flags: str) -> None:
-    """Compile without running, warnings being errors."""
-    path = _compiler(compiler)
+def compile_only(
+    kept: pathlib.Path, compiler: str, source: pathlib.Path, capability: Capability, *flags: str
+) -> pathlib.Path:
+    """Compile without running, warnings being errors; the ``flags`` say what to: a program, a header, or nothing."""
     probe = subprocess.run(
-        [path, "-fopenmp", "-E", "-xc++", "-"], input="#include <omp.h>", text=True, capture_output=True
+        [_compiler(compiler), "-fopenmp", "-E", "-xc++", "-"], input="#include <omp.h>", text=True, capture_output=True
     )
     if probe.returncode != 0:
         pytest.skip(f"{compiler} is installed without its OpenMP runtime (clang++: libomp-dev)")
     flags = (*_COMMON, "-Wall", "-Wextra", "-Werror", *capability.flags, *flags)
-    _run([path, *flags, "-c", source, "-o", os.devnull])
+    return _made_once(kept, f"{compiler}-{source.stem}-{capability.name}", compiler, source, flags)

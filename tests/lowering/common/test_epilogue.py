@@ -196,32 +196,19 @@ def epilogues() -> st.SearchStrategy[Epilogue]:
     )
 
 
-CALLS = {
-    "template": st.sampled_from(sorted(TEMPLATES)),
-    "size": coinciding_sizes(),
-    "layout": st.sampled_from(["contiguous", "channels_last"]),
-    "programs": st.lists(epilogues(), min_size=4, max_size=8, unique=True),
-    "shared": st.booleans(),
-    "dynamic": st.sampled_from([None, True]),
-}
-
-
-def check(template, size, layout, programs, shared, dynamic):
+# Each is compiled.
+@settings(max_examples=settings.default.max_examples // 4, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    template=st.sampled_from(sorted(TEMPLATES)),
+    size=coinciding_sizes(),
+    layout=st.sampled_from(["contiguous", "channels_last"]),
+    programs=st.lists(epilogues(), min_size=4, max_size=8, unique=True),
+    shared=st.booleans(),
+    dynamic=st.sampled_from([None, True]),
+)
+def test_any_epilogue(template, size, layout, programs, shared, dynamic):
     torch._dynamo.reset()
     compare(template, size, layout, programs, shared, dynamic)
-
-
-@settings(max_examples=6, suppress_health_check=[HealthCheck.too_slow])
-@given(**CALLS)
-def test_any_epilogue(**drawn):
-    check(**drawn)
-
-
-@pytest.mark.slow
-@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
-@given(**CALLS)
-def test_any_epilogue_at_length(**drawn):
-    check(**drawn)
 
 
 def test_gradients_of_a_transposed_square():

@@ -9,12 +9,14 @@ import pytest
 from inductor_vision.tests.support.cpp import sanitized_programs
 
 
+@pytest.fixture(scope="session")
+def kept(request: pytest.FixtureRequest) -> pathlib.Path:
+    """The folder of what compilers have made, in this run or one before; see tests/support/cpp.py."""
+    return request.config.cache.mkdir("cpp")
+
+
 @pytest.fixture(scope="module")
-def program(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[[str], pathlib.Path]]:
+def program(request: pytest.FixtureRequest, kept: pathlib.Path) -> Iterator[Callable[[str], pathlib.Path]]:
     """A test module's ``SOURCE`` built for a capability, by the name of that, with ``OPTIMIZATION``."""
-    source = request.module.SOURCE
-    folder = tmp_path_factory.mktemp(source.stem)
-    with sanitized_programs(request, folder, source, request.module.OPTIMIZATION) as programs:
+    with sanitized_programs(request, kept, request.module.SOURCE, request.module.OPTIMIZATION) as programs:
         yield programs

@@ -14,9 +14,8 @@ IN_PARALLEL = ("nms_of_classes", "nms_pair_by_pair", "nms_rotated_of_classes", "
 
 
 @pytest.fixture(scope="module")
-def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
-    program = tmp_path_factory.mktemp("allocations") / "program"
-    return run(build(SOURCE, program, CAPABILITIES["no vector instructions"], "-O1", "-Wno-psabi"))
+def figures(kept: pathlib.Path) -> dict[str, float]:
+    return run(build(kept, SOURCE, CAPABILITIES["no vector instructions"], "-O1", "-Wno-psabi"))
 
 
 def test_every_failed_allocation_is_an_exception(figures):

@@ -44,10 +44,10 @@ template void gemm(
 
 
 @pytest.mark.parametrize("compiler", ["g++", "clang++"])
-def test_bf16_dot_products_compile(tmp_path, compiler):
+def test_bf16_dot_products_compile(kept, tmp_path, compiler):
     """Also where no CPU is there to run them."""
     if platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip(f"AVX-512 is for x86-64, this machine is {platform.machine()}")
     source = tmp_path / "bf16_dot.cpp"
     source.write_text(BF16_DOT)
-    compile_only(compiler, source, BF16_DOT_PRODUCTS)
+    compile_only(kept, compiler, source, BF16_DOT_PRODUCTS, "-c")

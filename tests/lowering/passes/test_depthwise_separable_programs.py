@@ -209,7 +209,7 @@ def test_an_input_that_changes(place):
 
 
 @pytest.mark.slow
-@settings(max_examples=30)
+@settings(max_examples=settings.default.max_examples // 3)
 @given(
     st.builds(
         Program,
