@@ -58,6 +58,14 @@ def assert_right(ours: dict[str, Tensor], detector: nn.Module, image: Tensor) ->
     assert list(ours) == list(stock)
     assert torch.equal(ours["labels"], stock["labels"]) and torch.equal(exact["labels"], stock["labels"])
     for key, expected in exact.items():
+        if key == "keypoints":  # the greatest of a heatmap, where random weights make others that are nearly as great
+            far, stocks = (
+                ((detections[key] - expected).abs() > 0.1).any(-1).double().mean() for detections in (ours, stock)
+            )
+            assert stocks < 0.05 and far <= 2 * stocks + 0.01, (
+                f"{far:.1%} of the keypoints are others, {stocks:.1%} in stock"
+            )
+            continue
         error, stocks = ((detections[key] - expected).abs().max().item() for detections in (ours, stock))
         assert stocks < {"scores": 1e-2}.get(key, 0.1), key
         assert error <= 3 * stocks + 1e-5, f"{key}: error {error:.2g}, {stocks:.2g} in stock"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+import subprocess
 
 import pytest
 from inductor_vision.lowering.common.template import splice_header
-from inductor_vision.tests.support.cpp import CAPABILITIES, HEADERS, compile_only
+from inductor_vision.tests.support.cpp import CAPABILITIES, HEADERS, build, compile_only
 
 NAMES = sorted(path.name for path in HEADERS.glob("*.h"))
 
@@ -22,6 +23,23 @@ def test_no_two_collide(kept, tmp_path, order, compiler, name):
     names = NAMES if order == "forward" else NAMES[::-1]
     source.write_text("\n".join(["#include <torch/csrc/inductor/cpp_prefix.h>", *map(splice_header, names)]))
     compile_only(kept, compiler, source, CAPABILITIES[name], "-fsyntax-only")
+
+
+EXPORTED = """
+template class inductor_vision::DeformTile<inductor_vision::DeformKernel::gemm, float, float>;
+extern "C" void exported() {}
+"""
+
+
+def test_libraries_share_nothing(kept, tmp_path):
+    """Of what two libraries in a process both export, the dynamic linker may let the second have the first one's, which
+    was compiled for other vector instructions, or is of another release."""
+    source = tmp_path / "exporting.cpp"
+    source.write_text("\n".join([*map(splice_header, NAMES), EXPORTED]))
+    library = build(kept, source, CAPABILITIES["no vector instructions"], "-O0", "-shared", "-fPIC")
+    symbols = subprocess.run(["nm", "-DC", "--defined-only", library], check=True, capture_output=True, text=True)
+    assert "exported" in symbols.stdout
+    assert "inductor_vision::" not in symbols.stdout
 
 
 def test_macros_have_names_that_nobody_else_gives():
