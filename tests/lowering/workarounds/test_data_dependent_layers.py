@@ -16,6 +16,7 @@ from inductor_vision.lowering.workarounds import (
     tracing,
 )
 from inductor_vision.tests.support.compiled import caches_disabled, compile_and_run
+from inductor_vision.tests.support.oldest_torch import with_oldest_torch
 from torch import Tensor, nn
 from torch._dynamo.exc import UserError
 
@@ -182,6 +183,7 @@ def test_other_batch_norms_are_torchs():
         assert norms == [f"aten._native_batch_norm_legit{kind}.default"]
 
 
+@with_oldest_torch
 class TestTorchStillNeedsThis:
     """Where one of these fails, torch does rightly what is worked around, and the module of that name can go."""
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from inductor_vision.lowering.workarounds import device_assertions
 from inductor_vision.tests.support.compiled import caches_disabled
+from inductor_vision.tests.support.oldest_torch import with_oldest_torch
 from inductor_vision.tests.support.triton import active
 from torch import Tensor
 from torch._inductor import config
@@ -24,6 +25,7 @@ def generated(backend: str) -> str:
     return code
 
 
+@with_oldest_torch
 @pytest.mark.parametrize("backend", ["interpreter", "triton-cpu"])
 def test_torch_still_needs_this(backend: str, monkeypatch: pytest.MonkeyPatch):
     """Where this fails, Inductor makes no ``tl.device_assert`` of an assertion on the CPU, and the module can go."""

@@ -10,6 +10,7 @@ import pytest
 import sympy
 import torch._inductor.lowering  # noqa: F401  (first)
 from inductor_vision.lowering.workarounds.long_sizes import _hide_sizes, sizes_as_symbols
+from inductor_vision.tests.support.oldest_torch import with_oldest_torch
 from sympy.core.cache import clear_cache
 from torch._inductor import sizevars
 from torch.utils._sympy.functions import FloorDiv, IntTrueDiv, Min, ModularIndexing, ToFloat, TruncToInt
@@ -75,6 +76,7 @@ def calls_of_functions(index: sympy.Expr) -> int:
     return calls
 
 
+@with_oldest_torch
 def test_torch_still_needs_this():
     """Where this fails, Inductor no longer rearranges sizes, and the module can go. Measured: 200,000 and 25,000."""
     index = INDICES["channels_last"]

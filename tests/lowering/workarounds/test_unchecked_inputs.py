@@ -10,6 +10,7 @@ import inspect
 import pytest
 import torch
 from inductor_vision.lowering.workarounds.unchecked_inputs import _ASKED_FOR, _NOT_DECLINED, inputs_checked
+from inductor_vision.tests.support.oldest_torch import with_oldest_torch
 from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 from torch._inductor.utils import IndentedBuffer
 
@@ -60,6 +61,7 @@ def test_no_such_method(monkeypatch):
         raise AssertionError("entered")
 
 
+@with_oldest_torch
 def test_torch_still_needs_this():
     """Where this fails, packages no longer wait to be asked for checks, or ask in other words; in the first case the
     module can go."""
