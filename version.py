@@ -1,4 +1,4 @@
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # The releases of torch that the tests were run with, the first and the last.
 OLDEST_TORCH, NEWEST_TORCH = "2.13", "2.15"
