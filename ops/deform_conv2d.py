@@ -295,7 +295,7 @@ def differentiable(arguments: Arguments) -> tuple[Tensor | None, ...]:
 
 
 def check_backward(grad: Tensor, arguments: Arguments) -> tuple[int, int]:
-    """Call :func:`check_arguments`, and check that the gradient is one of the output."""
+    """As :func:`check_arguments`, and that the gradient is that of the output."""
     size, input = check_arguments(arguments), arguments.input
     check_gradient("deform_conv2d_backward", grad, input, (input.shape[0], int(arguments.weight.shape[0]), *size))
     return size

@@ -578,7 +578,7 @@ def _trained_eagerly(arguments: Arguments) -> Tensor:
 
 
 def _check_backward(grad: Tensor, arguments: Arguments) -> None:
-    """Call :func:`check_arguments`, and check that the gradient is one of the output."""
+    """As :func:`check_arguments`, and that the gradient is that of the output."""
     shape = (arguments.input.shape[0], arguments.out_channels, *check_arguments(arguments))
     check_gradient("depthwise_separable_conv2d_backward", grad, arguments.input, shape)
 

@@ -214,7 +214,7 @@ _op = define_op(
 
 
 def check_backward(grad: Tensor, arguments: Arguments) -> None:
-    """Call :func:`check_arguments`, and check that the gradient is one of the output."""
+    """As :func:`check_arguments`, and that the gradient is that of the output."""
     input, weight = arguments.input, arguments.weight
     shape = (*input.shape[:2], int(weight.shape[0]), *check_arguments(arguments))
     check_gradient("patch_conv2d_backward", grad, input, shape)
