@@ -1,13 +1,13 @@
-"""``python -m inductor_vision.perf``: list, run and show benchmarks, and advise on a model."""
+"""``python -m inductor_vision.perf``: list, run and show benchmarks."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .options import check_outputs, positive
 from .progress import Progress
 from .report import listing, markdown, text_table
 from .results import CaseResult, Report
@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m inductor_vision.perf",
         description="Benchmarks against peers and against the limit of the machine.",
     )
-    commands = parser.add_subparsers(title="commands", metavar="{list,run,show,advise}")
+    commands = parser.add_subparsers(title="commands", metavar="{list,run,show}")
     parser.set_defaults(command=None)
 
     list_ = commands.add_parser("list", help="suites, their cases and contenders, and who is unavailable here")
@@ -49,9 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("suites", nargs="*", metavar="SUITE", help="all of them by default")
     run.add_argument("--case", action="append", default=[], metavar="GLOB", help="only these cases; may be repeated")
     run.add_argument("--contender", action="append", default=[], metavar="GLOB", help="only these; may be repeated")
-    run.add_argument("--threads", type=_positive(int), metavar="N", help="default: what torch uses here")
+    run.add_argument("--threads", type=positive(int), metavar="N", help="default: what torch uses here")
     budget = run.add_mutually_exclusive_group()
-    budget.add_argument("--seconds", type=_positive(float), default=10.0, metavar="S", help="per case (default: 10)")
+    budget.add_argument("--seconds", type=positive(float), default=10.0, metavar="S", help="per case (default: 10)")
     budget.add_argument("--quick", action="store_const", dest="seconds", const=1.0, help="the same as --seconds 1")
     run.add_argument(
         "--compile-time", action="store_true", help="measure cold and warm compilation too, which takes long"
@@ -63,45 +63,12 @@ def _parser() -> argparse.ArgumentParser:
     show.set_defaults(command=_show)
     show.add_argument("file", type=Path)
     _add_output_options(show)
-
-    advise = commands.add_parser("advise", help="measure what makes the convolutions of a model of yours faster here")
-    advise.set_defaults(command=_advise)
-    advise.add_argument("model", metavar="MODULE:FACTORY", help="as in torchvision.models:resnet50 or models.py:make")
-    advise.add_argument(
-        "--input",
-        action="append",
-        required=True,
-        metavar="SHAPE[:DTYPE]",
-        help="as in 1x3x224x224 or 4x77:int64; repeated for a model that takes several",
-    )
-    advise.add_argument("--threads", type=_positive(int), metavar="N", help="at most; default: what torch uses here")
-    advise.add_argument(
-        "--seconds",
-        type=_positive(float),
-        default=60.0,
-        metavar="S",
-        help="for measuring (default: 60); compiling adds",
-    )
-    advise.add_argument("--no-compile", action="store_true", help="leave out what takes a compiler, and minutes")
-    advise.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
-    advise.add_argument("--plot", type=Path, metavar="FILE.png", help="draw where the time goes")
     return parser
 
 
 def _add_output_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the times as multiples of the limit's")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
-
-
-def _positive(kind: type) -> type:
-    def parse(text: str) -> float:
-        value = kind(text)
-        if value <= 0:
-            raise argparse.ArgumentTypeError(f"must be positive, got {text}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse says "invalid int value" with it
-    return parse
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -136,7 +103,7 @@ def _run(options: argparse.Namespace) -> int:
     suites = load_suites()
     chosen = [suites[name] for name in matching("suite", suites, options.suites)]
     work = select(chosen, options.case, options.contender)
-    _check_outputs(options)
+    check_outputs(options.json, plot=options.plot)
     settings = Settings(options.threads or torch.get_num_threads(), options.seconds, options.compile_time)
     machine = describe_machine()
     results, interrupted = _measure(work, settings)
@@ -147,15 +114,6 @@ def _run(options: argparse.Namespace) -> int:
     for fault in report.faults():
         print(f"error: {fault}", file=sys.stderr)
     return 130 if interrupted else 1 if report.faults() else 0
-
-
-def _check_outputs(options: argparse.Namespace) -> None:
-    """What would make a long run end in an error is better said before it."""
-    for path in (options.json, options.plot):
-        if path and not path.absolute().parent.is_dir():
-            raise UserError(f"cannot write {path}: there is no folder {path.parent}")
-    if options.plot and importlib.util.find_spec("matplotlib") is None:
-        raise UserError("--plot needs matplotlib, which is not installed")
 
 
 def _measure(
@@ -178,25 +136,6 @@ def _measure(
 def _show(options: argparse.Namespace) -> int:
     _output(Report.read(options.file), options)
     return 0
-
-
-def _advise(options: argparse.Namespace) -> int:
-    import torch
-
-    from .advise import picture, summary
-    from .advise.advisor import Settings, advise
-    from .advise.target import Input, Target
-
-    target = Target(options.model, tuple(map(Input.parse, options.input)))
-    _check_outputs(options)
-    settings = Settings(options.threads or torch.get_num_threads(), options.seconds, not options.no_compile)
-    advice = advise(target, settings, Progress())
-    if options.json:
-        summary.write_json(advice, options.json)
-    print(summary.text(advice))
-    if options.plot:
-        picture.draw(advice, options.plot)
-    return 130 if advice.interrupted else 0
 
 
 def _output(report: Report, options: argparse.Namespace) -> None:

@@ -11,14 +11,14 @@ import inductor_vision
 import torch
 from torch import Tensor, nn
 
-from ..spec import Prepared
+from ..perf.spec import Prepared
 from . import replace
 from .capture import Layer
 
 AS_IT_IS = "as it is"
 CHANNELS_LAST, CONTIGUOUS = "channels_last", "contiguous"
 BFLOAT16, FLOAT32 = "bfloat16", "float32"
-DENSE, IMAGE_BY_IMAGE, CALLS_IN_ONE = "dense", "image by image", "calls in one"
+DENSE, IMAGE_BY_IMAGE = "dense", "image by image"
 PATCHES, DEFORM, COMPILED = "patch_conv2d", "deform_conv2d", "compiled"
 
 LAYOUTS = {CHANNELS_LAST: torch.channels_last, CONTIGUOUS: torch.contiguous_format}
@@ -85,7 +85,6 @@ class Choice:
     Attributes:
         name: also the key in :data:`REPLACEMENTS` where a module can be put in the layer's place.
         prepare: makes what is called, and its first result.
-        calls: for how many calls of the layer one call of this stands.
         threads: a fixed number of threads.
         compiles: whether it takes a compiler.
         changes_precision: whether results are those of another dtype.
@@ -93,7 +92,6 @@ class Choice:
 
     name: str
     prepare: Callable[[], Prepared]
-    calls: int = 1
     threads: int | None = None
     compiles: bool = False
     changes_precision: bool = False
@@ -155,13 +153,10 @@ def _of_operator(layer: Layer) -> list[Choice]:
 
 
 def _of_batch(layer: Layer) -> list[Choice]:
-    choices = []
-    if layer.is_convolution and layer.repeats > 1:
-        choices.append(Choice(CALLS_IN_ONE, lambda: _folded(layer), calls=layer.repeats))
     with_images = _WITH_IMAGES.get(layer.signature.operator)
     if with_images and 1 < layer.input.shape[0] <= _MOST_IMAGES_ONE_BY_ONE:
-        choices.append(Choice(IMAGE_BY_IMAGE, lambda: _image_by_image(layer, with_images)))
-    return choices
+        return [Choice(IMAGE_BY_IMAGE, lambda: _image_by_image(layer, with_images))]
+    return []
 
 
 def _operator(layer: Layer) -> Callable[..., Tensor]:
@@ -202,18 +197,6 @@ def _image_by_image(layer: Layer, with_images: Sequence[int]) -> Prepared:
         return function(*(a[i : i + 1] if at in with_images else a for at, a in enumerate(arguments)))
 
     return _called(lambda: torch.cat([one(i) for i in range(layer.input.shape[0])]), ())
-
-
-def _folded(layer: Layer) -> Prepared:
-    """All calls that share a weight as one on a larger batch; bringing the batch together is part of it."""
-    function, (input, *rest) = _operator(layer), _arguments(layer)
-    inputs = [input, *(input.clone() for _ in range(layer.repeats - 1))]
-
-    def call() -> Any:
-        with torch.no_grad():
-            return function(torch.cat(inputs), *rest).chunk(layer.repeats)
-
-    return Prepared(call, call()[0])
 
 
 def _as_patches(input: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
