@@ -11,6 +11,7 @@ import inductor_vision
 import torch
 from torch import Tensor, nn
 
+from ..perf.backends import Holding
 from ..perf.spec import Prepared
 from . import replace
 from .capture import Layer
@@ -212,29 +213,8 @@ def _deform(input: Tensor, weight: Tensor, offset: Tensor, mask: Tensor, bias: T
     )
 
 
-class _Frozen(nn.Module):
-    """A function with some of its arguments held as parameters, which are constants to a compiler that freezes."""
-
-    def __init__(self, function: Callable[..., Any], arguments: Sequence[Any], constant: Sequence[int]) -> None:
-        super().__init__()
-        self.function = function
-        self.constant = [i for i in constant if arguments[i] is not None]
-        self.free = [i for i, a in enumerate(arguments) if isinstance(a, Tensor) and i not in constant]
-        self.others = [None if isinstance(a, Tensor) else a for a in arguments]
-        for i in self.constant:
-            self.register_parameter(f"argument_{i}", nn.Parameter(arguments[i], requires_grad=False))
-
-    def forward(self, *tensors: Tensor) -> Any:
-        arguments = list(self.others)
-        for i, tensor in zip(self.free, tensors):
-            arguments[i] = tensor
-        for i in self.constant:
-            arguments[i] = getattr(self, f"argument_{i}")
-        return self.function(*arguments)
-
-
 def _compiled(function: Callable[..., Any], arguments: Sequence[Any], constant: Sequence[int]) -> Prepared:
-    module = _Frozen(function, arguments, constant)
+    module = Holding(function, arguments, constant)
     torch._dynamo.reset()  # else the layers together exceed its limit of recompilations
     program = torch.compile(module.eval(), fullgraph=True, dynamic=False, options={"freezing": True})
-    return _called(program, [arguments[i] for i in module.free])
+    return _called(program, module.inputs_among(arguments))
