@@ -1,4 +1,4 @@
-"""``python -m inductor_vision.perf``: list, run and show benchmarks."""
+"""``python -m inductor_vision.perf``: list, run and show benchmarks, and write the page of their results."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .memory import KEPT, RETURNED, restart_keeping_memory, setting
 from .options import check_outputs, positive
+from .page import RESULTS, page, read_results, write_results
 from .progress import Progress
 from .report import listing, markdown, text_table
 from .results import CaseResult, Report
@@ -22,6 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; the exit status."""
     parser = _parser()
     options = parser.parse_args(argv)
+    options.arguments = sys.argv[1:] if argv is None else argv
     if options.command is None:
         parser.print_help()
         print("\n" + describe_suites(load_suites()))
@@ -38,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m inductor_vision.perf",
         description="Benchmarks against peers and against the limit of the machine.",
     )
-    commands = parser.add_subparsers(title="commands", metavar="{list,run,show}")
+    commands = parser.add_subparsers(title="commands", metavar="{list,run,show,report}")
     parser.set_defaults(command=None)
 
     list_ = commands.add_parser("list", help="suites, their cases and contenders, and who is unavailable here")
@@ -54,15 +57,31 @@ def _parser() -> argparse.ArgumentParser:
     budget.add_argument("--seconds", type=positive(float), default=10.0, metavar="S", help="per case (default: 10)")
     budget.add_argument("--quick", action="store_const", dest="seconds", const=1.0, help="the same as --seconds 1")
     run.add_argument(
+        "--memory",
+        choices=(RETURNED, KEPT),
+        help="what malloc does with freed memory, for all contenders: return it to the system, as it does by default, "
+        "or keep it, as ONNX Runtime and OpenVINO do",
+    )
+    run.add_argument(
         "--compile-time", action="store_true", help="measure cold and warm compilation too, which takes long"
     )
     run.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
+    run.add_argument("--save", type=Path, metavar="FOLDER", help="write FOLDER/SUITE.json for each suite, for `report`")
     _add_output_options(run)
 
     show = commands.add_parser("show", help="print or plot what an earlier run wrote with --json")
     show.set_defaults(command=_show)
     show.add_argument("file", type=Path)
     _add_output_options(show)
+
+    report = commands.add_parser(
+        "report", help="write docs/benchmarks.md and docs/speed.png from what is in perf/results"
+    )
+    report.set_defaults(command=_report)
+    report.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="default: perf/results")
+    report.add_argument(
+        "--docs", type=Path, default=RESULTS.parents[1] / "docs", metavar="FOLDER", help="default: docs"
+    )
     return parser
 
 
@@ -104,12 +123,18 @@ def _run(options: argparse.Namespace) -> int:
     chosen = [suites[name] for name in matching("suite", suites, options.suites)]
     work = select(chosen, options.case, options.contender)
     check_outputs(options.json, plot=options.plot)
+    if options.memory == KEPT and setting() != KEPT:
+        restart_keeping_memory("inductor_vision.perf", options.arguments)
+    if options.memory == RETURNED and setting() != RETURNED:
+        raise UserError(f"--memory returned: this process was started with {setting()}")
     settings = Settings(options.threads or torch.get_num_threads(), options.seconds, options.compile_time)
     machine = describe_machine()
     results, interrupted = _measure(work, settings)
     report = Report(machine, vars(settings), tuple(results))
     if options.json:
         report.write(options.json)
+    if options.save:
+        write_results(report, options.save)
     _output(report, options)
     for fault in report.faults():
         print(f"error: {fault}", file=sys.stderr)
@@ -135,6 +160,16 @@ def _measure(
 
 def _show(options: argparse.Namespace) -> int:
     _output(Report.read(options.file), options)
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from .speed import draw
+
+    check_outputs(options.docs / "benchmarks.md", plot=options.docs / "speed.png")
+    results = read_results(options.results)
+    (options.docs / "benchmarks.md").write_text(page(results, load_suites()))
+    draw(results, options.docs / "speed.png")
     return 0
 
 

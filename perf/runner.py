@@ -13,7 +13,7 @@ import torch
 from .compile_time import compile_seconds
 from .interleaving import Side, interleave_watched, threads_restored
 from .isolated import prepare_in_own_process
-from .memory import extra_memory
+from .memory import extra_memory, setting
 from .progress import Progress
 from .results import CaseResult, Row, Spread
 from .spec import Case, Contender, Job, Prepared, Suite, Unavailable
@@ -22,11 +22,17 @@ from .verify import relative_error
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How to measure. ``seconds`` is the time for one case, divided evenly among its contenders."""
+    """How to measure.
+
+    Attributes:
+        seconds: for one case, divided evenly among its contenders.
+        memory: what becomes of freed memory in this process and those of contenders, see :func:`~.memory.setting`.
+    """
 
     threads: int
     seconds: float = 10.0
     compile_time: bool = False
+    memory: str = dataclasses.field(default_factory=setting)
 
 
 def run_case(

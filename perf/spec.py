@@ -110,6 +110,7 @@ class Suite:
     Attributes:
         reference: computes the right output from a case's inputs, in float64 where the suite does not say otherwise.
         error: of an output against the reference; :func:`~inductor_vision.perf.verify.relative_error` if None.
+        remark: what else to know to read its results, in sentences.
     """
 
     name: str
@@ -118,6 +119,7 @@ class Suite:
     contenders: tuple[Contender, ...]
     reference: Callable[[Any], Any]
     error: Callable[[Any, Any], float] | None = None
+    remark: str = ""
 
     def __post_init__(self) -> None:
         for kind, names in (("case", self.case_names()), ("contender", self.contender_names())):

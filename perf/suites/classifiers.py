@@ -90,6 +90,7 @@ _stock = functools.partial(_compiled, fused=False)
 SUITE = Suite(
     name="classifiers",
     description="torchvision's small classifiers with random weights, compiled, with the fusion and without",
+    remark="Of EfficientNet-B0 no pair is fused, because something stands between the two.",
     reference=_reference,
     contenders=(
         _contender("ours-frozen", "ours", _fused, compiled=True),

@@ -138,6 +138,7 @@ _case = functools.partial(convolutions.case, build)
 SUITE = Suite(
     name="depthwise_separable_conv2d",
     description="depthwise and pointwise convolution with ReLU6 between, 3x3 where nothing else is said, forward",
+    remark="A call of compiled code takes 0.1 ms whatever it does, which a package's does not.",
     reference=functools.partial(convolutions.reference, "depthwise_separable_conv2d"),
     contenders=_CONTENDERS,
     cases=(

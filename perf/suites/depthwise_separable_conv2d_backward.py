@@ -52,6 +52,7 @@ def _case(name: str, shape: Shape, step: bool = False) -> Case:
 SUITE = Suite(
     name="depthwise_separable_conv2d_backward",
     description="depthwise and pointwise convolution with SiLU between, 3x3, all gradients",
+    remark="SiLU has no kink, at which rounding would decide about a whole gradient.",
     reference=functools.partial(convolutions.reference_gradients, "depthwise_separable_conv2d"),
     contenders=_CONTENDERS,
     cases=(

@@ -93,6 +93,7 @@ _MANY = ("ours-compiled", "ours-1-thread", "openvino", "copy")
 SUITE = Suite(
     name="nms",
     description="non-maximum suppression",
+    remark="torchvision's kernel runs on one thread.",
     reference=reference,
     contenders=_CONTENDERS,
     cases=(

@@ -171,4 +171,4 @@ def test_a_report_of_shares():
     described = {"cpu": "", "vector_instructions": "", "cores": 2, "compiler": "", "date": "", "versions": {}}
     report = Report(described, {"threads": 2}, (CaseResult("detectors", "small", "", 1e-4, rows),))
     assert "  them: 22.0% (nms 2.0%, roi_align 20.0%) of the time in operators" in text_table(report).splitlines()
-    assert "| detectors/small | 1.0% (nms 1.0%); 3.0 MB | 22.0% (nms 2.0%, roi_align 20.0%); - |" in markdown(report)
+    assert "| small | 1.0% (nms 1.0%); 3.0 MB | 22.0% (nms 2.0%, roi_align 20.0%); - |" in markdown(report)
