@@ -94,7 +94,7 @@ def compare(first: Way, others: Sequence[Way], seconds: float, say: Callable[[st
     with threads_restored():
         torch.set_num_threads(first.threads)
         prepared = first.prepare()
-        base = Side(first.name, first.threads, prepared.call, prepared.seconds)
+        base = Side.of(first.name, first.threads, prepared)
         base.calibrate()
         twin = _twin(first, others, prepared, say)
         sides = [base, twin]
@@ -122,7 +122,7 @@ def _twin(first: Way, others: Sequence[Way], prepared: Prepared, say: Callable[[
         say(f"preparing {first.name}, once more")
         with contextlib.suppress(Exception):  # then others fail likewise, and are reported
             prepared = first.prepare_apart()
-    twin = Side("itself", first.threads, prepared.call, prepared.seconds)
+    twin = Side.of("itself", first.threads, prepared)
     twin.calibrate()
     return twin
 
@@ -131,7 +131,7 @@ def _check(way: Way, reference: object) -> tuple[Measured, Side | None]:
     """Prepare a way, call it a few times and compare its result; a side only if it may be timed."""
     try:
         prepared = way.prepare()
-        side = Side(way.name, way.threads, prepared.call, prepared.seconds)
+        side = Side.of(way.name, way.threads, prepared)
         side.calibrate()
     except Exception as error:  # whatever a compiler or an operator raises; the report says what happened
         return Measured(way.name, "failed", describe_error(error)), None

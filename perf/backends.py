@@ -173,6 +173,18 @@ class Function(nn.Module):
         return self.function(*tensors)
 
 
+class Autocast(nn.Module):
+    """A module that computes in bfloat16, where autocast has it do so."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Any) -> Any:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.module(*inputs)
+
+
 class Holding(nn.Module):
     """A function that holds some of its arguments as parameters, as models hold weights: constants to a compiler that
     freezes. It is called with the other tensors among its arguments, in their order."""
@@ -304,8 +316,8 @@ def _onnx_type(tensor: Tensor) -> int:
     return helper.np_dtype_to_tensor_dtype(tensor.numpy().dtype)
 
 
-def onnxruntime(model: bytes, feeds: dict[str, Tensor], threads: int) -> Prepared:
-    """An ONNX model on ONNX Runtime's CPU provider."""
+def onnxruntime(model: bytes | str, feeds: dict[str, Tensor], threads: int) -> Prepared:
+    """An ONNX model, or a file with one, on ONNX Runtime's CPU provider."""
     import onnxruntime as ort
 
     arrays = {name: tensor.numpy() for name, tensor in feeds.items()}
@@ -322,14 +334,16 @@ def onnxruntime(model: bytes, feeds: dict[str, Tensor], threads: int) -> Prepare
         return lambda: session.run(None, arrays)
 
     call = session_call(arena=True)
-    return Prepared(call, call(), lean=functools.partial(session_call, arena=False))
+    output = [torch.as_tensor(array) for array in call()]
+    return Prepared(call, output, lean=functools.partial(session_call, arena=False))
 
 
 _OPENVINO_PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
 def openvino(model: Any, feeds: Sequence[Tensor], threads: int, dtype: torch.dtype | None = torch.float32) -> Prepared:
-    """An OpenVINO model on its CPU plugin, inputs and outputs shared rather than copied.
+    """An OpenVINO model, or a file with an ONNX model, on OpenVINO's CPU plugin, inputs and outputs shared rather than
+    copied.
 
     ``dtype`` is that of the computation. None leaves it to OpenVINO, which computes float32 models in bfloat16 where
     the processor can. Inputs and outputs are of the types that the model gives them, bfloat16 among them.

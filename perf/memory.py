@@ -30,9 +30,10 @@ _MEASUREMENTS = 3
 # and intermediates anew. Told so when a process starts, it keeps them, as ONNX Runtime and OpenVINO do with theirs.
 RETURNED, KEPT = "returned", "kept"
 KEEPING = {
-    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
-    "MALLOC_TOP_PAD_": str(256 << 20),
+    "MALLOC_MMAP_MAX_": "0",  # no block is mapped by itself
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),  # the heap never shrinks
+    "MALLOC_TOP_PAD_": str(64 << 20),
+    "MALLOC_ARENA_MAX": "1",  # all threads share that heap
 }
 
 

@@ -52,14 +52,12 @@ def run_case(
             threads = contender.threads or settings.threads
             torch.set_num_threads(threads)
             progress.say(f"{label}: {'compiling' if contender.compiled else 'preparing'} {contender.name}")
-            row, prepared = _check(
-                contender, Job(case, inputs, threads), lambda output: (suite.error or relative_error)(output, reference)
-            )
+            row, prepared = _check(contender, Job(case, inputs, threads), suite.error or relative_error, reference)
             if prepared:
                 progress.say(f"{label}: memory of {contender.name}", passing=True)
                 row = _with_memory(row, prepared)
                 row = dataclasses.replace(row, shares=prepared.shares() if prepared.shares else {})
-                sides[contender.name] = Side(contender.name, threads, prepared.call, prepared.seconds)
+                sides[contender.name] = Side.of(contender.name, threads, prepared)
             rows[contender.name] = row
         foreign = interleave_watched(
             list(sides.values()), settings.seconds, lambda text: progress.say(f"{label}: {text}", passing=True)
@@ -75,7 +73,9 @@ def run_case(
     return CaseResult(suite.name, case.name, case.description, case.tolerance, tuple(rows.values()), foreign)
 
 
-def _check(contender: Contender, job: Job, error_of: Callable[[Any], float]) -> tuple[Row, Prepared | None]:
+def _check(
+    contender: Contender, job: Job, error_of: Callable[[Any, Any], float], reference: Any
+) -> tuple[Row, Prepared | None]:
     """Prepare a contender and compare its output; it is handed back only if it may be timed."""
 
     def row(status: str, **more: Any) -> Row:
@@ -91,11 +91,12 @@ def _check(contender: Contender, job: Job, error_of: Callable[[Any], float]) -> 
         return row("failed", reason=f"{type(error).__name__}: {error}"), None
     if contender.role == "limit":
         return row("ok"), prepared
-    error = error_of(prepared.output)
+    error = (contender.error or error_of)(prepared.output, reference)
+    tolerance = job.case.tolerance if contender.tolerance is None else contender.tolerance
     if error == math.inf:
         return row("wrong", reason="not finite, or of another shape than the reference"), None
-    if error > job.case.tolerance:
-        return row("wrong", error=error, reason=f"relative error {error:.1e}, allowed {job.case.tolerance:.0e}"), None
+    if error > tolerance:
+        return row("wrong", error=error, reason=f"relative error {error:.1e}, allowed {tolerance:.0e}"), None
     return row("ok", error=error), dataclasses.replace(prepared, output=None)
 
 

@@ -149,7 +149,8 @@ def test_published_medians_are_shown_without_what_is_not_known(command, tmp_path
     [
         ({"PATH": "/bin"}, "returned"),
         (memory.KEEPING, "kept"),
-        ({**memory.KEEPING, "MALLOC_ARENA_MAX": "1"}, "MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_="),
+        ({**memory.KEEPING, "MALLOC_ARENA_MAX": "2"}, "MALLOC_ARENA_MAX=2 MALLOC_MMAP_MAX_=0"),
+        ({**memory.KEEPING, "LD_PRELOAD": "libjemalloc.so"}, "LD_PRELOAD=libjemalloc.so MALLOC_ARENA_MAX=1"),
         ({"LD_PRELOAD": "libjemalloc.so"}, "LD_PRELOAD=libjemalloc.so"),
     ],
 )
