@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from .options import check_outputs, positive
 from .page import RESULTS, page, read_results, write_results
 from .progress import Progress
 from .report import listing, markdown, text_table
-from .results import CaseResult, Report
+from .results import Report
 from .spec import Case, Contender, Suite, Unavailable, UserError, matching, select
 from .suites import load_suites
 
@@ -129,12 +130,10 @@ def _run(options: argparse.Namespace) -> int:
         raise UserError(f"--memory returned: this process was started with {setting()}")
     settings = Settings(options.threads or torch.get_num_threads(), options.seconds, options.compile_time)
     machine = describe_machine()
-    results, interrupted = _measure(work, settings)
-    report = Report(machine, vars(settings), tuple(results))
+    report = Report(machine, vars(settings), ())
+    report, interrupted = _measure(work, settings, report, options.save)
     if options.json:
         report.write(options.json)
-    if options.save:
-        write_results(report, options.save)
     _output(report, options)
     for fault in report.faults():
         print(f"error: {fault}", file=sys.stderr)
@@ -142,20 +141,26 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _measure(
-    work: list[tuple[Suite, Case, tuple[Contender, ...]]], settings: Settings
-) -> tuple[list[CaseResult], bool]:
-    """All results, or those so far and True when the user interrupts: what took minutes is not thrown away."""
+    work: list[tuple[Suite, Case, tuple[Contender, ...]]], settings: Settings, report: Report, folder: Path | None
+) -> tuple[Report, bool]:
+    """All results, or those so far and True when the user interrupts: what took minutes is not thrown away.
+
+    In ``folder`` each is kept at once.
+    """
     from .runner import run_case
 
-    progress, results = Progress(), []
+    progress = Progress()
     try:
         for number, (suite, case, contenders) in enumerate(work, 1):
-            results.append(run_case(suite, case, contenders, settings, progress.part(f"{number}/{len(work)}")))
+            result = run_case(suite, case, contenders, settings, progress.part(f"{number}/{len(work)}"))
+            report = dataclasses.replace(report, cases=(*report.cases, result))
+            if folder:
+                write_results(dataclasses.replace(report, cases=(result,)), folder)
     except KeyboardInterrupt:
-        return results, True
+        return report, True
     finally:
         progress.done()
-    return results, False
+    return report, False
 
 
 def _show(options: argparse.Namespace) -> int:

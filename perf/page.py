@@ -5,6 +5,7 @@ A file there is what one run of one suite found on one machine: ``<machine>/<sui
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import textwrap
@@ -56,16 +57,27 @@ def read_results(folder: Path) -> dict[str, list[Report]]:
 
 
 def write_results(report: Report, folder: Path) -> list[Path]:
-    """A file for each suite of a run, condensed."""
+    """A file for each suite of a run, condensed. What is in it and was not measured again stays, if it was measured in
+    the same way."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for suite in dict.fromkeys(case.suite for case in report.cases):
-        of_suite = Report(
-            report.machine, report.settings, tuple(c for c in report.cases if c.suite == suite), report.note
-        )
-        paths.append(folder / f"{suite}.json")
-        of_suite.condensed().write(paths[-1])
+        path = folder / f"{suite}.json"
+        cases = {case.case: case for case in report.cases if case.suite == suite}
+        if path.exists() and _measured_alike(before := Report.read(path), report):
+            cases = {case.case: case for case in before.cases} | cases
+        dataclasses.replace(report, cases=tuple(cases.values())).condensed().write(path)
+        paths.append(path)
     return paths
+
+
+def _measured_alike(a: Report, b: Report) -> bool:
+    """On one machine, with the same programs."""
+
+    def conditions(report: Report) -> object:
+        return {**report.machine, "date": ""}, {**report.settings, "seconds": 0, "compile_time": False}, report.note
+
+    return conditions(a) == conditions(b)
 
 
 def page(results: dict[str, list[Report]], suites: dict[str, Suite]) -> str:

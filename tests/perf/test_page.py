@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 
 import pytest
-from inductor_vision.perf import __main__ as cli, page, speed
+from inductor_vision.perf import __main__ as cli, machine, page, runner, speed
 from inductor_vision.perf.results import CaseResult, Report, Row, Spread
 from inductor_vision.perf.spec import UserError
 from inductor_vision.perf.suites import load_suites
@@ -71,6 +71,40 @@ def test_a_run_is_kept_suite_by_suite_with_what_the_page_needs(tmp_path):
     text = page.page(results, load_suites())
     assert text.index("### nms") < text.index("a processor") < text.index("| 20000: a case | 12.3 ms | 2.00 |")
     assert "### roi_pool" in text and "Move as many bytes" not in text  # the limit was not measured
+
+
+def test_what_was_not_measured_again_stays_if_it_is_comparable(tmp_path):
+    def names(*reports):
+        for report in reports:
+            page.write_results(report, tmp_path)
+        return [(case.case, case.rows[0].rounds) for case in Report.read(tmp_path / "nms.json").cases]
+
+    def again(report, **more):
+        [case] = report.cases
+        rows = (dataclasses.replace(case.rows[0], rounds=9), *case.rows[1:])
+        return dataclasses.replace(report, cases=(dataclasses.replace(case, rows=rows),), **more)
+
+    first, second = a_report("nms", "1000"), a_report("nms", "20000")
+    assert names(first, second) == [("1000", 5), ("20000", 5)]
+    tomorrow = {**MACHINE, "date": "2020-02-03T02:02:02+00:00"}
+    assert names(again(first, machine=tomorrow)) == [("1000", 9), ("20000", 5)]
+    assert names(again(second, settings={"threads": 1})) == [("20000", 9)]
+    assert names(again(first, settings={"threads": 1}, note="Published.")) == [("1000", 9)]
+
+
+def test_a_run_keeps_each_result_at_once(tmp_path, monkeypatch, capsys):
+    """What comes before an interruption, or a crash, is there."""
+
+    def run_case(suite, case, *arguments):
+        if case.name == "20000":
+            raise MemoryError
+        return a_report(suite.name, case.name).cases[0]
+
+    monkeypatch.setattr(runner, "run_case", run_case)
+    monkeypatch.setattr(machine, "describe_machine", lambda: MACHINE)
+    with pytest.raises(MemoryError):
+        cli.main(["run", "nms", "--save", str(tmp_path)])
+    assert [case.case for case in Report.read(tmp_path / "nms.json").cases] == ["1000", "4000"]
 
 
 def test_the_command_writes_page_and_picture(tmp_path):
