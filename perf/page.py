@@ -30,7 +30,7 @@ A table for each suite of `perf/suites/` and each machine. A row is a case. The 
 this package; the others are multiples of its time, medians over interleaved rounds: **above 1 is slower than this
 package**, below 1 is faster. Every result was compared with the reference before it was timed. Extra memory is the peak
 of a call beyond its inputs and results. The limit is the least work that anybody could do, and may compute something
-else.
+else. Freed memory is returned to the system, as malloc does by default, or kept (`run --memory kept`), for all alike.
 
 `python -m inductor_vision.perf list` says what the suites, cases and contenders are, and `run` measures them:
 
