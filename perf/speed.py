@@ -92,7 +92,7 @@ def draw(results: dict[str, list[Report]], path: Path) -> None:
     handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in (_OURS, *_COLORS)]
     names = ["inductor_vision", *_PEERS]
     figure.legend(handles, names, loc="upper right", ncols=2, frameon=False, fontsize=9.5)
-    note = f"Median times, float32, 2 threads. {'; '.join(_machines(results))}. All of it: docs/benchmarks.md"
+    note = f"Median times in float32. {'; '.join(_machines(results))}. All of it: docs/benchmarks.md"
     figure.text(0.01, 0.07 * inch, note, fontsize=7, color="0.4")
     figure.tight_layout(rect=(0, 0.2 * inch, 1, 1 - 0.62 * inch), w_pad=2)
     figure.savefig(path, dpi=110, metadata={_DIGEST: digest(results), "Software": None})
@@ -175,4 +175,7 @@ def _latest(results: dict[str, list[Report]], suite: str) -> Report | None:
 def _machines(results: dict[str, list[Report]]) -> list[str]:
     suites = dict.fromkeys(suite for _, suite, _ in (*_MODELS, *_OPERATORS))
     reports = [report for suite in suites if (report := _latest(results, suite))]
-    return list(dict.fromkeys(f"{r.machine['cpu']}, {r.machine['vector_instructions']}" for r in reports))
+    names = (
+        f"{r.machine['cpu']}, {r.machine['vector_instructions']}, {r.settings['threads']} threads" for r in reports
+    )
+    return list(dict.fromkeys(names))
