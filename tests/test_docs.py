@@ -4,6 +4,7 @@ their links lead somewhere."""
 from __future__ import annotations
 
 import ast
+import importlib.util
 import os
 import pathlib
 import re
@@ -13,6 +14,7 @@ import sys
 from types import ModuleType
 
 import pytest
+from inductor_vision.perf import __main__ as perf
 from inductor_vision.version import NEWEST_TORCH, OLDEST_TORCH
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -65,6 +67,17 @@ def test_adding_an_op(tmp_path: pathlib.Path) -> None:
 def test_tested_releases_of_torch_are_named_alike(document: str) -> None:
     (found,) = re.findall(r"[Tt]ested with (?:torch )?([\d.]+\d) to ([\d.]+\d)", (ROOT / document).read_text())
     assert found == (OLDEST_TORCH, NEWEST_TORCH)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_exist(page: pathlib.Path) -> None:
+    """Modules that can be run and, of the benchmarks', the subcommands."""
+    (subcommands,) = re.findall(r"{([a-z,]+)}", perf._parser().format_usage())
+    for module, argument in re.findall(r"python -m (inductor_vision[\w.]*)(?: ([a-z]+))?", page.read_text()):
+        program = importlib.util.find_spec(f"{module}.__main__") if (ROOT / module.partition(".")[2]).is_dir() else None
+        assert program or importlib.util.find_spec(module), f"{page.name}: {module}"
+        if module == "inductor_vision.perf" and argument:
+            assert argument in subcommands.split(","), f"{page.name}: {module} {argument}"
 
 
 def test_the_cross_section_for_other_torches_is_there() -> None:
