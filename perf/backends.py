@@ -179,6 +179,7 @@ class Autocast(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
+        self.training = module.training  # its own alone: train() would change what is in it, too
 
     def forward(self, *inputs: Any) -> Any:
         with torch.autocast("cpu", dtype=torch.bfloat16):

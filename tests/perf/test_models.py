@@ -32,6 +32,17 @@ def test_a_model_is_exported_once_for_the_same_weights(tmp_path, monkeypatch):
     assert onnxruntime and torch.equal(prepared.output["scaled"], torch.full((2, 3), 3.0))
 
 
+def test_autocast_is_in_the_mode_of_its_module():
+    """A detector in training mode cannot be packaged, and computes losses."""
+    layer = torch.nn.Linear(2, 2)
+    assert backends.Autocast(layer).training
+    low = backends.Autocast(layer.eval())
+    assert not low.training and not layer.training
+    assert low(torch.ones(1, 2)).dtype == torch.bfloat16
+    mixed = torch.nn.Sequential(layer)
+    assert backends.Autocast(mixed).training and mixed.training and not layer.training
+
+
 def test_what_onnx_does_not_have_is_no_failure(tmp_path, monkeypatch):
     pytest.importorskip("onnxscript")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
