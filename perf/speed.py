@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .report import ms, significant
-from .results import CaseResult, Report
+from .results import CaseResult, Report, Row
 
 # What is drawn, where there are results: title, suite and case.
 _MODELS = (
@@ -33,14 +33,16 @@ _OPERATORS = (
     ("patch_conv2d", "patch_conv2d", "8x8"),
     ("depthwise_separable_conv2d", "depthwise_separable_conv2d", "224-b1"),
 )
-# Whom a bar is of, by the names of contenders: PyTorch's own way has another one in each kind of suite.
+# Who stands for this package: in float32, as users compile it.
+_OURS = ("ours-frozen", "ours-compiled")
+# Whom another bar is of, by the names of contenders: PyTorch's own way has another one in each kind of suite.
 _PEERS = {
     "torchvision, PyTorch (eager)": ("torchvision", "stock", "eager", "conv2d", "convolutions"),
     "ONNX Runtime": ("onnxruntime",),
     "OpenVINO": ("openvino",),
 }
 _COLORS = ("#f79646", "#8c96a6", "#9467bd")
-_OURS = "#2171b5"
+_OUR_COLOR = "#2171b5"
 _DIGEST = "Comment"  # where the PNG says what it was drawn from
 _BAR_INCHES = 0.155
 
@@ -89,7 +91,7 @@ def draw(results: dict[str, list[Report]], path: Path) -> None:
         0.01, 1 - 0.08 * inch, "Time of a call, relative to inductor_vision", va="top", weight="bold", fontsize=12.5
     )
     figure.text(0.01, 1 - 0.34 * inch, "Shorter is faster. In blue its own time.", va="top", fontsize=9.5, color="0.3")
-    handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in (_OURS, *_COLORS)]
+    handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in (_OUR_COLOR, *_COLORS)]
     names = ["inductor_vision", *_PEERS]
     figure.legend(handles, names, loc="upper right", ncols=2, frameon=False, fontsize=9.5)
     note = f"Median times in float32. {'; '.join(_machines(results))}. All of it: docs/benchmarks.md"
@@ -107,8 +109,8 @@ def _draw_panel(axis: Any, title: str, groups: Sequence[_Group]) -> None:
     y, ticks = 0.0, []
     for group in groups:
         first = y
-        axis.barh(y, 1, height=0.9, color=_OURS)
-        axis.text(1, y, f" {group.milliseconds} ms", va="center", fontsize=8, color=_OURS)
+        axis.barh(y, 1, height=0.9, color=_OUR_COLOR)
+        axis.text(1, y, f" {group.milliseconds} ms", va="center", fontsize=8, color=_OUR_COLOR)
         for peer, ratio in group.peers.items():
             y += 1
             axis.barh(y, ratio, height=0.9, color=colors[peer])
@@ -128,7 +130,7 @@ def _draw_panel(axis: Any, title: str, groups: Sequence[_Group]) -> None:
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     axis.tick_params(axis="x", labelsize=8.5)
     axis.tick_params(axis="y", length=0)
-    axis.axvline(1, color=_OURS, linewidth=0.8)
+    axis.axvline(1, color=_OUR_COLOR, linewidth=0.8)
     axis.grid(axis="x", color="0.92")
     axis.set_axisbelow(True)
     axis.spines[["top", "right", "left"]].set_visible(False)
@@ -142,16 +144,15 @@ def _groups(rows: Sequence[tuple[str, str, str]], results: dict[str, list[Report
     groups = []
     for title, suite, name in rows:
         case = _case(results, suite, name)
-        ours = case.first("ours") if case else None
+        ours = next((row for row in case.rows if row.contender in _OURS and row.seconds), None) if case else None
         if case and ours and ours.seconds:
-            groups.append(_Group(title, ms(ours.seconds.median), _peers(case)))
+            groups.append(_Group(title, ms(ours.seconds.median), _peers(case, ours)))
     return groups
 
 
-def _peers(case: CaseResult) -> dict[str, float]:
+def _peers(case: CaseResult, ours: Row) -> dict[str, float]:
     """The multiples that are known."""
-    ours = case.first("ours")
-    timed = {row.contender: row.against(ours) for row in case.rows if row.role != "ours" and row.is_timed and ours}
+    timed = {row.contender: row.against(ours) for row in case.rows if row.role != "ours" and row.is_timed}
     known = {name: ratio for name, ratio in timed.items() if ratio is not None}
     found = {}
     for peer, names in _PEERS.items():
