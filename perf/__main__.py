@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from .memory import KEPT, RETURNED, restart_keeping_memory, setting
 from .options import check_outputs, positive
-from .page import RESULTS, page, read_results, write_results
+from .page import RESULTS, ROOT, page, read_results, write_results
 from .progress import Progress
 from .report import listing, markdown, text_table
 from .results import Report
@@ -76,13 +76,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_output_options(show)
 
     report = commands.add_parser(
-        "report", help="write docs/benchmarks.md and docs/speed.png from what is in perf/results"
+        "report", help="write docs/benchmarks.md, docs/speed.png and the README's table from what is in perf/results"
     )
     report.set_defaults(command=_report)
     report.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="default: perf/results")
-    report.add_argument(
-        "--docs", type=Path, default=RESULTS.parents[1] / "docs", metavar="FOLDER", help="default: docs"
-    )
+    report.add_argument("--docs", type=Path, default=ROOT / "docs", metavar="FOLDER", help="default: docs")
+    report.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE", help="default: README.md")
     return parser
 
 
@@ -169,11 +168,12 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from .speed import draw
+    from .speed import draw, with_table
 
     check_outputs(options.docs / "benchmarks.md", plot=options.docs / "speed.png")
     results = read_results(options.results)
     (options.docs / "benchmarks.md").write_text(page(results, load_suites()))
+    options.readme.write_text(with_table(options.readme.read_text(), results))
     draw(results, options.docs / "speed.png")
     return 0
 

@@ -17,6 +17,7 @@ from .results import Report
 from .spec import Contender, Suite, UserError
 
 RESULTS = Path(__file__).parent / "results"
+ROOT = RESULTS.parents[1]
 # Suites of whole programs, in the order of the page; the others are of one operator.
 PROGRAMS = ("detectors", "classifiers", "training")
 _WIDTH = 120

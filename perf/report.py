@@ -178,7 +178,7 @@ def _time_or_ratio(row: Row | None, base: Row | None) -> str:
     if row is base:
         return f"{ms(row.seconds.median)} ms" if row.seconds else _NOTHING
     ratio = row.against(base)
-    return _NOTHING if ratio is None else f"{ratio:.2f}" if ratio < 10 else significant(ratio)
+    return _NOTHING if ratio is None else multiple(ratio)
 
 
 def _details(row: Row | None, has_shares: bool) -> str:
@@ -221,6 +221,11 @@ def ms(seconds: float) -> str:
 def significant(value: float) -> str:
     """Three digits, never in scientific notation."""
     return f"{value:.{2 if value >= 1 else 3}f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def multiple(ratio: float) -> str:
+    """A ratio of times, in tables of many."""
+    return f"{ratio:.2f}" if ratio < 10 else significant(ratio)
 
 
 def _megabytes(count: int | None) -> str:

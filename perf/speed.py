@@ -1,4 +1,4 @@
-"""The picture ``docs/speed.png``: whole models and operators, and how many times as long others take for them."""
+"""The picture ``docs/speed.png`` and the README's table: how much longer others take for models and operators."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .report import ms, significant
+from .report import ms, multiple, significant
 from .results import CaseResult, Report, Row
+from .spec import UserError
 
 # What is drawn, where there are results: title, suite and case.
 _MODELS = (
@@ -33,6 +34,19 @@ _OPERATORS = (
     ("patch_conv2d", "patch_conv2d", "8x8"),
     ("depthwise_separable_conv2d", "depthwise_separable_conv2d", "224-b1"),
 )
+# What is in the README's table.
+_TABLE = (
+    ("Faster R-CNN, ResNet-50 FPN, 480 x 640", "detectors", "fasterrcnn_resnet50_fpn"),
+    ("MobileNetV2, 224 x 224", "classifiers", "mobilenet_v2-b1"),
+    ("`deform_conv2d`, 256 channels, 64 x 64", "deform_conv2d", "s64-b1"),
+    ("its gradients", "deform_conv2d_backward", "s64-b1"),
+    ("`roi_align`, 1000 boxes on 256 channels, 100 x 136", "roi_align", "p3-k1000"),
+    ("`nms`, 20000 boxes", "nms", "20000"),
+    ("`depthwise_separable_conv2d`, 64 to 128 channels, 224 x 224", "depthwise_separable_conv2d", "224-b1"),
+    ("`patch_conv2d`, 5120 patches of 8 x 8", "patch_conv2d", "8x8"),
+)
+_BEGIN = "<!-- Written by `python -m inductor_vision.perf report`. -->\n"
+_END = "<!-- The end of the table. -->\n"
 # Who stands for this package: in float32, as users compile it.
 _OURS = ("ours-frozen", "ours-compiled")
 # Whom another bar is of, by the names of contenders: PyTorch's own way has another one in each kind of suite.
@@ -99,6 +113,28 @@ def draw(results: dict[str, list[Report]], path: Path) -> None:
     figure.tight_layout(rect=(0, 0.2 * inch, 1, 1 - 0.62 * inch), w_pad=2)
     figure.savefig(path, dpi=110, metadata={_DIGEST: digest(results), "Software": None})
     plt.close(figure)
+
+
+def with_table(readme: str, results: dict[str, list[Report]]) -> str:
+    """The README with its table as the results have it.
+
+    Raises:
+        UserError: there is no place for it.
+    """
+    before, begin, rest = readme.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not begin or not end:
+        raise UserError(f"the README has no place for the table, which is between {_BEGIN.strip()} and {_END.strip()}")
+    return f"{before}{begin}{table(results)}{end}{after}"
+
+
+def table(results: dict[str, list[Report]]) -> str:
+    """As Markdown: what the picture shows, of fewer things."""
+    lines = [["", "this package", *_PEERS], ["---", *["--:"] * (1 + len(_PEERS))]]
+    for group in _groups(_TABLE, results):
+        ratios = (multiple(group.peers[peer]) if peer in group.peers else "-" for peer in _PEERS)
+        lines.append([group.title, f"{group.milliseconds} ms", *ratios])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _draw_panel(axis: Any, title: str, groups: Sequence[_Group]) -> None:

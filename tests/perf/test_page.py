@@ -26,6 +26,11 @@ def test_the_picture_is_what_the_results_give(kept):
     assert speed.drawn_from(DOCS / "speed.png") == speed.digest(kept), WRITE_THEM
 
 
+def test_the_table_of_the_readme_is_what_the_results_give(kept):
+    readme = (DOCS.parent / "README.md").read_text()
+    assert readme == speed.with_table(readme, kept), WRITE_THEM
+
+
 def test_results_are_of_cases_and_contenders_that_exist(kept):
     suites = load_suites()
     assert kept.keys() <= suites.keys()
@@ -110,9 +115,13 @@ def test_a_run_keeps_each_result_at_once(tmp_path, monkeypatch, capsys):
 def test_the_command_writes_page_and_picture(tmp_path):
     pytest.importorskip("matplotlib")
     page.write_results(a_report("nms", "20000"), tmp_path / "results" / "machine")
-    options = ["--results", str(tmp_path / "results"), "--docs", str(tmp_path)]
+    readme = tmp_path / "README.md"
+    readme.write_text(f"Before.\n{speed._BEGIN}Old.\n{speed._END}After.\n")
+    options = ["--results", str(tmp_path / "results"), "--docs", str(tmp_path), "--readme", str(readme)]
     assert cli.main(["report", *options]) == 0
     results = page.read_results(tmp_path / "results")
+    assert "| `nms`, 20000 boxes | 12.3 ms | 2.00 | - | 2.00 |\n" in speed.table(results)
+    assert readme.read_text() == f"Before.\n{speed._BEGIN}{speed.table(results)}{speed._END}After.\n"
     assert (tmp_path / "benchmarks.md").read_text() == page.page(results, load_suites())
     assert speed.drawn_from(tmp_path / "speed.png") == speed.digest(results)
     page.write_results(a_report("nms", "20000", note="Now."), tmp_path / "results" / "machine")
@@ -128,6 +137,8 @@ def test_the_command_writes_page_and_picture(tmp_path):
 
 
 def test_what_is_no_result(tmp_path, capsys):
+    with pytest.raises(UserError, match="the README has no place for the table"):
+        speed.with_table("No place.", {})
     with pytest.raises(UserError, match="no results in"):
         page.read_results(tmp_path)
     (tmp_path / "machine").mkdir()
