@@ -22,9 +22,10 @@ PIP := $(PY) -m pip install --disable-pip-version-check --quiet
 # Stamps: the environment holds what pyproject.toml asked for when they were touched, and these three.
 READY := $(VENV)/.ready-$(shell printf '%s' '$(TORCH) $(TORCHVISION) $(TRITON)' | cksum | cut -d ' ' -f 1)
 PERF_READY := $(READY)-perf
+DOCS_READY := $(READY)-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo train test test-all compat lint doctor perf clean
+.PHONY: help env demo train test test-all compat lint doctor perf docs dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -71,6 +72,14 @@ doctor: $(READY) ## is this machine set up to run compiled kernels fast?
 perf: $(PERF_READY) ## run the benchmarks; ARGS=--help says what there is
 	$(PY) -m inductor_vision.perf $(ARGS)
 
+docs: $(DOCS_READY) ## build docs/ and the API reference into out/docs; warnings are errors
+	$(PY) -m sphinx --builder html --fail-on-warning --keep-going --quiet --doctree-dir out/doctrees docs out/docs
+
+# Old builds go first: setuptools puts what it finds in build/ into the wheel. The wheel is built from the sdist.
+dist: $(READY) ## build the sdist and the wheel into dist
+	rm -rf build dist
+	$(PY) -m build --no-isolation
+
 clean: ## remove the environment and everything that was made
 	rm -rf .venv out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -88,4 +97,8 @@ $(READY): pyproject.toml | $(PY)
 
 $(PERF_READY): pyproject.toml $(READY)
 	$(PIP) -e '.[perf]'
+	@touch $@
+
+$(DOCS_READY): pyproject.toml $(READY)
+	$(PIP) -e '.[docs]'
 	@touch $@

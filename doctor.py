@@ -1,8 +1,8 @@
 """``python -m inductor_vision.doctor``: does this machine run compiled kernels as fast as it could?
 
-Nothing is taken on trust. A kernel is compiled, from nothing, and what is reported was seen in it: the instructions in
-its machine code, its time on one thread and on all, the OpenMP runtimes that are loaded once it has run. The exit
-status is non-zero if something is off, and each such line says what to do.
+Nothing is assumed. The doctor compiles a kernel without caches and reports what it observes: the instructions in its
+machine code, its time on one thread and on all, the OpenMP runtimes that are loaded after it has run. The exit status
+is non-zero if something is wrong, and each such line says what to do.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Kernel:
 
 
 def check_versions() -> Check:
-    """Versions of all that takes part."""
+    """Versions of everything that takes part."""
     try:
         triton = f"triton {importlib.metadata.version('triton')}"
     except importlib.metadata.PackageNotFoundError:
@@ -74,7 +74,7 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def check_operators() -> Check:
-    """Inductor took the operators, and has what their kernels are made with."""
+    """The operators are registered with Inductor, which has everything that their kernels need."""
     from .lowering.installation.installer import require_lowerings
 
     try:
@@ -229,7 +229,7 @@ REGISTERS = {"avx512": r"%zmm\d", "avx2": r"%ymm\d", "asimd": r"\b(v\d+\.\d+|z\d
 
 
 def count_vector_instructions(libraries: list[pathlib.Path], isa: str) -> int | None:
-    """Instructions of the compiled code that touch a vector register; None where that cannot be seen."""
+    """Instructions of the compiled code that touch a vector register; None if that cannot be seen."""
     objdump = shutil.which("objdump")
     pattern = next((pattern for name, pattern in REGISTERS.items() if name in isa), None)
     if objdump is None or pattern is None or not libraries:
@@ -330,7 +330,7 @@ def measure_scaling(run: Callable[[], Any], threads: int, rounds: int = 20) -> t
 
 
 def _seconds_of_others() -> float:
-    """CPU time that the machine has spent on all but this process, from a fixed point; 0 where it does not tell."""
+    """CPU time that the machine has spent on all but this process, from a fixed point; 0 if it does not say."""
     try:
         user, nice, system, _, _, *rest = map(int, pathlib.Path("/proc/stat").read_text().splitlines()[0].split()[1:9])
     except (OSError, ValueError):
@@ -360,7 +360,7 @@ def check_threads(kernel: Kernel | None) -> Check:
 
 
 def loaded_openmp_runtimes() -> list[str] | None:
-    """Paths of the OpenMP runtimes in this process; None where the system does not tell."""
+    """Paths of the OpenMP runtimes in this process; None if the system does not say."""
     try:
         maps = pathlib.Path("/proc/self/maps").read_text()
     except OSError:

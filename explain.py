@@ -1,4 +1,4 @@
-"""Says which path each operator call of a function takes under ``torch.compile``, and why."""
+"""Reports which path each operator call of a function takes under ``torch.compile``, and why."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from .paths import Path, recorded_paths
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What :func:`explain` found; ``str()`` of it is a report.
+    """The result of :func:`explain`; ``str()`` of it is a report.
 
     Attributes:
-        paths: the path of each operator call, in the order of compilation; calls that were not compiled come as
+        paths: the path of each operator call, in the order of compilation; calls that were not compiled are listed as
             ``"eager"``, in the order of execution.
-        problem: why no operator at all has a kernel with this torch, so that all calls are ``"eager"``; else None.
+        problem: the reason why no operator has a kernel with the installed torch, so that all calls are ``"eager"``;
+            None if they have.
     """
 
     paths: list[Path]
@@ -35,7 +36,7 @@ class Explanation:
 
 
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
-    """Compile and run ``fn(*args, **kwargs)`` once, and say which path each call of this package's operators took.
+    """Compile and run ``fn(*args, **kwargs)`` once, and report which path each call of this package's operators took.
 
     A call takes one of these paths:
 
@@ -44,17 +45,17 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     * ``decomposition``: the operator's aten program, lowered by Inductor; the detail says why no template took it;
     * ``eager``: the call was not compiled, because of a graph break or a function that compilation skips.
 
-    What ``torch.jit.script`` made is not compiled: torchvision's operators in it stay torchvision's, and come last, as
-    ``eager``, where ``fn`` or a module of it is scripted. (Of a scripted function that others call, nothing is said.)
+    Code made by ``torch.jit.script`` is not compiled. If ``fn`` or one of its modules is scripted, torchvision's
+    operators in it are listed last, as ``eager``; scripted functions that it calls are not looked into.
 
-    After :func:`inductor_vision.fuse_depthwise_separable` it is also said of every depthwise convolution whether it was
-    ``fused``, or ``left alone`` and why.
+    After :func:`inductor_vision.fuse_depthwise_separable` the report also lists every depthwise convolution as
+    ``fused``, or as ``left alone`` with the reason.
 
-    The compilation is a fresh one: caches on disk, and what ``fn`` was compiled to before, are left alone.
+    ``fn`` is always compiled anew: neither caches on disk nor earlier compilations of it are used or changed.
 
     Args:
-        fn: a function or module, as you would give it to :func:`torch.compile`; not compiled yet.
-        args, kwargs: what to call it with.
+        fn: a function or module, as you would pass it to :func:`torch.compile`, not compiled yet.
+        args, kwargs: arguments to call it with.
 
     Returns:
         An :class:`Explanation`.

@@ -1,4 +1,4 @@
-"""Detectors of torchvision as one file that needs neither torchvision nor this package nor Python where it runs."""
+"""Exports torchvision's detectors as one file that needs neither torchvision nor this package nor Python to run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LARGEST_RATIO = 10  # of its sides
 
 
 class OneImage(nn.Module):
-    """A detector that takes an image and returns its detections, instead of lists of them."""
+    """Wrap a detector so that it takes one image and returns its detections, instead of lists of them."""
 
     def __init__(self, detector: nn.Module) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class OneImage(nn.Module):
 
 
 class _AnyImage(OneImage):
-    """The same, for images whose sides differ no more than what :func:`export_detector` makes sure of."""
+    """Wrap a detector likewise, and check that the image's sides differ no more than :func:`export_detector` allows."""
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         sides = torch.sym_min(*image.shape[1:]), torch.sym_max(*image.shape[1:])
@@ -52,34 +52,34 @@ def export_detector(
 ) -> pathlib.Path:
     """Compile a detector into an AOTInductor package that takes an image and returns its detections.
 
-    The package holds all of the model: resizing of the image, backbone, proposals, suppression, and results in pixels
-    of the image as it was given. It runs with neither torchvision nor this package; load it with
-    :func:`torch._inductor.aoti_load_package`, or from C++ as ``examples/cpp/run.cpp`` does. There results are a list,
-    whose names are in the package's metadata under "outputs", separated by commas. Images must be contiguous; one that
-    the package cannot take is an error.
+    The package holds the whole model: it resizes the image, runs backbone, proposals and suppression, and returns
+    results in pixels of the image that it was given. It runs with neither torchvision nor this package. Load it with
+    :func:`torch._inductor.aoti_load_package`, or from C++ as ``examples/cpp/run.cpp`` does; in C++ the results are a
+    list, and their names are in the package's metadata under "outputs", separated by commas. Images must be contiguous.
+    The package raises an error for an image that it cannot take.
 
-    For lower precision, have the model itself enter autocast. Calls :func:`inductor_vision.accelerate_torchvision`
-    where torchvision is installed.
+    For lower precision, let the model itself enter autocast. If torchvision is installed, this function calls
+    :func:`inductor_vision.accelerate_torchvision`.
 
     Args:
-        model: of torchvision, or one that is called as those are: in eval mode it takes a list of images and returns a
-            dictionary of tensors for each.
-        example_image: ``[C, H, W]``, of the dtype that images will have. Its size should be a usual one: it tells a
-            stock pooler the scales of its maps.
-        path: of the file to write, which ends with ".pt2".
-        any_size: whether images may be of any height and width, neither more than ten times the other, or must have
-            those of ``example_image``, which compiles faster. A side has 2 to 65536 pixels. Not every model allows it:
-            one whose ``max_size`` is so small that a feature map may become a single pixel does not.
-        labels: what the classes are called, for the package's metadata, under "labels" and separated by commas.
+        model: a detector of torchvision, or a module with the same interface: in eval mode it takes a list of images
+            and returns a dictionary of tensors for each.
+        example_image: ``[C, H, W]``, of the dtype that images will have. Choose a typical size: stock poolers derive
+            the scales of their maps from it.
+        path: the file to write; its name must end with ".pt2".
+        any_size: True if images may have any height and width, from 2 to 65536 pixels, with neither more than ten times
+            the other; False if all have the size of ``example_image``, which compiles faster. Not every model allows
+            True: one whose ``max_size`` is so small that a feature map may become a single pixel does not.
+        labels: names of the classes; they are put into the package's metadata under "labels", separated by commas.
 
     Returns:
         ``path``.
 
     Raises:
         ValueError: the file's name does not end with ".pt2", the model is in training mode, the image is not
-            ``[C, H, W]``, a label has a comma, the model does not return detections, or ``any_size`` is set and the
-            model does not allow it.
-        RuntimeError: with this torch, kernels cannot be compiled.
+            ``[C, H, W]``, a label contains a comma, the model does not return detections, or ``any_size`` is True and
+            the model does not allow it.
+        RuntimeError: kernels cannot be compiled with the installed torch.
     """
     path = pathlib.Path(path)
     if path.suffix != ".pt2":

@@ -6,22 +6,23 @@ from ..lowering.installation import installer
 
 
 def fuse_depthwise_separable() -> None:
-    """Have depthwise-separable convolutions of any model in eval mode compiled to one kernel.
+    """Make each depthwise-separable pair of convolutions, in any model in eval mode, compile to one kernel.
 
-    After this call ``torch.compile`` and AOTInductor look for a depthwise :class:`torch.nn.Conv2d` that is followed,
-    with a batch norm and an activation between them or without, by a pointwise one (1 x 1, no stride), as in
-    MobileNets, and compute both as :func:`inductor_vision.depthwise_separable_conv2d`. Batch norms become part of the
-    weights, at compile time if these are constants (under freezing, and in packages). Results differ by rounding.
-    Models are not changed, and eager mode is not either. Left alone are batch norms in training mode, other devices
-    than the CPU, activations that the operator does not have, a PReLU with more than one slope, pairs whose
-    intermediate result is used elsewhere too, pairs that a graph changes in place, and what was measured not to become
-    faster.
-    Where no batch norm tells the mode, a pair is fused in training too, and its compiled gradients are the operator's.
+    After this call ``torch.compile`` and AOTInductor look for a depthwise :class:`torch.nn.Conv2d` that is followed by
+    a pointwise one (1 x 1, no stride), with or without a batch norm and an activation between them, as in MobileNets.
+    They compute both as :func:`inductor_vision.depthwise_separable_conv2d`. Batch norms become part of the weights, at
+    compile time if these are constants (under freezing, and in packages). Results differ by rounding. The models
+    themselves and eager mode are not changed.
 
-    What was found, what was left alone, and why, is in :func:`inductor_vision.explain` and in the ``inductor_vision``
-    logger. Call it before compiling; calling it again does nothing.
+    A pair is left alone if its batch norm is in training mode, it is not on the CPU, the operator does not have its
+    activation, that is a PReLU with more than one slope, its intermediate result is used elsewhere too, the graph
+    changes it in place, or fusing it was measured not to be faster. A pair without a batch norm, which would tell the
+    mode, is fused in training too; its compiled gradients are the operator's.
 
-    It is a pass in ``torch._inductor.config.pre_grad_custom_pass``, behind those that are there already; one that is
-    *assigned* later takes its place.
+    :func:`inductor_vision.explain` and the ``inductor_vision`` logger say what was fused, what was left alone, and why.
+    Call it before compiling; calling it again does nothing.
+
+    It is a pass in ``torch._inductor.config.pre_grad_custom_pass``, which runs after passes that are already there. A
+    pass that is *assigned* there later replaces it.
     """
     installer.fuse_depthwise_separable()

@@ -13,21 +13,22 @@ _LARGEST = torch.iinfo(torch.int64).max
 
 
 def onnx_translation_table() -> dict[Any, Callable[..., Any]]:
-    """What ``torch.onnx.export`` needs to know of this package's operators.
+    """Return the table that ``torch.onnx.export`` needs to translate this package's operators.
 
     .. code-block:: python
 
         table = inductor_vision.onnx_translation_table()
         torch.onnx.export(model, inputs, "model.onnx", dynamo=True, opset_version=19, custom_translation_table=table)
 
-    There are translations of those that ONNX has operators for: ``deform_conv2d`` (DeformConv, of opset 19),
-    ``roi_align`` and ``multiscale_roi_align`` (RoiAlign, on each of several maps for all regions), ``nms`` and
-    ``batched_nms`` (NonMaxSuppression, which is of float32; classes are integers, and boxes of different ones are moved
-    apart, which rounds them). What becomes of improper boxes is up to who runs the model.
+    It translates the operators that ONNX has counterparts for: ``deform_conv2d`` (DeformConv, opset 19), ``roi_align``
+    and ``multiscale_roi_align`` (RoiAlign, on each of several maps for all regions), ``nms`` and ``batched_nms``
+    (NonMaxSuppression, in float32; classes must be integers, and boxes of different classes are moved apart, which
+    rounds them). The result for invalid boxes depends on the runtime.
 
     Stock torchvision functions need no table: given a model, ``torch.onnx.export`` exports them as torchvision's own
-    operators, whether :func:`inductor_vision.accelerate_torchvision` was called or not. A program that ``torch.export``
-    made after that call holds this package's operators, and does need it: so stock detectors are exported.
+    operators, whether or not :func:`inductor_vision.accelerate_torchvision` was called. A program that ``torch.export``
+    has made after that call contains this package's operators, and needs the table; this is how stock detectors are
+    exported.
 
     Raises:
         ImportError: onnxscript is not installed.

@@ -63,22 +63,21 @@ _stand_ins: torch.library.Library | None = None  # holds the definitions alive
 
 
 def accelerate_torchvision() -> None:
-    """Have stock torchvision models use this package's operators wherever they are compiled.
+    """Make stock torchvision models use this package's operators wherever they are compiled.
 
-    After this call ``torch.compile``, ``torch.export`` and AOTInductor turn ``torch.ops.torchvision.*`` into the same
-    kernels that the functions of this package become, forward and backward; eager mode goes on with torchvision's own
-    kernels. Where torchvision's own Python is what breaks a graph or depends on data (the levels of
-    ``MultiScaleRoIAlign``), compiled code gets an equivalent instead, whoever holds the function and since when. Call
-    it before compiling; calling it again does nothing. What ``torch.jit.script`` made runs torchvision's operators, and
-    so does what ``torch.onnx.export`` makes of a model.
+    After this call ``torch.compile``, ``torch.export`` and AOTInductor compile ``torch.ops.torchvision.*`` to this
+    package's kernels, forward and backward. Eager mode keeps torchvision's own kernels. Where torchvision's Python code
+    breaks a graph or depends on data (the levels of ``MultiScaleRoIAlign``), compiled code runs an equivalent instead,
+    no matter who holds the function or how early it was imported. Call it before compiling; calling it again does
+    nothing. Code made by ``torch.jit.script`` and models made by ``torch.onnx.export`` keep torchvision's operators.
 
-    Where torchvision's compiled library cannot load (a CUDA wheel beside a CPU-only torch: ``import torchvision`` fails
-    with "operator torchvision::nms does not exist"), the operators are defined here instead, so that torchvision
-    imports and runs: those that this package has run its decompositions in eager mode, the others raise
-    NotImplementedError when they are called.
+    If torchvision's compiled library cannot load (a CUDA wheel beside a CPU-only torch: ``import torchvision`` fails
+    with "operator torchvision::nms does not exist"), this call defines its operators, so that torchvision imports and
+    runs. Those that this package has run their decompositions in eager mode; the others raise NotImplementedError when
+    they are called.
 
-    What a torchvision declares otherwise than the one that this package is tested with is left as it is, and a warning
-    says so.
+    Operators and functions that the installed torchvision declares differently from the version that this package is
+    tested with are left as they are, with a warning.
 
     Raises:
         ImportError: torchvision is not installed.

@@ -1,4 +1,4 @@
-"""How much boxes that are turned about their centres overlap, all of one list with all of another."""
+"""Overlaps of boxes that are rotated about their centres, all of one list with all of another."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ COLUMNS = "x, y, width, height, angle"
 
 @not_scriptable
 def box_iou_rotated(boxes1: Tensor, boxes2: Tensor) -> Tensor:
-    r"""Intersection over union of rotated boxes; :func:`torchvision.ops.box_iou` with ``fmt="cxcywhr"``.
+    r"""Intersection over union of rotated boxes; a drop-in for :func:`torchvision.ops.box_iou` with ``fmt="cxcywhr"``.
 
     .. math:: \text{out}[i, j] = \frac{|a_i \cap b_j|}{|a_i| + |b_j| - |a_i \cap b_j|}
 
-    A box is a rectangle with its centre at (x, y), turned by an angle in degrees, counter-clockwise to the eye where y
-    points down: its width lies along (cos, -sin), its height along (sin, cos). That is the convention of torchvision's
-    ``cxcywhr`` and of detectron2.
+    A box is a rectangle with its centre at (x, y), rotated by an angle in degrees, counter-clockwise as seen in an
+    image, where y points down: its width lies along (cos, -sin), its height along (sin, cos). That is the convention of
+    torchvision's ``cxcywhr`` and of detectron2.
 
-    It is computed in float64, relative to the centres, whatever the dtype. A box whose width times height is not
-    positive, or with a number that is NaN or infinite or makes area or corners so, overlaps none, itself neither: 0.
-    (torchvision, besides, has 0 for areas below 1e-14.) Two negative sides are as good as positive ones. The result has
-    no gradient.
+    Overlaps are computed in float64, relative to the centres, whatever the dtype. A box overlaps none, not even itself,
+    if its width times height is not positive, or if a number is NaN, infinite, or so large that its area or corners
+    overflow. (torchvision also returns 0 for areas below 1e-14.) Two negative sides count as positive ones. The result
+    has no gradient.
 
     Args:
         boxes1: ``[N, 5]``, rows of (x, y, width, height, angle), float32, float64, bfloat16 or float16.
         boxes2: ``[M, 5]``, of the same dtype.
 
     Returns:
-        ``[N, M]``, of that dtype; torchvision's is float32 for float64 too, and has its roundings.
+        ``[N, M]``, in the dtype of the boxes; torchvision computes and returns float32 for float64 boxes too.
 
     Raises:
-        RuntimeError: shapes, dtypes or devices do not go together.
+        RuntimeError: shapes, dtypes or devices are not compatible.
     """
     if is_proxy(boxes1, boxes2):
         return record_call(box_iou_rotated, **locals())
@@ -105,7 +105,7 @@ def overlap(rectangles1: Tensor, rectangles2: Tensor) -> Tensor:
 
 
 def rectangles(boxes: Tensor) -> Tensor:
-    """Of boxes, ``[..., 5]``: centre, half sides, cosine, sine, area, and whether it can overlap any; ``[..., 8]``."""
+    """Centre, half sides, cosine, sine, area of boxes ``[..., 5]``, and whether they can overlap any; ``[..., 8]``."""
     x, y, width, height, degrees = boxes.double().unbind(-1)
     half_width, half_height, area = width.abs() / 2, height.abs() / 2, width * height
     turn = degrees.fmod(360)

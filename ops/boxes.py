@@ -95,18 +95,18 @@ def iou(box: Tensor, others: Tensor, divide: Callable[[Tensor, Tensor], Tensor] 
 
 
 def rounded_quotient(a: Tensor, b: Tensor | int) -> Tensor:
-    """As a processor rounds it, which a GPU's division in float32 does not by itself: where bins begin depends on it,
-    and ties of an overlap with a threshold."""
+    """The quotient as a processor rounds it, which a GPU's division in float32 does not by itself: it decides where
+    bins begin, and ties of an overlap with a threshold."""
     return (a.double() / b).to(a.dtype)
 
 
 def _max(a: Tensor, b: Tensor) -> Tensor:
-    """As C++ has it: the first where either is NaN."""
+    """The maximum as C++ computes it: the first if either is NaN."""
     return b.where(a < b, a)
 
 
 def _min(a: Tensor, b: Tensor) -> Tensor:
-    """As C++ has it: the first where either is NaN."""
+    """The minimum as C++ computes it: the first if either is NaN."""
     return b.where(b < a, a)
 
 

@@ -48,9 +48,10 @@ def deform_conv2d(
 
         y = p \cdot \text{stride} - \text{padding} + i \cdot \text{dilation} + \text{offset}[b, 2ij, p, q]
 
-    and :math:`x` likewise with ``offset[b, 2ij + 1]``; :math:`ij` counts taps row by row. Coordinates are in input
-    pixels, pixel centres at integers, and :math:`(y, x)` is interpolated bilinearly. Pixels outside the image count as
-    zero; a point with :math:`y \le -1`, :math:`y \ge H`, :math:`x \le -1`, :math:`x \ge W` or NaN is zero.
+    and :math:`x` likewise with ``offset[b, 2ij + 1]``; :math:`ij` counts taps row by row. Coordinates are in pixels of
+    the input, pixel centres are at integers, and values between them are interpolated bilinearly. Pixels outside the
+    image count as zero. A sample at :math:`y \le -1`, :math:`y \ge H`, :math:`x \le -1` or :math:`x \ge W`, or at
+    NaN, is zero.
 
     Args:
         input: ``[B, C, H, W]``, float32, float64, bfloat16 or float16; the low precisions are computed in float32.
@@ -59,14 +60,14 @@ def deform_conv2d(
         weight: ``[O, C // groups, kH, kW]``.
         bias: ``[O]``.
         stride, padding, dilation: one number, or one for each of height and width.
-        mask: ``[B, offset_groups * kH * kW, Ho, Wo]``; none means ones (version 1 of the operator).
+        mask: ``[B, offset_groups * kH * kW, Ho, Wo]``; None means ones (version 1 of the operator).
 
     Returns:
-        ``[B, O, Ho, Wo]`` with :math:`H_o = \lfloor (H + 2\,\text{padding} - \text{dilation}\,(kH - 1) - 1) /
-        \text{stride} \rfloor + 1`, in the memory format of ``input``.
+        ``[B, O, Ho, Wo]``, in the memory format of ``input``;
+        :math:`H_o = \lfloor (H + 2\,\text{padding} - \text{dilation}\,(kH - 1) - 1) / \text{stride} \rfloor + 1`.
 
     Raises:
-        RuntimeError: shapes, dtypes or devices do not go together. The message says what was expected.
+        RuntimeError: shapes, dtypes or devices are not compatible. The message says what was expected.
     """
     if is_proxy(input, offset, weight):
         return record_call(deform_conv2d, **locals())
@@ -76,9 +77,9 @@ def deform_conv2d(
 
 @not_scriptable
 class DeformConv2d(nn.Module):
-    """Deformable convolution with weights of its own; a drop-in for :class:`torchvision.ops.DeformConv2d`.
+    """Module with the weight and bias of :func:`deform_conv2d`; a drop-in for :class:`torchvision.ops.DeformConv2d`.
 
-    See :func:`deform_conv2d`. Parameters are initialized as :class:`torch.nn.Conv2d` does.
+    Parameters are initialized as :class:`torch.nn.Conv2d` initializes them.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class DeformConv2d(nn.Module):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
-        """See :func:`deform_conv2d`."""
+        """Call :func:`deform_conv2d`, which describes the arguments."""
         return deform_conv2d(input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask)
 
     def extra_repr(self) -> str:
@@ -151,7 +152,7 @@ class Arguments(NamedTuple):
 
 
 def check_arguments(arguments: Arguments) -> tuple[int, int]:
-    """Raise RuntimeError unless the arguments go together; the output's height and width."""
+    """Raise RuntimeError unless the arguments are compatible; return the output's height and width."""
     input, offset, weight, bias, stride, padding, dilation, mask = arguments
 
     require = functools.partial(check, "deform_conv2d")

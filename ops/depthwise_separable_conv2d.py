@@ -52,7 +52,7 @@ def depthwise_separable_conv2d(
     pointwise_activation: str | None = None,
     slope: Tensor | None = None,
 ) -> Tensor:
-    r"""A depthwise convolution, an activation, a pointwise (1 x 1) convolution and an activation, in one pass.
+    r"""Depthwise convolution, activation, pointwise (1 x 1) convolution and activation, in one pass.
 
     With :math:`f` and :math:`g` the activations, :math:`k = cM + m` and :math:`M` the channel multiplier:
 
@@ -63,8 +63,8 @@ def depthwise_separable_conv2d(
         \text{out}[b, o, p, q] = g\Bigl(\text{pointwise\_bias}[o] + \sum_k \text{pointwise\_weight}[o, k, 0, 0] \cdot
             h[b, k, p, q]\Bigr)
 
-    Pixels outside the image count as zero. It is what two calls of :func:`torch.nn.functional.conv2d` compute, the
-    first with as many groups as channels; compiled, :math:`h` is never stored as a whole.
+    Pixels outside the image count as zero. The result is that of two calls of :func:`torch.nn.functional.conv2d`, the
+    first with as many groups as channels. Compiled code never stores the whole of :math:`h`.
 
     Args:
         input: ``[B, C, H, W]`` or ``[C, H, W]``, float32, float64, bfloat16 or float16; the low precisions are computed
@@ -73,23 +73,24 @@ def depthwise_separable_conv2d(
         pointwise_weight: ``[O, C * M, 1, 1]``.
         depthwise_bias: ``[C * M]``.
         pointwise_bias: ``[O]``.
-        stride, padding, dilation: of the depthwise convolution; one number, or one for each of height and width.
-        depthwise_activation, pointwise_activation: what follows each convolution, none or one of ``"relu"``,
+        stride, padding, dilation: those of the depthwise convolution; one number, or one for each of height and width.
+        depthwise_activation, pointwise_activation: what follows each convolution, None or one of ``"relu"``,
             ``"relu6"``, ``"leaky_relu"``, ``"hardtanh"``, ``"elu"``, ``"selu"``, ``"celu"``, ``"softplus"``,
             ``"softsign"``, ``"hardsigmoid"``, ``"hardswish"``, ``"sigmoid"``, ``"tanh"``, ``"silu"``, ``"mish"`` and
-            ``"gelu"`` (exact): the functions of these names in :mod:`torch.nn.functional`; and ``"gelu_tanh"``, gelu's
-            approximation by tanh. Parameters that are not the defaults are given with the name, all of them:
-            ``"leaky_relu(0.2)"``, ``"hardtanh(-2, 2)"``, ``"elu(0.5)"``. The first of them may be ``"prelu"`` too.
-        slope: ``[1]``, of prelu; None for other activations.
+            ``"gelu"`` (exact): the functions of these names in :mod:`torch.nn.functional`; or ``"gelu_tanh"``, the
+            approximation of gelu by tanh. Parameters other than the defaults are written behind the name, all of them:
+            ``"leaky_relu(0.2)"``, ``"hardtanh(-2, 2)"``, ``"elu(0.5)"``. ``depthwise_activation`` may also be
+            ``"prelu"``.
+        slope: ``[1]``, the slope of prelu; None for other activations.
 
     Returns:
-        ``[B, O, Ho, Wo]`` (or ``[O, Ho, Wo]``) with :math:`H_o = \lfloor (H + 2\,\text{padding} -
-        \text{dilation}\,(kH - 1) - 1) / \text{stride} \rfloor + 1`, in the memory format of ``input``.
+        ``[B, O, Ho, Wo]`` (or ``[O, Ho, Wo]``), in the memory format of ``input``;
+        :math:`H_o = \lfloor (H + 2\,\text{padding} - \text{dilation}\,(kH - 1) - 1) / \text{stride} \rfloor + 1`.
 
     Raises:
-        ValueError: there is no activation of that name, ``"prelu"`` and ``slope`` are not given together, or
-            ``padding`` is a word.
-        RuntimeError: shapes, dtypes or devices do not go together. The message says what was expected.
+        ValueError: an activation is not in the list, only one of ``"prelu"`` and ``slope`` is given, or ``padding`` is
+            a string.
+        RuntimeError: shapes, dtypes or devices are not compatible. The message says what was expected.
     """
     if is_proxy(input, depthwise_weight, pointwise_weight):
         return record_call(depthwise_separable_conv2d, **locals())
@@ -232,7 +233,7 @@ class DepthwiseSeparableConv2d(nn.Module):
         depthwise_activation, pointwise_activation: what follows each convolution, as the function takes it.
 
     Raises:
-        ValueError: there is no activation of that name, or ``padding`` is a word.
+        ValueError: an activation is not in the list, or ``padding`` is a string.
     """
 
     def __init__(
@@ -330,7 +331,7 @@ class DepthwiseSeparableConv2d(nn.Module):
         return module.train(depthwise.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        """See :func:`depthwise_separable_conv2d`."""
+        """Call :func:`depthwise_separable_conv2d`, which describes the arguments."""
         return depthwise_separable_conv2d(
             input,
             self.depthwise_weight,
@@ -464,7 +465,7 @@ class Arguments(NamedTuple):
 
 
 def check_arguments(arguments: Arguments) -> tuple[int, int]:
-    """Raise RuntimeError unless the arguments go together; the output's height and width."""
+    """Raise RuntimeError unless the arguments are compatible; return the output's height and width."""
     input, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, slope, *geometry, activation = arguments
     op = "depthwise_separable_conv2d"
     require = functools.partial(check, op)
@@ -517,7 +518,7 @@ def _fake(*args: Any) -> Tensor:
 
 
 def _accumulated(arguments: Arguments) -> Arguments:
-    """The same, in the dtype that is computed in."""
+    """The arguments in the dtype that is computed in."""
     dtype = accumulate_dtype(arguments.input.dtype)
     values: list[Any] = [value.to(dtype) if isinstance(value, Tensor) else value for value in arguments]
     return Arguments(*values)
@@ -642,9 +643,10 @@ def gradients(grad: Tensor, *args: Any, depthwise: Callable[..., DepthwiseGradie
 def depthwise_gradients(
     arguments: Arguments, grad_hidden: Tensor | None, wanted: DepthwiseGradients
 ) -> DepthwiseGradients:
-    """By aten. The convolution is computed again.
+    """Compute them with aten operators, and the convolution once more.
 
-    It and its gradients are channels_last, whatever the input is: torch computes them several times as fast so.
+    The convolution and its gradients are channels_last, whatever the input is: so torch computes them several times
+    as fast.
     """
     a = _accumulated(arguments)
     a = a._replace(input=a.input.contiguous(memory_format=torch.channels_last))

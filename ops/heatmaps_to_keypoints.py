@@ -14,11 +14,11 @@ from .transforms import as_one_batch
 
 @replaces_torchvision("models.detection.roi_heads.heatmaps_to_keypoints")
 def heatmaps_to_keypoints(maps: Tensor, rois: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each heatmap, resized to its box, has its maximum; what torchvision's Keypoint R-CNN calls so.
+    """Find the maximum of each heatmap, resized to its box; torchvision's function of this name, of Keypoint R-CNN.
 
     Maps are resized to the box's size, rounded up to whole pixels, by bicubic interpolation as
-    :func:`torch.nn.functional.interpolate` does it without ``align_corners``. Of equal maxima the first counts, row by
-    row; NaN is greater than any number. Boxes have a width and a height of at least one pixel.
+    :func:`torch.nn.functional.interpolate` does it without ``align_corners``. If maxima are equal, the first counts,
+    row by row; NaN is greater than any number. Boxes have a width and a height of at least one pixel.
 
     Args:
         maps: ``[K, N, H, W]``, N heatmaps for each box, of a floating dtype.
@@ -29,7 +29,7 @@ def heatmaps_to_keypoints(maps: Tensor, rois: Tensor) -> tuple[Tensor, Tensor]:
         gradient.
 
     Raises:
-        RuntimeError: shapes, dtypes or devices do not go together, or a box is not finite or has 2^31 pixels or more.
+        RuntimeError: shapes, dtypes or devices are not compatible, or a box is not finite or has 2^31 pixels or more.
     """
     if not (rois.is_floating_point() or rois.is_complex()):
         rois = rois.float()

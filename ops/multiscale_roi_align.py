@@ -26,30 +26,30 @@ def multiscale_roi_align(
     canonical_level: int = 4,
     aligned: bool = False,
 ) -> Tensor:
-    r"""RoIAlign on a pyramid of feature maps, in one operator whose shapes do not depend on where boxes are.
+    r"""RoIAlign on a pyramid of feature maps: one operator, whose shapes do not depend on where the boxes are.
 
     A box of area :math:`a` is pooled from the map of level
 
     .. math:: \Big\lfloor l_0 + \log_2 \frac{\sqrt a}{s_0} + 10^{-6} \Big\rfloor
 
-    or the nearest that there is, where a map of level :math:`l` is scaled by :math:`2^{-l}`; :math:`s_0` is
-    ``canonical_scale`` and :math:`l_0` is ``canonical_level``. A box of negative area, or with NaN, is on no level;
-    what is pooled from it is zero. With a single map all boxes are on that. Values are those of
+    or of the nearest level that there is. A map of level :math:`l` has the scale :math:`2^{-l}`; :math:`s_0` is
+    ``canonical_scale`` and :math:`l_0` is ``canonical_level``. A box of negative area, or with NaN, is on no level, and
+    its result is zero. If there is a single map, all boxes are pooled from it. Values are those of
     :class:`torchvision.ops.MultiScaleRoIAlign`.
 
     Args:
-        features: of decreasing resolution, each ``[B, C, H_l, W_l]`` with the same B, C and dtype.
+        features: the maps, in order of decreasing resolution, each ``[B, C, H_l, W_l]`` with the same B, C and dtype.
         boxes: ``[K, 5]``, rows of (image, x1, y1, x2, y2), or a list of ``[L, 4]`` with the boxes of each image; in
             pixels of the image.
         output_size: ``(PH, PW)``, or one number for both.
-        spatial_scales: of each map, :math:`2^{-l}`; each the half of the one before.
+        spatial_scales: :math:`2^{-l}` for each map; each is half of the one before.
         sampling_ratio, aligned: as for :func:`inductor_vision.roi_align`.
 
     Returns:
         ``[K, C, PH, PW]``, in the dtype and memory format of the first map.
 
     Raises:
-        RuntimeError: shapes, dtypes or devices do not go together, or a box names an image that does not exist.
+        RuntimeError: shapes, dtypes or devices are not compatible, or a box names an image that does not exist.
         AssertionError, ValueError: ``boxes``, ``output_size`` or ``spatial_scales`` are not as described.
     """
     if is_proxy(features, boxes):
@@ -115,10 +115,10 @@ def _features_and_scales(
 
 @not_scriptable
 class MultiScaleRoIAlign(nn.Module):
-    """See :func:`multiscale_roi_align`; a drop-in for :class:`torchvision.ops.MultiScaleRoIAlign`.
+    """Module that calls :func:`multiscale_roi_align`; a drop-in for :class:`torchvision.ops.MultiScaleRoIAlign`.
 
     Args:
-        featmap_names: which of the maps are pooled from.
+        featmap_names: names of the maps that are pooled from.
         output_size, sampling_ratio, canonical_scale, canonical_level: as for :func:`multiscale_roi_align`.
     """
 
@@ -141,12 +141,13 @@ class MultiScaleRoIAlign(nn.Module):
     def forward(
         self, x: Mapping[str, Tensor], boxes: Sequence[Tensor], image_shapes: Sequence[Sequence[int]]
     ) -> Tensor:
-        """
+        """Pool the boxes of each image from the maps.
+
         Args:
             x: maps by name, from fine to coarse.
             boxes: ``[L, 4]`` for each image.
-            image_shapes: (height, width) of the images that the maps are of; the largest decides the scales of the
-                maps, which are rounded to powers of two.
+            image_shapes: (height, width) of each image that the maps were made of. The largest determines the scales of
+                the maps, which are rounded to powers of two.
         """
         features, scales = _features_and_scales(x, self.featmap_names, image_shapes)
         return multiscale_roi_align(

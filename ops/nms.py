@@ -31,30 +31,31 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, *, max_detections: 
 def nms(
     boxes: Tensor, scores: Tensor, iou_threshold: float, *, max_detections: int | None = None
 ) -> Tensor | tuple[Tensor, ...]:
-    r"""The boxes that overlap no better one too much; a drop-in for :func:`torchvision.ops.nms`.
+    r"""Keep the boxes that do not overlap a better one too much; a drop-in for :func:`torchvision.ops.nms`.
 
-    Boxes are decided by falling score, equal ones in their order, NaN first. A box is kept unless
+    Boxes are visited in order of decreasing score, equal scores in the order of the boxes, NaN first. A box is kept
+    unless
 
     .. math::
         \text{IoU}(a, b) = \frac{|a \cap b|}{|a| + |b| - |a \cap b|} > \text{iou\_threshold}
 
-    for a box that was kept before. A box without area, or with a coordinate that is NaN or infinite, is always kept for
-    a threshold of 0 or more.
+    for a box that was kept before it. If the threshold is 0 or more, a box without area, or with a coordinate that is
+    NaN or infinite, is always kept.
 
     Args:
         boxes: ``[N, 4]``, rows of (x1, y1, x2, y2), float32, float64, bfloat16 or float16; the last two are computed in
             float32.
         scores: ``[N]``, of any of these dtypes.
         iou_threshold: compared in float64, whatever the dtype of the boxes.
-        max_detections: at most so many boxes are kept, the best, and results are of that size.
+        max_detections: the most boxes to keep, the best ones; results are padded to this size.
 
     Returns:
         int64 ``[M]``, the indices of the boxes that are kept, best first. In a compiled graph M is a size that depends
-        on data, and may be 0. With ``max_detections``, int64 ``[max_detections]``, these indices and then -1, and an
-        int64 scalar, how many there are before the -1: no size depends on data.
+        on data, and may be 0. With ``max_detections``, no size depends on data: int64 ``[max_detections]``, these
+        indices followed by -1, and an int64 scalar, the number of boxes kept.
 
     Raises:
-        RuntimeError: shapes, dtypes or devices do not go together.
+        RuntimeError: shapes, dtypes or devices are not compatible.
         ValueError: ``max_detections`` is negative.
     """
     if is_proxy(boxes, scores):
@@ -79,21 +80,22 @@ def batched_nms(
 def batched_nms(
     boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float, *, max_detections: int | None = None
 ) -> Tensor | tuple[Tensor, ...]:
-    """:func:`nms` in each class by itself; a drop-in for :func:`torchvision.ops.batched_nms`.
+    """Call :func:`nms` for the boxes of each class separately; a drop-in for :func:`torchvision.ops.batched_nms`.
 
-    torchvision moves the classes apart where boxes are few, which rounds the coordinates differently, and lets classes
-    meet where they are negative. Here the result is that of :func:`nms` for each class, always.
+    If there are few boxes, torchvision moves the classes apart, which rounds coordinates, and lets boxes of different
+    classes suppress each other where coordinates are negative. Here the result is always that of :func:`nms` for each
+    class.
 
     Args:
         boxes, scores, iou_threshold, max_detections: see :func:`nms`.
         idxs: ``[N]``, the class of each box, of any dtype.
 
     Returns:
-        As :func:`nms`, the indices of the boxes that are kept, of all classes, best first. Of no boxes, in eager mode,
-        whatever the other arguments are.
+        The indices of the boxes of all classes that are kept, best first, in the form of :func:`nms`. An empty
+        ``boxes`` gives an empty result in eager mode, whatever the other arguments are.
 
     Raises:
-        RuntimeError, ValueError: as :func:`nms`.
+        RuntimeError, ValueError: in the cases of :func:`nms`.
     """
     if is_proxy(boxes, scores):
         return record_call(batched_nms, **locals())

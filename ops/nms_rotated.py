@@ -26,26 +26,26 @@ def nms_rotated(
 def nms_rotated(
     boxes: Tensor, scores: Tensor, iou_threshold: float, *, max_detections: int | None = None
 ) -> Tensor | tuple[Tensor, ...]:
-    """:func:`nms` of rotated boxes: those that overlap no better one by more than the threshold.
+    """Keep the rotated boxes that do not overlap a better one by more than the threshold.
 
-    Boxes are decided by falling score, equal ones in their order, NaN first. Overlaps are those of
-    :func:`box_iou_rotated`, in float64, of the better box with the other. A box that overlaps none (without area, or
-    with a number that is NaN or infinite) is always kept for a threshold of 0 or more.
+    Boxes are visited in order of decreasing score, equal scores in the order of the boxes, NaN first. The overlap is
+    :func:`box_iou_rotated` of the better box with the other, in float64. If the threshold is 0 or more, a box that
+    overlaps none (without area, or with a number that is NaN or infinite) is always kept.
 
     Args:
         boxes: ``[N, 5]``, rows of (x, y, width, height, angle), see :func:`box_iou_rotated`; float32, float64, bfloat16
             or float16.
         scores: ``[N]``, of any of these dtypes.
         iou_threshold: compared in float64.
-        max_detections: at most so many boxes are kept, the best, and results are of that size.
+        max_detections: the most boxes to keep, the best ones; results are padded to this size.
 
     Returns:
         int64 ``[M]``, the indices of the boxes that are kept, best first. In a compiled graph M is a size that depends
-        on data, and may be 0. With ``max_detections``, int64 ``[max_detections]``, these indices and then -1, and an
-        int64 scalar, how many there are before the -1: no size depends on data.
+        on data, and may be 0. With ``max_detections``, no size depends on data: int64 ``[max_detections]``, these
+        indices followed by -1, and an int64 scalar, the number of boxes kept.
 
     Raises:
-        RuntimeError: shapes, dtypes or devices do not go together.
+        RuntimeError: shapes, dtypes or devices are not compatible.
         ValueError: ``max_detections`` is negative.
     """
     if is_proxy(boxes, scores):
@@ -70,17 +70,17 @@ def batched_nms_rotated(
 def batched_nms_rotated(
     boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float, *, max_detections: int | None = None
 ) -> Tensor | tuple[Tensor, ...]:
-    """:func:`nms_rotated` in each class by itself.
+    """Call :func:`nms_rotated` for the boxes of each class separately.
 
     Args:
         boxes, scores, iou_threshold, max_detections: see :func:`nms_rotated`.
         idxs: ``[N]``, the class of each box, of any dtype.
 
     Returns:
-        As :func:`nms_rotated`, the indices of the boxes that are kept, of all classes, best first.
+        The indices of the boxes of all classes that are kept, best first, in the form of :func:`nms_rotated`.
 
     Raises:
-        RuntimeError, ValueError: as :func:`nms_rotated`.
+        RuntimeError, ValueError: in the cases of :func:`nms_rotated`.
     """
     if is_proxy(boxes, scores):
         return record_call(batched_nms_rotated, **locals())

@@ -35,33 +35,33 @@ def patch_conv2d(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor:
-    r"""One filter bank over many small patches, such as windows of an image or regions of interest.
+    r"""Convolve many small patches, such as windows of an image or regions of interest, with one filter bank.
 
     .. math::
         \text{out}[b, n, o, p, q] = \text{bias}[o] + \sum_{c, i, j} \text{weight}[o, c, i, j] \cdot
             \text{input}[b, n, c](p \cdot \text{stride} - \text{padding} + i \cdot \text{dilation}, \dots)
 
-    Pixels outside a patch count as zero, whatever its neighbour is. It is what :func:`torch.nn.functional.conv2d`
-    computes of ``input.flatten(0, 1)``; compiled, what would be multiplied with the padding is left out, which for
-    patches of 4 x 4 and a 3 x 3 kernel is 31 % of it.
+    Pixels outside a patch count as zero: patches do not see each other. The result is that of
+    :func:`torch.nn.functional.conv2d` on ``input.flatten(0, 1)``. Compiled code skips the products with the padding,
+    which are 31 % of all for patches of 4 x 4 and a 3 x 3 kernel.
 
     Args:
         input: ``[B, N, C, H, W]``, N patches of each of B images, or ``[N, C, H, W]``; float32, float64, bfloat16 or
-            float16, the low precisions are computed in float32. It may lie in memory as ``[B, N, C, H, W]``, as
-            ``[B, C, N, H, W]`` or as ``[B, N, H, W, C]``: none is copied.
+            float16, of which the last two are computed in float32. It may lie in memory as ``[B, N, C, H, W]``,
+            ``[B, C, N, H, W]`` or ``[B, N, H, W, C]``; it is copied in none of these cases.
         weight: ``[O, C // groups, kH, kW]``.
         bias: ``[O]``.
         stride, padding, dilation: one number, or one for each of height and width.
-        groups: into how many equal groups input and output channels are split, as in :class:`torch.nn.Conv2d`.
+        groups: number of equal groups that input and output channels are split into, as in
+            :class:`torch.nn.Conv2d`.
 
     Returns:
-        ``[B, N, O, Ho, Wo]`` (or ``[N, O, Ho, Wo]``) with :math:`H_o = \lfloor (H + 2\,\text{padding} -
-        \text{dilation}\,(kH - 1) - 1) / \text{stride} \rfloor + 1`, its dimensions in memory in the order in which
-        those of ``input`` are.
+        ``[B, N, O, Ho, Wo]`` (or ``[N, O, Ho, Wo]``), with the dimensions in the same order in memory as in ``input``;
+        :math:`H_o = \lfloor (H + 2\,\text{padding} - \text{dilation}\,(kH - 1) - 1) / \text{stride} \rfloor + 1`.
 
     Raises:
-        ValueError: ``padding`` is a word.
-        RuntimeError: shapes, dtypes or devices do not go together. The message says what was expected.
+        ValueError: ``padding`` is a string.
+        RuntimeError: shapes, dtypes or devices are not compatible. The message says what was expected.
     """
     if is_proxy(input, weight):
         return record_call(patch_conv2d, **locals())
@@ -80,12 +80,12 @@ def patch_conv2d(
 
 @not_scriptable
 class PatchConv2d(nn.Conv2d):
-    """A :class:`torch.nn.Conv2d` over ``[B, N, C, H, W]`` or ``[N, C, H, W]``; see :func:`patch_conv2d`.
+    """Module with the weight and bias of :func:`patch_conv2d`, for inputs ``[B, N, C, H, W]`` or ``[N, C, H, W]``.
 
-    It has the parameters of a :class:`torch.nn.Conv2d`, and loads the state of one.
+    It takes the arguments of :class:`torch.nn.Conv2d`, has the same parameters, and loads the state of one.
 
     Raises:
-        ValueError: ``padding_mode`` is not ``"zeros"``, or ``padding`` is a word.
+        ValueError: ``padding_mode`` is not ``"zeros"``, or ``padding`` is a string.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class PatchConv2d(nn.Conv2d):
         )
 
     def forward(self, input: Tensor) -> Tensor:
-        """See :func:`patch_conv2d`."""
+        """Call :func:`patch_conv2d`, which describes the arguments."""
         geometry = self.stride, self.padding, self.dilation
         # To mypy nn.Conv2d's padding may be a word, which __init__ refuses.
         return patch_conv2d(input, self.weight, self.bias, *geometry, self.groups)  # type: ignore[arg-type]
@@ -161,7 +161,7 @@ def memory_order(patches: Tensor) -> tuple[int, ...]:
 
 
 def arranged(patches: Tensor, order: Sequence[int]) -> Tensor:
-    """The same patches, dense and in this order in memory."""
+    """The patches, made dense and in this order in memory."""
     return patches.permute(*order).contiguous().permute(*_inverse(order))
 
 
@@ -177,7 +177,7 @@ def empty_patches(input: Tensor, channels: int, size: Sequence[int], order: Sequ
 
 
 def check_arguments(arguments: Arguments) -> tuple[int, int]:
-    """Raise RuntimeError unless the arguments go together; the output's height and width."""
+    """Raise RuntimeError unless the arguments are compatible; return the output's height and width."""
     input, weight, bias, stride, padding, dilation = arguments
     require = functools.partial(check, "patch_conv2d")
 

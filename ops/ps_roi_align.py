@@ -42,13 +42,14 @@ def ps_roi_align(
     spatial_scale: float = 1.0,
     sampling_ratio: int = -1,
 ) -> Tensor:
-    r"""RoIAlign where each bin averages channels of its own; a drop-in for :func:`torchvision.ops.ps_roi_align`.
+    r"""Average the input over the bins of each box, where each bin has its own channels; a drop-in for
+    :func:`torchvision.ops.ps_roi_align`.
 
     .. math::
         \text{out}[k, c, p, q] = \frac{1}{n_y n_x} \sum_{i < n_y} \sum_{j < n_x}
             \text{input}[b_k, (c \cdot PH + p) \cdot PW + q](y, x)
 
-    with samples placed and interpolated as :func:`inductor_vision.roi_align` does with ``aligned=True``. Where an
+    with samples placed and interpolated as in :func:`inductor_vision.roi_align` with ``aligned=True``. Where an
     adaptive grid has no samples, because the box's height or width is zero, the result is NaN.
 
     Args:
@@ -57,7 +58,7 @@ def ps_roi_align(
         boxes: ``[K, 5]``, rows of (image, x1, y1, x2, y2), or a list of ``[L, 4]`` with the boxes of each image;
             float32 or the dtype of ``input``.
         output_size: ``(PH, PW)``, or one number for both.
-        spatial_scale: what the coordinates of boxes are multiplied by.
+        spatial_scale: factor that the coordinates of boxes are multiplied by.
         sampling_ratio: :math:`n_y` and :math:`n_x`; if it is not positive, :math:`n_y = \lceil h / PH \rceil` and
             :math:`n_x` likewise, for each box of :math:`h \times w` pixels of the input.
 
@@ -65,9 +66,9 @@ def ps_roi_align(
         ``[K, C, PH, PW]``, in the dtype and memory format of ``input``.
 
     Raises:
-        RuntimeError: shapes, dtypes or devices do not go together, or a box names an image that does not exist.
-        AssertionError: ``boxes`` is neither of the two.
-        ValueError: it is an empty list, or ``output_size`` is neither a number nor a pair.
+        RuntimeError: shapes, dtypes or devices are not compatible, or a box names an image that does not exist.
+        AssertionError: ``boxes`` is neither a ``[K, 5]`` tensor nor a list of ``[L, 4]`` tensors.
+        ValueError: ``boxes`` is an empty list, or ``output_size`` is neither a number nor a pair.
     """
     if is_proxy(input, boxes):
         return record_call(ps_roi_align, **locals())
@@ -78,7 +79,7 @@ def ps_roi_align(
 
 @not_scriptable
 class PSRoIAlign(nn.Module):
-    """See :func:`ps_roi_align`; a drop-in for :class:`torchvision.ops.PSRoIAlign`."""
+    """Module that calls :func:`ps_roi_align`; a drop-in for :class:`torchvision.ops.PSRoIAlign`."""
 
     def __init__(self, output_size: int | Sequence[int], spatial_scale: float, sampling_ratio: int) -> None:
         super().__init__()
@@ -87,7 +88,7 @@ class PSRoIAlign(nn.Module):
         self.sampling_ratio = sampling_ratio
 
     def forward(self, input: Tensor, rois: Tensor | Sequence[Tensor]) -> Tensor:
-        """See :func:`ps_roi_align`."""
+        """Call :func:`ps_roi_align`, which describes the arguments."""
         return ps_roi_align(input, rois, self.output_size, self.spatial_scale, self.sampling_ratio)
 
     def extra_repr(self) -> str:

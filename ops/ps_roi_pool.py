@@ -38,7 +38,7 @@ from .registry import (
 def ps_roi_pool(
     input: Tensor, boxes: Tensor | Sequence[Tensor], output_size: int | Sequence[int], spatial_scale: float = 1.0
 ) -> Tensor:
-    r"""The average of the input over the bins of each box, where each bin has channels of its own; a drop-in for
+    r"""Average the pixels in the bins of each box, where each bin has its own channels; a drop-in for
     :func:`torchvision.ops.ps_roi_pool`.
 
     .. math::
@@ -49,9 +49,9 @@ def ps_roi_pool(
             y_1 + \Big\lceil (p + 1)\,\frac{h}{PH} \Big\rceil,\; 0 \le y < H - 1 \Big\}
 
     and :math:`X_q` likewise, where :math:`y_1` and :math:`y_2` are the box's coordinates times ``spatial_scale``,
-    rounded to integers (halves away from zero), and :math:`h = \max(y_2 - y_1, 1)`. As in torchvision the last row and
-    column of the input are never read, but the gradient is that of bins that have them. A bin without pixels is zero,
-    and so are those of a box with a coordinate that is NaN or infinite.
+    rounded to integers (halves away from zero), and :math:`h = \max(y_2 - y_1, 1)`. As in torchvision, the last row and
+    column of the input are never read, but the gradient is that of bins which include them. A bin without pixels is
+    zero, and so are all bins of a box with a coordinate that is NaN or infinite.
 
     Args:
         input: ``[B, C * PH * PW, H, W]``, float32, float64, bfloat16 or float16; the low precisions are computed in
@@ -59,15 +59,15 @@ def ps_roi_pool(
         boxes: ``[K, 5]``, rows of (image, x1, y1, x2, y2), or a list of ``[L, 4]`` with the boxes of each image;
             float32 or the dtype of ``input``.
         output_size: ``(PH, PW)``, or one number for both.
-        spatial_scale: what the coordinates of boxes are multiplied by.
+        spatial_scale: factor that the coordinates of boxes are multiplied by.
 
     Returns:
         ``[K, C, PH, PW]``, in the dtype and memory format of ``input``.
 
     Raises:
-        RuntimeError: shapes, dtypes or devices do not go together, or a box names an image that does not exist.
-        AssertionError: ``boxes`` is neither of the two.
-        ValueError: it is an empty list, or ``output_size`` is neither a number nor a pair.
+        RuntimeError: shapes, dtypes or devices are not compatible, or a box names an image that does not exist.
+        AssertionError: ``boxes`` is neither a ``[K, 5]`` tensor nor a list of ``[L, 4]`` tensors.
+        ValueError: ``boxes`` is an empty list, or ``output_size`` is neither a number nor a pair.
     """
     if is_proxy(input, boxes):
         return record_call(ps_roi_pool, **locals())
@@ -76,7 +76,7 @@ def ps_roi_pool(
 
 @not_scriptable
 class PSRoIPool(nn.Module):
-    """See :func:`ps_roi_pool`; a drop-in for :class:`torchvision.ops.PSRoIPool`."""
+    """Module that calls :func:`ps_roi_pool`; a drop-in for :class:`torchvision.ops.PSRoIPool`."""
 
     def __init__(self, output_size: int | Sequence[int], spatial_scale: float) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class PSRoIPool(nn.Module):
         self.spatial_scale = spatial_scale
 
     def forward(self, input: Tensor, rois: Tensor | Sequence[Tensor]) -> Tensor:
-        """See :func:`ps_roi_pool`."""
+        """Call :func:`ps_roi_pool`, which describes the arguments."""
         return ps_roi_pool(input, rois, self.output_size, self.spatial_scale)
 
     def extra_repr(self) -> str:

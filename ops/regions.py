@@ -79,7 +79,7 @@ class MapSize(NamedTuple):
 
 
 def check_regions(op: str, inputs: Sequence[Tensor], rois: Tensor, bins: Sequence[int]) -> MapSize:
-    """Raise RuntimeError unless the arguments that all operators on regions share go together.
+    """Raise RuntimeError unless the arguments that all operators on regions share are compatible.
 
     Returns:
         The size of the first of ``inputs``.
@@ -110,7 +110,7 @@ def check_regions(op: str, inputs: Sequence[Tensor], rois: Tensor, bins: Sequenc
 
 
 def check_position_sensitive(op: str, input: Tensor, rois: Tensor, bins: Sequence[int]) -> tuple[Any, ...]:
-    """As :func:`check_regions`, for operators whose bins have channels of their own; the shape of the result."""
+    """Call :func:`check_regions` for operators whose bins have their own channels; return the shape of the result."""
     height, width = bins
     size = check_regions(op, [input], rois, bins)
     check(
@@ -154,7 +154,7 @@ def check_grad(op: str, grad: Tensor, rois: Tensor, size: Sequence[int]) -> None
 
 
 def input_names(inputs: Sequence[Tensor]) -> list[str]:
-    """What to call them in messages."""
+    """Their names in messages."""
     return ["input"] if len(inputs) == 1 else [f"features[{i}]" for i in range(len(inputs))]
 
 
@@ -337,7 +337,7 @@ class Pixels:
 
 
 def _each(values: Tensor) -> Tensor:
-    """Of each region, ``[K]``, for all that it has: ``[K, 1, 1, 1]``."""
+    """Expand a value for each region, ``[K]``, to everything that the region has: ``[K, 1, 1, 1]``."""
     return values[:, None, None, None]
 
 
@@ -470,7 +470,7 @@ class PooledAxis:
 
 
 def _round(coordinate: Tensor) -> Tensor:
-    """To the nearest integer, halves away from zero as in C; torch.round takes them to the even one."""
+    """Round to the nearest integer, halves away from zero as in C; torch.round takes them to the even one."""
     coordinate = coordinate.nan_to_num(0).clamp(-_FARTHEST, _FARTHEST)
     whole = coordinate.trunc()
     return whole + coordinate.sign() * ((coordinate - whole).abs() >= 0.5)

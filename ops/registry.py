@@ -135,7 +135,7 @@ def _in_lower_precision(op: VisionOp, device: str) -> Callable[..., Any]:
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What operators compute in: float32 for the low precisions."""
+    """The dtype that operators compute in: float32 for the low precisions."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

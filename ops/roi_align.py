@@ -44,7 +44,7 @@ def roi_align(
     sampling_ratio: int = -1,
     aligned: bool = False,
 ) -> Tensor:
-    r"""Averages the input over the bins of each box; a drop-in for :func:`torchvision.ops.roi_align`.
+    r"""Average the input over the bins of each box; a drop-in for :func:`torchvision.ops.roi_align`.
 
     A box is divided into :math:`PH \times PW` bins, each bin is sampled at the centres of :math:`n_y \times n_x` equal
     cells, and the samples are averaged:
@@ -56,26 +56,27 @@ def roi_align(
 
     and :math:`x` likewise, where :math:`y_1, x_1` are the box's coordinates times ``spatial_scale``, minus one half if
     ``aligned``, and :math:`h, w` its size, at least 1 unless ``aligned``. Coordinates are in pixels of the input, pixel
-    centres at integers, and :math:`(y, x)` is interpolated bilinearly. A sample outside :math:`[-1, H] \times [-1, W]`,
-    or at NaN, is zero; one between the range and the outermost pixel centres takes the nearest pixels there.
+    centres are at integers, and values between them are interpolated bilinearly. A sample outside
+    :math:`[-1, H] \times [-1, W]`, or at NaN, is zero; one within, but beyond the outermost pixel centres, has the
+    value of the nearest point between them.
 
     Args:
         input: ``[B, C, H, W]``, float32, float64, bfloat16 or float16; the low precisions are computed in float32.
         boxes: ``[K, 5]``, rows of (image, x1, y1, x2, y2), or a list of ``[L, 4]`` with the boxes of each image;
             float32 or the dtype of ``input``.
         output_size: ``(PH, PW)``, or one number for both.
-        spatial_scale: what the coordinates of boxes are multiplied by.
+        spatial_scale: factor that the coordinates of boxes are multiplied by.
         sampling_ratio: :math:`n_y` and :math:`n_x`; if it is not positive, :math:`n_y = \lceil h / PH \rceil` and
             :math:`n_x` likewise, for each box.
-        aligned: whether coordinates count from the corner of the first pixel and not from its centre.
+        aligned: whether box coordinates are measured from the corner of the first pixel, rather than from its centre.
 
     Returns:
         ``[K, C, PH, PW]``, in the dtype and memory format of ``input``.
 
     Raises:
-        RuntimeError: shapes, dtypes or devices do not go together, or a box names an image that does not exist.
-        AssertionError: ``boxes`` is neither of the two.
-        ValueError: it is an empty list, or ``output_size`` is neither a number nor a pair.
+        RuntimeError: shapes, dtypes or devices are not compatible, or a box names an image that does not exist.
+        AssertionError: ``boxes`` is neither a ``[K, 5]`` tensor nor a list of ``[L, 4]`` tensors.
+        ValueError: ``boxes`` is an empty list, or ``output_size`` is neither a number nor a pair.
     """
     if is_proxy(input, boxes):
         return record_call(roi_align, **locals())
@@ -103,7 +104,7 @@ def align_on_levels(
 
 @not_scriptable
 class RoIAlign(nn.Module):
-    """See :func:`roi_align`; a drop-in for :class:`torchvision.ops.RoIAlign`."""
+    """Module that calls :func:`roi_align`; a drop-in for :class:`torchvision.ops.RoIAlign`."""
 
     def __init__(
         self, output_size: int | Sequence[int], spatial_scale: float, sampling_ratio: int, aligned: bool = False
@@ -115,7 +116,7 @@ class RoIAlign(nn.Module):
         self.aligned = aligned
 
     def forward(self, input: Tensor, rois: Tensor | Sequence[Tensor]) -> Tensor:
-        """See :func:`roi_align`."""
+        """Call :func:`roi_align`, which describes the arguments."""
         return roi_align(input, rois, self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned)
 
     def extra_repr(self) -> str:
@@ -170,7 +171,7 @@ def _axes(
 
 
 def _check(call: Arguments) -> tuple[Any, ...]:
-    """Raise RuntimeError unless the arguments go together; the shape of the result."""
+    """Raise RuntimeError unless the arguments are compatible; return the shape of the result."""
     maps, rois, levels = len(call.inputs), call.rois, call.levels
     check("roi_align", maps > 0, "there must be at least one feature map")
     size = check_regions("roi_align", call.inputs, rois, call.bins)

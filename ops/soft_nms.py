@@ -22,39 +22,41 @@ def soft_nms(
     *,
     max_detections: int | None = None,
 ) -> tuple[Tensor, ...]:
-    r"""Lowers the scores of boxes that overlap better ones, instead of removing them.
+    r"""Lower the scores of boxes that overlap better ones, instead of removing the boxes.
 
-    The box of the highest score is taken, of equal ones the first, and the score of every other box is multiplied by a
-    weight that depends on its overlap :math:`x` with it (:func:`nms` says what that is). Then the same among those that
-    are left, as long as there is one whose score is not less than ``min_score``.
+    The box with the highest score is taken (the first of them, if scores are equal), and the score of every other box
+    is multiplied by a weight that depends on :math:`x`, the overlap of the two (the IoU that :func:`nms` defines). This
+    is repeated with the boxes that are left, until all of their scores are less than ``min_score``.
 
     .. math::
         \text{linear: } \begin{cases} 1 - x & x > \text{iou\_threshold} \\ 1 & \text{otherwise} \end{cases}
         \qquad \text{gaussian: } e^{-x^2 / \text{sigma}}
 
-    Scores are meant to be positive. One that is 0, negative or NaN is not changed; NaN comes first, and lowers others.
-    A box without area, or with a coordinate that is NaN or infinite, overlaps none. The results have no gradient.
+    Scores are meant to be positive. A score that is 0, negative or NaN is not changed; a box whose score is NaN comes
+    first, and lowers others. A box without area, or with a coordinate that is NaN or infinite, overlaps none. The
+    results have no gradient.
 
     Source: Bodla et al., "Soft-NMS: Improving Object Detection With One Line of Code", https://arxiv.org/abs/1704.04503.
 
     Args:
         boxes: ``[N, 4]``, rows of (x1, y1, x2, y2), float32, float64, bfloat16 or float16.
-        scores: ``[N]``, of any of these dtypes. It is computed in float64 if either is float64, otherwise in float32.
-        iou_threshold: of the linear weight; compared in float64.
-        sigma: of the gaussian weight, greater than 0.
-        min_score: boxes are dropped whose score is, or becomes, less than that; compared in float64, before scores are
+        scores: ``[N]``, of any of these dtypes. Computation is in float64 if either is float64, otherwise in float32.
+        iou_threshold: threshold of the linear weight; compared in float64.
+        sigma: width of the gaussian weight, greater than 0.
+        min_score: a box whose score is, or becomes, less than this is dropped; compared in float64, before scores are
             rounded to their dtype.
         method: "linear" or "gaussian".
-        max_detections: at most so many boxes are taken, and results are of that size.
+        max_detections: the most boxes to take; results are padded to this size.
 
     Returns:
         int64 ``[M]``, the indices of the boxes that are not dropped, best first, and ``[M]``, their scores when they
-        were taken, of the dtype of ``scores``. In a compiled graph M is a size that depends on data, and may be 0. With
-        ``max_detections``, ``[max_detections]`` each, the indices and then -1, the scores and then 0, and an int64
-        scalar, how many there are: no size depends on data.
+        were taken, in the dtype of ``scores``. In a compiled graph M is a size that depends on data, and may be 0. With
+        ``max_detections``, no size depends on data: ``[max_detections]`` each, the indices followed by -1 and the
+        scores followed by 0, and an int64 scalar, the number of boxes taken.
 
     Raises:
-        RuntimeError: shapes, dtypes or devices do not go together, ``sigma`` is not positive, there is no such method.
+        RuntimeError: shapes, dtypes or devices are not compatible, ``sigma`` is not positive, or ``method`` is neither
+            of the two.
         ValueError: ``max_detections`` is negative.
     """
     if is_proxy(boxes, scores):
@@ -78,17 +80,17 @@ def batched_soft_nms(
     *,
     max_detections: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """:func:`soft_nms` in each class by itself.
+    """Call :func:`soft_nms` for the boxes of each class separately.
 
     Args:
         boxes, scores, iou_threshold, sigma, min_score, method, max_detections: see :func:`soft_nms`.
         idxs: ``[N]``, the class of each box, of any dtype.
 
     Returns:
-        As :func:`soft_nms`, of all classes, best first.
+        The boxes of all classes that are not dropped, best first, in the form of :func:`soft_nms`.
 
     Raises:
-        RuntimeError, ValueError: as :func:`soft_nms`.
+        RuntimeError, ValueError: in the cases of :func:`soft_nms`.
     """
     if is_proxy(boxes, scores):
         return record_call(batched_soft_nms, **locals())

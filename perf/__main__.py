@@ -1,16 +1,19 @@
-"""``python -m inductor_vision.perf``: list, run and show benchmarks, and advise on a model."""
+"""``python -m inductor_vision.perf``: list, run and show benchmarks, and write the page of their results."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import dataclasses
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .memory import KEPT, RETURNED, restart_keeping_memory, setting
+from .options import check_outputs, positive
+from .page import RESULTS, ROOT, page, read_results, write_results
 from .progress import Progress
 from .report import listing, markdown, text_table
-from .results import CaseResult, Report
+from .results import Report
 from .spec import Case, Contender, Suite, Unavailable, UserError, matching, select
 from .suites import load_suites
 
@@ -22,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; the exit status."""
     parser = _parser()
     options = parser.parse_args(argv)
+    options.arguments = sys.argv[1:] if argv is None else argv
     if options.command is None:
         parser.print_help()
         print("\n" + describe_suites(load_suites()))
@@ -38,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m inductor_vision.perf",
         description="Benchmarks against peers and against the limit of the machine.",
     )
-    commands = parser.add_subparsers(title="commands", metavar="{list,run,show,advise}")
+    commands = parser.add_subparsers(title="commands", metavar="{list,run,show,report}")
     parser.set_defaults(command=None)
 
     list_ = commands.add_parser("list", help="suites, their cases and contenders, and who is unavailable here")
@@ -49,14 +53,21 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("suites", nargs="*", metavar="SUITE", help="all of them by default")
     run.add_argument("--case", action="append", default=[], metavar="GLOB", help="only these cases; may be repeated")
     run.add_argument("--contender", action="append", default=[], metavar="GLOB", help="only these; may be repeated")
-    run.add_argument("--threads", type=_positive(int), metavar="N", help="default: what torch uses here")
+    run.add_argument("--threads", type=positive(int), metavar="N", help="default: what torch uses here")
     budget = run.add_mutually_exclusive_group()
-    budget.add_argument("--seconds", type=_positive(float), default=10.0, metavar="S", help="per case (default: 10)")
+    budget.add_argument("--seconds", type=positive(float), default=10.0, metavar="S", help="per case (default: 10)")
     budget.add_argument("--quick", action="store_const", dest="seconds", const=1.0, help="the same as --seconds 1")
+    run.add_argument(
+        "--memory",
+        choices=(RETURNED, KEPT),
+        help="what malloc does with freed memory, for all contenders: return it to the system, as it does by default, "
+        "or keep it, as ONNX Runtime and OpenVINO do",
+    )
     run.add_argument(
         "--compile-time", action="store_true", help="measure cold and warm compilation too, which takes long"
     )
     run.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
+    run.add_argument("--save", type=Path, metavar="FOLDER", help="write FOLDER/SUITE.json for each suite, for `report`")
     _add_output_options(run)
 
     show = commands.add_parser("show", help="print or plot what an earlier run wrote with --json")
@@ -64,44 +75,19 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("file", type=Path)
     _add_output_options(show)
 
-    advise = commands.add_parser("advise", help="measure what makes the convolutions of a model of yours faster here")
-    advise.set_defaults(command=_advise)
-    advise.add_argument("model", metavar="MODULE:FACTORY", help="as in torchvision.models:resnet50 or models.py:make")
-    advise.add_argument(
-        "--input",
-        action="append",
-        required=True,
-        metavar="SHAPE[:DTYPE]",
-        help="as in 1x3x224x224 or 4x77:int64; repeated for a model that takes several",
+    report = commands.add_parser(
+        "report", help="write docs/benchmarks.md, docs/speed.png and the README's table from what is in perf/results"
     )
-    advise.add_argument("--threads", type=_positive(int), metavar="N", help="at most; default: what torch uses here")
-    advise.add_argument(
-        "--seconds",
-        type=_positive(float),
-        default=60.0,
-        metavar="S",
-        help="for measuring (default: 60); compiling adds",
-    )
-    advise.add_argument("--no-compile", action="store_true", help="leave out what takes a compiler, and minutes")
-    advise.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
-    advise.add_argument("--plot", type=Path, metavar="FILE.png", help="draw where the time goes")
+    report.set_defaults(command=_report)
+    report.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="default: perf/results")
+    report.add_argument("--docs", type=Path, default=ROOT / "docs", metavar="FOLDER", help="default: docs")
+    report.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE", help="default: README.md")
     return parser
 
 
 def _add_output_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the times as multiples of the limit's")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
-
-
-def _positive(kind: type) -> type:
-    def parse(text: str) -> float:
-        value = kind(text)
-        if value <= 0:
-            raise argparse.ArgumentTypeError(f"must be positive, got {text}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse says "invalid int value" with it
-    return parse
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -136,11 +122,15 @@ def _run(options: argparse.Namespace) -> int:
     suites = load_suites()
     chosen = [suites[name] for name in matching("suite", suites, options.suites)]
     work = select(chosen, options.case, options.contender)
-    _check_outputs(options)
+    check_outputs(options.json, plot=options.plot)
+    if options.memory == KEPT and setting() != KEPT:
+        restart_keeping_memory("inductor_vision.perf", options.arguments)
+    if options.memory == RETURNED and setting() != RETURNED:
+        raise UserError(f"--memory returned: this process was started with {setting()}")
     settings = Settings(options.threads or torch.get_num_threads(), options.seconds, options.compile_time)
     machine = describe_machine()
-    results, interrupted = _measure(work, settings)
-    report = Report(machine, vars(settings), tuple(results))
+    report = Report(machine, vars(settings), ())
+    report, interrupted = _measure(work, settings, report, options.save)
     if options.json:
         report.write(options.json)
     _output(report, options)
@@ -149,30 +139,27 @@ def _run(options: argparse.Namespace) -> int:
     return 130 if interrupted else 1 if report.faults() else 0
 
 
-def _check_outputs(options: argparse.Namespace) -> None:
-    """What would make a long run end in an error is better said before it."""
-    for path in (options.json, options.plot):
-        if path and not path.absolute().parent.is_dir():
-            raise UserError(f"cannot write {path}: there is no folder {path.parent}")
-    if options.plot and importlib.util.find_spec("matplotlib") is None:
-        raise UserError("--plot needs matplotlib, which is not installed")
-
-
 def _measure(
-    work: list[tuple[Suite, Case, tuple[Contender, ...]]], settings: Settings
-) -> tuple[list[CaseResult], bool]:
-    """All results, or those so far and True when the user interrupts: what took minutes is not thrown away."""
+    work: list[tuple[Suite, Case, tuple[Contender, ...]]], settings: Settings, report: Report, folder: Path | None
+) -> tuple[Report, bool]:
+    """All results, or those so far and True when the user interrupts: what took minutes is not thrown away.
+
+    In ``folder`` each is kept at once.
+    """
     from .runner import run_case
 
-    progress, results = Progress(), []
+    progress = Progress()
     try:
         for number, (suite, case, contenders) in enumerate(work, 1):
-            results.append(run_case(suite, case, contenders, settings, progress.part(f"{number}/{len(work)}")))
+            result = run_case(suite, case, contenders, settings, progress.part(f"{number}/{len(work)}"))
+            report = dataclasses.replace(report, cases=(*report.cases, result))
+            if folder:
+                write_results(dataclasses.replace(report, cases=(result,)), folder)
     except KeyboardInterrupt:
-        return results, True
+        return report, True
     finally:
         progress.done()
-    return results, False
+    return report, False
 
 
 def _show(options: argparse.Namespace) -> int:
@@ -180,23 +167,15 @@ def _show(options: argparse.Namespace) -> int:
     return 0
 
 
-def _advise(options: argparse.Namespace) -> int:
-    import torch
+def _report(options: argparse.Namespace) -> int:
+    from .speed import draw, with_table
 
-    from .advise import picture, summary
-    from .advise.advisor import Settings, advise
-    from .advise.target import Input, Target
-
-    target = Target(options.model, tuple(map(Input.parse, options.input)))
-    _check_outputs(options)
-    settings = Settings(options.threads or torch.get_num_threads(), options.seconds, not options.no_compile)
-    advice = advise(target, settings, Progress())
-    if options.json:
-        summary.write_json(advice, options.json)
-    print(summary.text(advice))
-    if options.plot:
-        picture.draw(advice, options.plot)
-    return 130 if advice.interrupted else 0
+    check_outputs(options.docs / "benchmarks.md", plot=options.docs / "speed.png")
+    results = read_results(options.results)
+    (options.docs / "benchmarks.md").write_text(page(results, load_suites()))
+    options.readme.write_text(with_table(options.readme.read_text(), results))
+    draw(results, options.docs / "speed.png")
+    return 0
 
 
 def _output(report: Report, options: argparse.Namespace) -> None:

@@ -173,6 +173,45 @@ class Function(nn.Module):
         return self.function(*tensors)
 
 
+class Autocast(nn.Module):
+    """A module that computes in bfloat16, where autocast has it do so."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.training = module.training  # its own alone: train() would change what is in it, too
+
+    def forward(self, *inputs: Any) -> Any:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.module(*inputs)
+
+
+class Holding(nn.Module):
+    """A function that holds some of its arguments as parameters, as models hold weights: constants to a compiler that
+    freezes. It is called with the other tensors among its arguments, in their order."""
+
+    def __init__(self, function: Callable[..., Any], arguments: Sequence[Any], held: Sequence[int]) -> None:
+        super().__init__()
+        self.function = function
+        self.held = [i for i in held if arguments[i] is not None]
+        self.free = [i for i, value in enumerate(arguments) if isinstance(value, Tensor) and i not in held]
+        self.others = [None if isinstance(value, Tensor) else value for value in arguments]
+        for i in self.held:
+            self.register_parameter(f"argument_{i}", nn.Parameter(arguments[i], requires_grad=False))
+
+    def inputs_among(self, arguments: Sequence[Any]) -> list[Tensor]:
+        """What it is called with."""
+        return [arguments[i] for i in self.free]
+
+    def forward(self, *inputs: Tensor) -> Any:
+        arguments = list(self.others)
+        for i, tensor in zip(self.free, inputs):
+            arguments[i] = tensor
+        for i in self.held:
+            arguments[i] = getattr(self, f"argument_{i}")
+        return self.function(*arguments)
+
+
 def eager(function: Callable[..., Any], arguments: Sequence[Any]) -> Prepared:
     """Call it as it is, without autograd."""
     function, arguments = placed(function), placed(arguments)
@@ -255,19 +294,19 @@ def packaged(module: nn.Module, arguments: Sequence[Tensor]) -> Prepared:
 
 
 def onnx_model(
-    node: Any,
+    nodes: Sequence[Any],
     feeds: dict[str, Tensor],
     opset: int,
     constants: dict[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> bytes:
-    """An ONNX model of a single node with a single output of a dtype."""
+    """An ONNX model of these nodes, the last of which has a single output of a dtype."""
     from onnx import helper, numpy_helper
 
     inputs = [helper.make_tensor_value_info(name, _onnx_type(tensor), tensor.shape) for name, tensor in feeds.items()]
-    output = helper.make_tensor_value_info(node.output[0], _onnx_type(torch.empty(0, dtype=dtype)), None)
+    output = helper.make_tensor_value_info(nodes[-1].output[0], _onnx_type(torch.empty(0, dtype=dtype)), None)
     initializers = [numpy_helper.from_array(tensor.numpy(), name) for name, tensor in (constants or {}).items()]
-    graph = helper.make_graph([node], node.op_type, inputs, [output], initializers)
+    graph = helper.make_graph(list(nodes), nodes[-1].op_type, inputs, [output], initializers)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9)
     return model.SerializeToString()
 
@@ -278,8 +317,8 @@ def _onnx_type(tensor: Tensor) -> int:
     return helper.np_dtype_to_tensor_dtype(tensor.numpy().dtype)
 
 
-def onnxruntime(model: bytes, feeds: dict[str, Tensor], threads: int) -> Prepared:
-    """An ONNX model on ONNX Runtime's CPU provider."""
+def onnxruntime(model: bytes | str, feeds: dict[str, Tensor], threads: int) -> Prepared:
+    """An ONNX model, or a file with one, on ONNX Runtime's CPU provider."""
     import onnxruntime as ort
 
     arrays = {name: tensor.numpy() for name, tensor in feeds.items()}
@@ -296,22 +335,25 @@ def onnxruntime(model: bytes, feeds: dict[str, Tensor], threads: int) -> Prepare
         return lambda: session.run(None, arrays)
 
     call = session_call(arena=True)
-    return Prepared(call, call(), lean=functools.partial(session_call, arena=False))
+    output = [torch.as_tensor(array) for array in call()]
+    return Prepared(call, output, lean=functools.partial(session_call, arena=False))
 
 
-def openvino(model: Any, feeds: Sequence[Tensor], threads: int, precision: str) -> Prepared:
-    """An OpenVINO model on its CPU plugin, inputs and outputs shared rather than copied.
+_OPENVINO_PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
-    ``precision`` is said explicitly: left alone, OpenVINO computes float32 models in bfloat16 where the processor can.
-    Inputs and outputs are of the types that the model gives them, bfloat16 among them.
+
+def openvino(model: Any, feeds: Sequence[Tensor], threads: int, dtype: torch.dtype | None = torch.float32) -> Prepared:
+    """An OpenVINO model, or a file with an ONNX model, on OpenVINO's CPU plugin, inputs and outputs shared rather than
+    copied.
+
+    ``dtype`` is that of the computation. None leaves it to OpenVINO, which computes float32 models in bfloat16 where
+    the processor can. Inputs and outputs are of the types that the model gives them, bfloat16 among them.
     """
     import openvino as ov
 
-    settings = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": threads,
-        "INFERENCE_PRECISION_HINT": precision,
-    }
+    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+    if dtype is not None:
+        settings["INFERENCE_PRECISION_HINT"] = _OPENVINO_PRECISIONS[dtype]
     program = ov.Core().compile_model(model, "CPU", settings)
     request = program.create_infer_request()
     arrays = [_to_openvino(tensor) for tensor in feeds]

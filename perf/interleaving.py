@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .machine import foreign_seconds
+from .spec import Prepared
 
 # Thread pools go on spinning after a run and take the cores from whoever is timed next: where it was measured, OpenMP's
 # for 10 ms, ONNX Runtime's for 55 ms.
@@ -34,35 +35,47 @@ _FEWEST_ROUNDS = 5
 class Side:
     """A contender that can be timed, and its times by round.
 
-    ``seconds`` makes a call and says how long it took, where a clock around ``call`` would say too much.
+    ``seconds`` makes a call and says how long it took, where a clock around ``call`` would say too much; ``settle``
+    waits until the process that it is made in computes no more, where that is another one.
     """
 
     name: str
     threads: int
     call: Callable[[], Any]
     seconds: Callable[[], float] | None = None
+    settle: Callable[[], None] | None = None
     estimate: float = 0.0
     spent: float = 0.0
     times: dict[int, float] = dataclasses.field(default_factory=dict)
 
+    @classmethod
+    def of(cls, name: str, threads: int, prepared: Prepared) -> Side:
+        return cls(name, threads, prepared.call, prepared.seconds, prepared.settle)
+
     def calibrate(self) -> None:
         """Estimate the time of a call: the best of a few, or the first that takes long."""
         torch.set_num_threads(self.threads)
-        wait_until_idle()
+        self.wait()
         self.estimate = math.inf
         deadline = time.perf_counter() + _CALIBRATION_SECONDS
         while time.perf_counter() < deadline:
             self.estimate = min(self.estimate, self._time())
+        self.wait()
 
     def take_turn(self, number: int) -> None:
+        """Its threads are at rest when it is another's turn."""
         begin = time.perf_counter()
         torch.set_num_threads(self.threads)
-        wait_until_idle()
         if self.estimate < _WARM_UP_BELOW_SECONDS:
             self.call()
         calls = max(1, min(_MOST_CALLS, int(_TURN_SECONDS / max(self.estimate, 1e-9))))
         self.times[number] = statistics.median(self._time() for _ in range(calls))
+        self.wait()
         self.spent += time.perf_counter() - begin
+
+    def wait(self) -> None:
+        """Until no thread of the process that it computes in does so any more."""
+        (self.settle or wait_until_idle)()
 
     def _time(self) -> float:
         return self.seconds() if self.seconds else time_call(self.call)
@@ -90,6 +103,8 @@ def interleave(sides: list[Side], seconds: float, say: Callable[[str], None]) ->
 
     A slow side runs out of its share early and then sits out; the others go on. Rounds with both are compared.
     """
+    for side in sides:
+        side.wait()  # what prepared it may not have come to rest
     for side in sides:
         if not side.estimate:
             side.calibrate()

@@ -1,7 +1,9 @@
-"""Contenders in processes of their own, for those that change what others in the same process would do.
+"""Contenders in processes of their own, for those that change what others in the same process would do, and for whole
+models: each library's pool of threads, allocator and spinning is its own then.
 
-A process prepares its contender and then waits to be told what to do: one computes at a time, in the runner's order. It
-times its calls itself, without the 50 microseconds that messages take.
+A process prepares its contender and then waits to be told what to do: one computes at a time, in the runner's order,
+and has its threads come to rest before the next one does. It times its calls itself, without the 50 microseconds that
+messages take.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Any
 
 import torch
 
-from .interleaving import time_call
+from .interleaving import time_call, wait_until_idle
 from .memory import extra_memory
 from .spec import Case, Job, Prepared, Unavailable
 
@@ -39,6 +41,7 @@ def prepare_in_own_process(prepare: Callable[[Job], Prepared], job: Job) -> Prep
         output,
         memory=functools.partial(process.ask, "memory"),
         seconds=functools.partial(process.ask, "seconds"),
+        settle=functools.partial(process.ask, "settle"),
         shares=functools.partial(process.ask, "shares"),
     )
 
@@ -96,6 +99,7 @@ def _answers(prepared: Prepared) -> dict[str, Callable[[], Any]]:
         "output": output,
         "call": call,
         "seconds": functools.partial(time_call, prepared.call),
+        "settle": wait_until_idle,
         "memory": prepared.memory or functools.partial(extra_memory, prepared.call, prepared.lean),
         "shares": prepared.shares or dict,
     }

@@ -14,15 +14,49 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import os
+import platform
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from .spec import Unavailable
+from .spec import Unavailable, UserError
 from .verify import tensors
 
 _MEASUREMENTS = 3
+
+# glibc returns large blocks to the system as soon as they are freed, so that each call maps and faults in its results
+# and intermediates anew. Told so when a process starts, it keeps them, as ONNX Runtime and OpenVINO do with theirs.
+RETURNED, KEPT = "returned", "kept"
+KEEPING = {
+    "MALLOC_MMAP_MAX_": "0",  # no block is mapped by itself
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),  # the heap never shrinks
+    "MALLOC_TOP_PAD_": str(64 << 20),
+    "MALLOC_ARENA_MAX": "1",  # all threads share that heap
+}
+
+
+def setting(environment: Mapping[str, str] = os.environ) -> str:
+    """What becomes of freed memory in a process that was started with these variables: "returned" to the system or
+    "kept"; or the variables, where they say something else."""
+    others = sorted(
+        name for name in environment if name.startswith("MALLOC_") or name in ("GLIBC_TUNABLES", "LD_PRELOAD")
+    )
+    if all(environment.get(name) == value for name, value in KEEPING.items()) and set(others) == set(KEEPING):
+        return KEPT
+    return " ".join(f"{name}={environment[name]}" for name in others) or RETURNED
+
+
+def restart_keeping_memory(module: str, arguments: list[str]) -> None:
+    """Run a module's command again in this process's place, told to keep memory, as are processes that it starts.
+
+    Raises:
+        UserError: this C library cannot be told.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        raise UserError("--memory kept: only glibc's malloc can be told to, which this Python does not use")
+    os.execve(sys.executable, [sys.executable, "-m", module, *arguments], {**os.environ, **KEEPING})
 
 
 def extra_memory(call: Callable[[], Any], lean: Callable[[], Callable[[], Any]] | None = None) -> int:

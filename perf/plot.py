@@ -32,7 +32,7 @@ def plot(report: Report, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    cases = [case for case in report.cases if case.first("limit")]
+    cases = [case for case in report.cases if any(_is_compared(case, row) for row in case.rows)]
     if not cases:
         raise UserError("nothing to plot: no case was timed together with its limit")
     columns = _columns(cases)
@@ -42,7 +42,7 @@ def plot(report: Report, path: Path) -> None:
     )
     for axis, column in zip(axes[0], columns):
         _draw_column(axis, column, height)
-    ratios = [_ratio(case, row) for case in cases for row in _bars(case) if row.seconds]
+    ratios = [_ratio(case, row) for case in cases for row in _bars(case) if row.is_timed]
     lowest, highest = min((r.median for r in ratios), default=1), max((r.p90 for r in ratios), default=1)
     axes[0][0].set_xlim(min(0.5, 0.8 * lowest), max(2, 1.6 * highest))
     inch = 1 / figure.get_figheight()
@@ -59,7 +59,13 @@ def plot(report: Report, path: Path) -> None:
 
 def _bars(case: CaseResult) -> list[Row]:
     """What is drawn of a case: who was timed against the limit, and who is wrong or broken."""
-    return [row for row in case.rows if row.role != "limit" and row.status != "unavailable"]
+    rows = [row for row in case.rows if row.role != "limit" and row.status != "unavailable"]
+    return [row for row in rows if _is_compared(case, row) or not row.is_timed]
+
+
+def _is_compared(case: CaseResult, row: Row) -> bool:
+    limit = case.first("limit")
+    return limit is not None and limit.contender in row.ratios
 
 
 def _ratio(case: CaseResult, row: Row) -> Spread:
@@ -108,7 +114,7 @@ def _draw_column(axis: Any, cases: Sequence[CaseResult], height: float) -> None:
 
 
 def _draw_bar(axis: Any, y: float, case: CaseResult, row: Row) -> None:
-    if not row.seconds:
+    if not row.is_timed:
         axis.text(1, y, f" {describe_fault(row)[:60]}", va="center", fontsize=7.5, color="#b10026")
         return
     ratio = _ratio(case, row)

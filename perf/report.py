@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .results import CaseResult, Report, Row
+from .memory import RETURNED
+from .results import CaseResult, Report, Row, Spread
 
 _OTHER_ARITHMETIC = "other arithmetic"
 _NOTHING = "-"
@@ -14,7 +15,9 @@ _FOREIGN_CORES = 0.1  # this much is always going on
 
 def heading(report: Report) -> str:
     """On what the numbers were taken, in one line."""
-    return machine_line(report.machine, report.settings["threads"])
+    line = machine_line(report.machine, report.settings["threads"])
+    memory = report.settings.get("memory", RETURNED)
+    return f"{line}; freed memory: {memory}"
 
 
 def machine_line(machine: Mapping[str, Any], threads: int) -> str:
@@ -45,7 +48,8 @@ def describe_fault(row: Row) -> str:
 
 def text_table(report: Report) -> str:
     """Every case with a line per contender."""
-    return "\n\n".join([heading(report), *map(_text_case, report.cases)])
+    note = [report.note] if report.note else []
+    return "\n\n".join([heading(report), *note, *map(_text_case, report.cases)])
 
 
 def _text_case(case: CaseResult) -> str:
@@ -55,12 +59,12 @@ def _text_case(case: CaseResult) -> str:
     head += ["compile cold", "warm"] if compiles else []
     lines = [head]
     for row in case.rows:
-        if row.seconds is None:
+        if not row.is_timed:
             lines.append([row.contender, describe_fault(row)])
             continue
-        cells = [row.contender, ms(row.seconds.median), f"{ms(row.seconds.p10)} .. {ms(row.seconds.p90)}"]
+        cells = [row.contender, ms(row.seconds.median) if row.seconds else _NOTHING, _range(row.seconds)]
         cells += [_ratio(row, base) for base in bases]
-        cells += [_OTHER_ARITHMETIC if row.error is None else f"{row.error:.0e}", _megabytes(row.memory)]
+        cells += [_error(row), _megabytes(row.memory)]
         cells += [_seconds(row.compile_cold), _seconds(row.compile_warm)] if compiles else []
         lines.append(cells)
     remarks = {f"extra memory: {row.memory_reason}" for row in case.rows if row.memory_reason} | {
@@ -78,6 +82,21 @@ def _text_case(case: CaseResult) -> str:
     )
 
 
+def _error(row: Row) -> str:
+    if row.error is None:
+        return _OTHER_ARITHMETIC if row.role == "limit" else _NOTHING
+    return f"{row.error:.0e}"
+
+
+def _range(seconds: Spread | None) -> str:
+    return f"{ms(seconds.p10)} .. {ms(seconds.p90)}" if seconds and seconds.p10 and seconds.p90 else _NOTHING
+
+
+def _ratio(row: Row, base: Row) -> str:
+    ratio = row.against(base)
+    return _NOTHING if ratio is None else "1" if row is base else significant(ratio)
+
+
 def aligned(lines: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> list[str]:
     """Columns flush right but for those that are named. A line of two cells is a name and a remark of any length."""
     full = [line for line in lines if len(line) > 2]
@@ -91,60 +110,97 @@ def aligned(lines: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> list[
     return out
 
 
-def markdown(report: Report) -> str:
-    """A row per case, a column per contender. Cases with other contenders get a table of their own."""
-    tables: dict[tuple[str, tuple[str, ...]], list[CaseResult]] = {}
+def markdown(report: Report, *, all_memory: bool = False) -> str:
+    """A table for each suite, with a row for each case; ``all_memory``: and with the memory of all contenders."""
+    suites: dict[str, list[CaseResult]] = {}
     for case in report.cases:
-        tables.setdefault((case.suite, tuple(row.contender for row in case.rows)), []).append(case)
-    remarks = {
-        f"{row.contender}, {case.suite}/{case.case}: {describe_fault(row)}"
-        for case in report.cases
-        for row in case.rows
-        if row.seconds is None
-    }
-    remarks |= {
-        f"{case.suite}/{case.case}: {warning}" for case in report.cases if (warning := busy_warning(case.foreign_cores))
-    }
-    parts = [table for cases in tables.values() for table in (_markdown_table(cases), _markdown_shares(cases)) if table]
-    parts.append(f"Medians of interleaved rounds; ratios are medians over rounds. {heading(report)}.")
-    return "\n\n".join([*parts, "\n".join(f"- {remark}" for remark in sorted(remarks))])
+        suites.setdefault(case.suite, []).append(case)
+    parts = [f"{heading(report)}.{f' {report.note}' if report.note else ''}"]
+    for cases in suites.values():
+        parts.append(_markdown_times(cases))
+        rows = [row for case in cases for row in case.rows]
+        if any(row.shares or (all_memory and row.memory is not None) for row in rows):
+            parts.append(_markdown_details(cases))
+    remarks = "\n".join(f"- {remark}" for remark in _remarks(report))
+    return "\n\n".join([*parts, *([remarks] if remarks else [])])
 
 
-def _markdown_table(cases: Sequence[CaseResult]) -> str:
-    """Times, in brackets multiples of the time of this package's first contender, and more about that one."""
-    present = {row.contender for case in cases for row in case.rows if row.status != "unavailable"}
-    names = [row.contender for row in cases[0].rows if row.contender in present]
-    ours, limit = _standing_for("ours", cases), _standing_for("limit", cases)
-    compiles = any(row.compile_cold for case in cases for row in case.rows)
-    head = [f"ms (x {ours})" if ours else "ms", *names]
-    if ours:
-        head += [f"{ours} / {limit}"] if limit else []
-        head += [f"{ours}: extra memory", *(["compile cold", "warm"] if compiles else [])]
+def _markdown_times(cases: Sequence[CaseResult]) -> str:
+    """A column for each contender: the time of the one that stands for this package, multiples of it for the others."""
+    names, bases = _columns(cases), [case.base() for case in cases]
+    has_memory = any(base and base.memory is not None for base in bases)
+    head = [cases[0].suite, *names, *(["extra memory"] if has_memory else [])]
     lines = [head, ["---", *["--:"] * (len(head) - 1)]]
+    for case, base in zip(cases, bases):
+        rows = {row.contender: row for row in case.rows}
+        cells = [_time_or_ratio(rows.get(name), base) for name in names]
+        cells += [_megabytes(base.memory if base else None)] if has_memory else []
+        lines.append([f"{case.case}: {case.description}", *cells])
+    return _markdown_table(lines)
+
+
+def _markdown_details(cases: Sequence[CaseResult]) -> str:
+    """Of contenders the share of their time in operators, where somebody looked at it, and the memory."""
+    has_shares = any(row.shares for case in cases for row in case.rows)
+    known = {row.contender for case in cases for row in case.rows if row.shares or row.memory is not None}
+    names = [name for name in _columns(cases) if name in known]
+    title = "time in operators; extra memory" if has_shares else "extra memory"
+    lines = [[title, *names], ["---", *["--:"] * len(names)]]
     for case in cases:
         rows = {row.contender: row for row in case.rows}
-        times = [_time_and_ratio(rows[name], ours) for name in names]
-        cells = [f"{case.suite}/{case.case}: {case.description}", *times]
-        if ours:
-            us = rows[ours]
-            cells += [_ratio(us, rows[limit])] if limit else []
-            cells += [_megabytes(us.memory)]
-            cells += [_seconds(us.compile_cold), _seconds(us.compile_warm)] if compiles else []
-        lines.append(cells)
+        lines.append([case.case, *(_details(rows.get(name), has_shares) for name in names)])
+    return _markdown_table(lines)
+
+
+def _markdown_table(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _markdown_shares(cases: Sequence[CaseResult]) -> str:
-    """Of every contender the share of the time in operators, and the memory; where somebody looked at the former."""
-    if not any(row.shares for case in cases for row in case.rows):
-        return ""
-    names = [row.contender for row in cases[0].rows]
-    lines = [["time in operators; extra memory", *names], ["---", *["---"] * len(names)]]
+def _columns(cases: Sequence[CaseResult]) -> list[str]:
+    """Who took part in any of the cases, in the suite's order as far as the cases show it."""
+    names: list[str] = []
     for case in cases:
-        rows = {row.contender: row for row in case.rows}
-        cells = [f"{_parts(rows[name])}; {_megabytes(rows[name].memory)}" for name in names]
-        lines.append([f"{case.suite}/{case.case}", *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        at = 0
+        for row in case.rows:
+            if row.contender in names:
+                at = names.index(row.contender) + 1
+            elif row.status != "unavailable":
+                names.insert(at, row.contender)
+                at += 1
+    return names
+
+
+def _time_or_ratio(row: Row | None, base: Row | None) -> str:
+    if row is None or row.status == "unavailable":
+        return _NOTHING
+    if not row.is_timed or base is None:
+        return row.status.upper()
+    if row is base:
+        return f"{ms(row.seconds.median)} ms" if row.seconds else _NOTHING
+    ratio = row.against(base)
+    return _NOTHING if ratio is None else multiple(ratio)
+
+
+def _details(row: Row | None, has_shares: bool) -> str:
+    if row is None or (not row.shares and row.memory is None):
+        return _NOTHING
+    return f"{_parts(row)}; {_megabytes(row.memory)}" if has_shares else _megabytes(row.memory)
+
+
+def _remarks(report: Report) -> list[str]:
+    """Why somebody is not among the contenders of a case, and which numbers not to trust."""
+    absent: dict[tuple[str, str, str], list[str]] = {}
+    for case in report.cases:
+        for row in case.rows:
+            if not row.is_timed:
+                absent.setdefault((case.suite, row.contender, describe_fault(row)), []).append(case.case)
+    everywhere = {suite: sum(case.suite == suite for case in report.cases) for suite, _, _ in absent}
+    remarks = [
+        f"{suite}, {contender}: {fault}" + ("" if len(cases) == everywhere[suite] else f" ({', '.join(cases)})")
+        for (suite, contender, fault), cases in absent.items()
+    ]
+    warnings = ((f"{case.suite}/{case.case}", busy_warning(case.foreign_cores)) for case in report.cases)
+    return sorted({*remarks, *(f"{name}: {warning}" for name, warning in warnings if warning)})
 
 
 def _parts(row: Row) -> str:
@@ -157,25 +213,6 @@ def percent(share: float) -> str:
     return f"{share:.1%}"
 
 
-def _standing_for(role: str, cases: Sequence[CaseResult]) -> str | None:
-    timed = {row.contender for case in cases for row in case.rows if row.seconds}
-    return next((row.contender for row in cases[0].rows if row.role == role and row.contender in timed), None)
-
-
-def _time_and_ratio(row: Row, base: str | None) -> str:
-    if not row.seconds:
-        return {"unavailable": _NOTHING}.get(row.status, row.status.upper())
-    ratio = row.ratios.get(base)
-    return ms(row.seconds.median) + (f" ({significant(ratio.median)})" if ratio else "")
-
-
-def _ratio(row: Row, base: Row) -> str:
-    if row.contender == base.contender:
-        return "1"
-    ratio = row.ratios.get(base.contender)
-    return significant(ratio.median) if ratio else _NOTHING
-
-
 def ms(seconds: float) -> str:
     """Seconds as milliseconds."""
     return significant(seconds * 1e3)
@@ -184,6 +221,11 @@ def ms(seconds: float) -> str:
 def significant(value: float) -> str:
     """Three digits, never in scientific notation."""
     return f"{value:.{2 if value >= 1 else 3}f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def multiple(ratio: float) -> str:
+    """A ratio of times, in tables of many."""
+    return f"{ratio:.2f}" if ratio < 10 else significant(ratio)
 
 
 def _megabytes(count: int | None) -> str:

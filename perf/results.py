@@ -16,11 +16,11 @@ _FORMAT = 1
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """Median, with the range that holds four fifths of the values."""
+    """Median, with the range that holds four fifths of the values; None where only the median is known."""
 
     median: float
-    p10: float
-    p90: float
+    p10: float | None = None
+    p90: float | None = None
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
@@ -39,7 +39,7 @@ class Row:
         reason: why it is unavailable or failed, or how it is wrong.
         error: relative error against the reference, where that is a number; None for a limit, which may compute
             something else.
-        seconds: the time of one call.
+        seconds: the time of one call; None if there is none, or where only ratios were published.
         rounds: in how many rounds it was timed.
         ratios: for other contenders, this one's time divided by theirs, round by round.
         memory: peak bytes beyond inputs and outputs; None where it cannot be measured, ``memory_reason`` says why.
@@ -61,6 +61,17 @@ class Row:
     compile_warm: float | None = None
     shares: dict[str, float] = dataclasses.field(default_factory=dict)
 
+    @property
+    def is_timed(self) -> bool:
+        return self.status == "ok"
+
+    def against(self, other: Row) -> float | None:
+        """How many times as long it takes, the median over rounds; None where it was not compared with the other."""
+        if other.contender == self.contender:
+            return 1.0
+        ratio = self.ratios.get(other.contender)
+        return ratio.median if ratio else None
+
 
 @dataclasses.dataclass(frozen=True)
 class CaseResult:
@@ -78,16 +89,24 @@ class CaseResult:
 
     def first(self, role: str) -> Row | None:
         """The contender that stands for a role: the first that was timed."""
-        return next((row for row in self.rows if row.role == role and row.seconds), None)
+        return next((row for row in self.rows if row.role == role and row.is_timed), None)
+
+    def base(self) -> Row | None:
+        """Whose time the others are compared with: the first of this package, or else the first there is."""
+        return self.first("ours") or next((row for row in self.rows if row.is_timed), None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """A whole run: on which machine, with which settings, and what came out."""
+    """A whole run: on which machine, with which settings, and what came out.
+
+    ``note`` is what else must be known about the numbers, a sentence.
+    """
 
     machine: dict[str, Any]
     settings: dict[str, Any]
     cases: tuple[CaseResult, ...]
+    note: str = ""
 
     def faults(self) -> list[str]:
         """What must not be: this package's own contenders that are wrong or broken."""
@@ -98,8 +117,20 @@ class Report:
             if row.role == "ours" and row.status in ("wrong", "failed")
         ]
 
+    def condensed(self) -> Report:
+        """What tables and pictures are made of: four digits, and of the ratios those to the contenders that stand for
+        this package and for the limit."""
+        return dataclasses.replace(self, cases=tuple(map(_condensed, self.cases)))
+
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps({"format": _FORMAT, **dataclasses.asdict(self)}, indent=1) + "\n")
+        """As JSON, a line for each row, without what is empty."""
+        data = _without_empty(dataclasses.asdict(self))
+        cases = []
+        for case in data.pop("cases"):
+            rows = ",\n".join(f"   {json.dumps(row)}" for row in case.pop("rows"))
+            cases.append(f'  {{{json.dumps(case)[1:-1]}, "rows": [\n{rows}\n  ]}}')
+        head = json.dumps({"format": _FORMAT, **data}, indent=1)[:-2]
+        path.write_text(f'{head},\n "cases": [\n' + ",\n".join(cases) + "\n ]\n}\n")
 
     @classmethod
     def read(cls, path: Path) -> Report:
@@ -115,10 +146,36 @@ class Report:
             raise UserError(f"{path} is not a report") from error
         if version != _FORMAT:
             raise UserError(f"{path} is a report in format {version}; this version reads format {_FORMAT}")
-        cases = tuple(CaseResult(**{**case, "rows": tuple(map(_row, case["rows"]))}) for case in data["cases"])
-        return cls(data["machine"], data["settings"], cases)
+        cases = tuple(
+            CaseResult(**{"description": "", **case, "rows": tuple(map(_row, case["rows"]))}) for case in data["cases"]
+        )
+        return cls(data["machine"], data["settings"], cases, data.get("note", ""))
+
+
+def _condensed(case: CaseResult) -> CaseResult:
+    bases = {row.contender for row in (case.base(), case.first("limit")) if row}
+    rows = (
+        dataclasses.replace(
+            row,
+            seconds=row.seconds and _rounded(row.seconds),
+            ratios={name: _rounded(ratio) for name, ratio in row.ratios.items() if name in bases},
+        )
+        for row in case.rows
+    )
+    return dataclasses.replace(case, rows=tuple(rows))
+
+
+def _rounded(spread: Spread) -> Spread:
+    return Spread(*(None if value is None else float(f"{value:.4g}") for value in dataclasses.astuple(spread)))
+
+
+def _without_empty(value: Any) -> Any:
+    """Without the values of dictionaries that are None, empty strings or empty dictionaries: all of them defaults."""
+    if isinstance(value, dict):
+        return {name: _without_empty(part) for name, part in value.items() if part not in (None, "", {})}
+    return list(map(_without_empty, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _row(data: dict[str, Any]) -> Row:
-    seconds = Spread(**data["seconds"]) if data["seconds"] else None
-    return Row(**{**data, "seconds": seconds, "ratios": {k: Spread(**v) for k, v in data["ratios"].items()}})
+    spreads = {name: Spread(**spread) for name, spread in data.get("ratios", {}).items()}
+    return Row(**{**data, "seconds": Spread(**data["seconds"]) if "seconds" in data else None, "ratios": spreads})

@@ -13,7 +13,7 @@ import torch
 from .compile_time import compile_seconds
 from .interleaving import Side, interleave_watched, threads_restored
 from .isolated import prepare_in_own_process
-from .memory import extra_memory
+from .memory import extra_memory, setting
 from .progress import Progress
 from .results import CaseResult, Row, Spread
 from .spec import Case, Contender, Job, Prepared, Suite, Unavailable
@@ -22,11 +22,17 @@ from .verify import relative_error
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How to measure. ``seconds`` is the time for one case, divided evenly among its contenders."""
+    """How to measure.
+
+    Attributes:
+        seconds: for one case, divided evenly among its contenders.
+        memory: what becomes of freed memory in this process and those of contenders, see :func:`~.memory.setting`.
+    """
 
     threads: int
     seconds: float = 10.0
     compile_time: bool = False
+    memory: str = dataclasses.field(default_factory=setting)
 
 
 def run_case(
@@ -46,14 +52,12 @@ def run_case(
             threads = contender.threads or settings.threads
             torch.set_num_threads(threads)
             progress.say(f"{label}: {'compiling' if contender.compiled else 'preparing'} {contender.name}")
-            row, prepared = _check(
-                contender, Job(case, inputs, threads), lambda output: (suite.error or relative_error)(output, reference)
-            )
+            row, prepared = _check(contender, Job(case, inputs, threads), suite.error or relative_error, reference)
             if prepared:
                 progress.say(f"{label}: memory of {contender.name}", passing=True)
                 row = _with_memory(row, prepared)
                 row = dataclasses.replace(row, shares=prepared.shares() if prepared.shares else {})
-                sides[contender.name] = Side(contender.name, threads, prepared.call, prepared.seconds)
+                sides[contender.name] = Side.of(contender.name, threads, prepared)
             rows[contender.name] = row
         foreign = interleave_watched(
             list(sides.values()), settings.seconds, lambda text: progress.say(f"{label}: {text}", passing=True)
@@ -69,7 +73,9 @@ def run_case(
     return CaseResult(suite.name, case.name, case.description, case.tolerance, tuple(rows.values()), foreign)
 
 
-def _check(contender: Contender, job: Job, error_of: Callable[[Any], float]) -> tuple[Row, Prepared | None]:
+def _check(
+    contender: Contender, job: Job, error_of: Callable[[Any, Any], float], reference: Any
+) -> tuple[Row, Prepared | None]:
     """Prepare a contender and compare its output; it is handed back only if it may be timed."""
 
     def row(status: str, **more: Any) -> Row:
@@ -85,11 +91,12 @@ def _check(contender: Contender, job: Job, error_of: Callable[[Any], float]) -> 
         return row("failed", reason=f"{type(error).__name__}: {error}"), None
     if contender.role == "limit":
         return row("ok"), prepared
-    error = error_of(prepared.output)
+    error = (contender.error or error_of)(prepared.output, reference)
+    tolerance = job.case.tolerance if contender.tolerance is None else contender.tolerance
     if error == math.inf:
         return row("wrong", reason="not finite, or of another shape than the reference"), None
-    if error > job.case.tolerance:
-        return row("wrong", error=error, reason=f"relative error {error:.1e}, allowed {job.case.tolerance:.0e}"), None
+    if error > tolerance:
+        return row("wrong", error=error, reason=f"relative error {error:.1e}, allowed {tolerance:.0e}"), None
     return row("ok", error=error), dataclasses.replace(prepared, output=None)
 
 

@@ -57,6 +57,7 @@ class Prepared:
             contenders with such a pool, whose peak memory would otherwise be missed.
         memory: measures the peak memory of a call, for contenders whose calls are made in another process.
         seconds: makes a call and says how long it took, for the same contenders: a clock here would count the messages.
+        settle: waits until no thread of that process computes any more.
         shares: profiles a call and says which part of its time each of some operators takes; for programs of which
             these are only a part.
     """
@@ -66,6 +67,7 @@ class Prepared:
     lean: Callable[[], Callable[[], Any]] | None = None
     memory: Callable[[], int] | None = None
     seconds: Callable[[], float] | None = None
+    settle: Callable[[], None] | None = None
     shares: Callable[[], dict[str, float]] | None = None
 
 
@@ -87,6 +89,9 @@ class Contender:
         compiled: whether ``prepare`` compiles, so that its time is worth a column.
         default: takes part in every case that does not name its contenders.
         isolated: is prepared and called in a process of its own. ``prepare`` and the cases must be picklable then.
+        error: of its output against the reference, where not the suite's: in a lower precision a model may decide
+            otherwise.
+        tolerance: largest such error of a right result, where not the case's.
     """
 
     name: str
@@ -97,6 +102,8 @@ class Contender:
     compiled: bool = False
     default: bool = True
     isolated: bool = False
+    error: Callable[[Any, Any], float] | None = None
+    tolerance: float | None = None
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
@@ -110,6 +117,7 @@ class Suite:
     Attributes:
         reference: computes the right output from a case's inputs, in float64 where the suite does not say otherwise.
         error: of an output against the reference; :func:`~inductor_vision.perf.verify.relative_error` if None.
+        remark: what else to know to read its results, in sentences.
     """
 
     name: str
@@ -118,6 +126,7 @@ class Suite:
     contenders: tuple[Contender, ...]
     reference: Callable[[Any], Any]
     error: Callable[[Any, Any], float] | None = None
+    remark: str = ""
 
     def __post_init__(self) -> None:
         for kind, names in (("case", self.case_names()), ("contender", self.contender_names())):

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...ops.deform_conv2d import Arguments
 from ...ops.registry import OPS
-from .. import backends
-from ..spec import Case, Contender, Job, Prepared, Suite
+from .. import backends, convolutions
+from ..convolutions import Problem, as_it_is
+from ..spec import Contender, Job, Prepared, Suite
 from . import deform_conv2d as forward
 from .deform_conv2d import Shape
 
@@ -20,28 +21,15 @@ _OP = OPS["deform_conv2d_backward"]
 _WANTED = [True] * 5
 
 
-class Problem(NamedTuple):
-    """The gradient of the result, and what the operator was called with."""
-
-    grad: Tensor
-    arguments: Arguments
-
-
 def _build(shape: Shape) -> Problem:
     arguments = forward.build(shape)
-    batch, _, height, width = arguments.offset.shape
-    generator = torch.Generator().manual_seed(1)
-    grad = torch.randn(batch, arguments.weight.shape[0], height, width, generator=generator)
-    return Problem(grad.to(shape.dtype), arguments)
-
-
-def _map(problem: Problem, change: Callable[[Tensor], Tensor]) -> Problem:
-    return Problem(change(problem.grad), forward.map_tensors(problem.arguments, change))
+    batch, _, *size = arguments.offset.shape
+    return convolutions.with_gradient(arguments, (batch, arguments.weight.shape[0], *size))
 
 
 def _reference(problem: Problem) -> list[Tensor]:
     """The decomposition in float64, image by image because it takes many times the memory of its input."""
-    grad, a = _map(problem, torch.Tensor.double)
+    grad, a = problem.grad.double(), convolutions.map_tensors(problem.arguments, Tensor.double)
     results = []
     for i in range(grad.shape[0]):
         image = slice(i, i + 1)
@@ -60,10 +48,10 @@ def _call(op: Callable[..., Any], arguments: Arguments, *tensors: Tensor) -> Any
 def _compiled(
     job: Job,
     op: Callable[..., Any] = _OP,
-    change: Callable[[Problem], Problem] = lambda problem: problem,
+    change: Callable[[Problem], Problem] = as_it_is,
     dynamic: bool = False,
 ) -> Prepared:
-    grad, a = change(job.inputs)
+    grad, a, _ = change(job.inputs)
     function = backends.Function(functools.partial(_call, op, a))
     tensors = grad, a.input, a.offset, a.weight, a.bias, a.mask
     return backends.compiled(function, tensors, dynamic=dynamic, freezing=False)
@@ -71,14 +59,13 @@ def _compiled(
 
 def _channels_last(problem: Problem) -> Problem:
     """As in a channels_last model: images, their gradients and the weight; not offsets and masks."""
-    grad, a = problem
-    grad, input, weight = (t.contiguous(memory_format=torch.channels_last) for t in (grad, a.input, a.weight))
-    return Problem(grad, a._replace(input=input, weight=weight))
+    grad = problem.grad.contiguous(memory_format=torch.channels_last)
+    return problem._replace(grad=grad, arguments=convolutions.channels_last(problem.arguments, "input", "weight"))
 
 
 def _torchvision(job: Job) -> Prepared:
     backends.only_float32(job.inputs.grad.dtype, "torchvision")
-    grad, a = job.inputs
+    grad, a, _ = job.inputs
     geometry = *a.stride, *a.padding, *a.dilation, a.groups, a.offset_groups, True
     tensors = grad, a.input, a.weight, a.offset, a.mask, a.bias
 
@@ -89,9 +76,9 @@ def _torchvision(job: Job) -> Prepared:
     return backends.eager(gradients, tensors)
 
 
-def _conv2d(job: Job, change: Callable[[Problem], Problem] = lambda problem: problem) -> Prepared:
+def _conv2d(job: Job, change: Callable[[Problem], Problem] = as_it_is) -> Prepared:
     """oneDNN's gradients of input, weight and bias of a convolution of the same shape."""
-    grad, a = change(job.inputs)
+    grad, a, _ = change(job.inputs)
     geometry = a.stride, a.padding, a.dilation, False, [0, 0], a.groups, [True, True, True]
     tensors = grad, a.input, a.weight, [a.weight.shape[0]]
     return backends.eager(torch.ops.aten.convolution_backward, (*tensors, *geometry))
@@ -109,11 +96,7 @@ _CONTENDERS = backends.with_triton(
 )
 
 
-def _case(name: str, shape: Shape, *contenders: str, note: str = "") -> Case:
-    tolerance = 2e-5 if shape.dtype == torch.float32 else 2e-2
-    return Case(name, f"{shape}{note}", functools.partial(_build, shape), tolerance, contenders)
-
-
+_case = functools.partial(convolutions.case, _build, tolerance=2e-5)
 _S32 = Shape(64, 32)
 _S64 = Shape(256, 64)
 _DEPTHWISE = Shape(512, 32, groups=512)
@@ -136,8 +119,8 @@ SUITE = Suite(
         _case("s64-b1-threads", _S64, "ours-compiled", "ours-1-thread", *_LIMITS, note=", 1 thread against all"),
         _case("small-16-16-b64", Shape(16, 16, batch=64), note=", as small networks have it"),
         _case("odd-stride2", Shape(64, 64, stride=2)),
-        _case("odd-1x1", Shape(128, 32, kernel=1, padding=0)),
-        _case("odd-5x5", Shape(64, 32, kernel=5, padding=2)),
+        _case("odd-1x1", Shape(128, 32, kernel=1)),
+        _case("odd-5x5", Shape(64, 32, kernel=5)),
         _case("odd-37-channels", Shape(37, 32)),
         _case("odd-groups8", Shape(64, 32, groups=8)),
         _case("odd-offset-groups4", Shape(64, 32, offset_groups=4)),

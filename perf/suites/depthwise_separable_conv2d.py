@@ -5,52 +5,34 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...ops.convolution import output_size
-from ...ops.depthwise_separable_conv2d import IDENTITY, Arguments, depthwise_separable_conv2d, parse_activation
-from ...ops.registry import OPS
-from .. import backends
-from ..spec import Case, Contender, Job, Prepared, Suite
+from ...ops.depthwise_separable_conv2d import Arguments, depthwise_separable_conv2d, parse_activation
+from .. import backends, convolutions
+from ..convolutions import Layer, map_tensors
+from ..spec import Contender, Job, Prepared, Suite
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
+class Shape(convolutions.Shape):
     """A layer and its input, which is square."""
 
     channels: int
     out_channels: int
     size: int
     batch: int = 1
-    kernel: int = 3
-    stride: int = 1
-    dilation: int = 1
     multiplier: int = 1
     activation: str = "relu6"
-    dtype: torch.dtype = torch.float32
-
-    @property
-    def padding(self) -> int:
-        """So that nothing is lost at the border."""
-        return self.dilation * (self.kernel - 1) // 2
 
     def __str__(self) -> str:
-        parts = [f"{self.channels} to {self.out_channels} ch, {self.size}x{self.size}, batch {self.batch}"]
-        parts += [f"{self.kernel}x{self.kernel} kernel"] if self.kernel != 3 else []
-        for name in ("stride", "dilation", "multiplier"):
-            if getattr(self, name) != 1:
-                parts.append(f"{name} {getattr(self, name)}")
-        parts += [self.activation] if self.activation != "relu6" else []
-        return ", ".join(parts + ([str(self.dtype).removeprefix("torch.")] if self.dtype != torch.float32 else []))
-
-
-def map_tensors(arguments: Arguments, change: Callable[[Tensor], Tensor]) -> Arguments:
-    """With all tensors changed."""
-    return Arguments(*(change(value) if isinstance(value, Tensor) else value for value in arguments))
+        sizes = f"{self.channels} to {self.out_channels} ch, {self.size}x{self.size}, batch {self.batch}"
+        activation = [self.activation] if self.activation != "relu6" else []
+        return self.describe(sizes, *self.unusual("multiplier"), *activation)
 
 
 def build(shape: Shape) -> Arguments:
@@ -72,93 +54,43 @@ def build(shape: Shape) -> Arguments:
     return map_tensors(arguments, lambda tensor: tensor.to(shape.dtype))
 
 
-def reference(arguments: Arguments) -> Tensor:
-    """The decomposition in float64."""
-    return OPS["depthwise_separable_conv2d"].decomposition(*map_tensors(arguments, torch.Tensor.double))
-
-
 def channels_last(arguments: Arguments) -> Arguments:
     """As in a channels_last model, whose weights here are the same: they have one channel or one pixel."""
-    return arguments._replace(input=arguments.input.contiguous(memory_format=torch.channels_last))
+    return convolutions.channels_last(arguments, "input")
 
 
-def two_convolutions(
-    input: Tensor,
-    depthwise_weight: Tensor,
-    pointwise_weight: Tensor,
-    depthwise_bias: Tensor,
-    pointwise_bias: Tensor,
-    *geometry: tuple[int, int],
-    depthwise_activation: str | None,
-) -> Tensor:
+def one_operator(*arguments: Any) -> Tensor:
+    """This package's."""
+    *tensors, slope, stride, padding, dilation, activation = arguments
+    return depthwise_separable_conv2d(*tensors, stride, padding, dilation, activation, slope=slope)
+
+
+def two_convolutions(*arguments: Any) -> Tensor:
     """The same as models have it."""
+    input, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, _, *geometry, name = arguments
     hidden = F.conv2d(input, depthwise_weight, depthwise_bias, *geometry, groups=input.shape[1])
-    activation = parse_activation(depthwise_activation or IDENTITY)
-    assert activation is not None, depthwise_activation
+    activation = parse_activation(name)
+    assert activation is not None, name
     return F.conv2d(activation(hidden), pointwise_weight, pointwise_bias)
 
 
-class Layer(nn.Module):
-    """The operator as models hold it: weights and biases belong to the module."""
-
-    def __init__(self, function: Callable[..., Tensor], arguments: Arguments) -> None:
-        super().__init__()
-        self.function = function
-        self.weights = nn.ParameterList(nn.Parameter(t) for t in arguments.tensors[1:] if t is not None)
-        self.geometry = arguments.stride, arguments.padding, arguments.dilation
-        self.activation = None if arguments.activation == IDENTITY else arguments.activation
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.function(input, *self.weights, *self.geometry, depthwise_activation=self.activation)
-
-
-_Change = Callable[[Arguments], Arguments]
-
-
-def _compiled(
-    job: Job,
-    function: Callable[..., Tensor] = depthwise_separable_conv2d,
-    change: _Change = lambda arguments: arguments,
-    dynamic: bool | None = None,
-) -> Prepared:
-    a = change(job.inputs)
-    return backends.compiled(Layer(function, a), (a.input,), dynamic=dynamic)
-
-
-def _packaged(job: Job) -> Prepared:
-    return backends.packaged(Layer(depthwise_separable_conv2d, job.inputs), (job.inputs.input,))
-
-
-def _eager(job: Job, change: _Change = lambda arguments: arguments) -> Prepared:
-    a = change(job.inputs)
-    return backends.eager(Layer(two_convolutions, a), (a.input,))
-
-
 def _onnxruntime(job: Job) -> Prepared:
-    from onnx import helper, numpy_helper
+    from onnx import helper
 
     a = job.inputs
     backends.only_float32(a.input.dtype, "ONNX Runtime")
-    constants = {name: getattr(a, name) for name in a._fields[1:5]} | {
-        "low": torch.tensor(0.0),
-        "high": torch.tensor(6.0),
-    }
+    constants = {name: getattr(a, name) for name in a._fields[1:5]}
+    constants |= {"low": torch.tensor(0.0), "high": torch.tensor(6.0)}
+    geometry = convolutions.onnx_geometry(a, a.kernel, a.channels)
     depthwise = ["input", "depthwise_weight", "depthwise_bias"]
     pointwise = ["between", "pointwise_weight", "pointwise_bias"]
-    geometry = {"strides": a.stride, "pads": [*a.padding, *a.padding], "dilations": a.dilation, "group": a.channels}
     nodes = [
-        helper.make_node("Conv", depthwise, ["hidden"], kernel_shape=a.kernel, **geometry),
+        helper.make_node("Conv", depthwise, ["hidden"], **geometry),
         helper.make_node("Clip", ["hidden", "low", "high"], ["between"]),
         helper.make_node("Conv", pointwise, ["output"], kernel_shape=(1, 1)),
     ]
-    image = helper.make_tensor_value_info(
-        "input", helper.np_dtype_to_tensor_dtype(a.input.numpy().dtype), a.input.shape
-    )
-    output = helper.make_tensor_value_info("output", helper.np_dtype_to_tensor_dtype(a.input.numpy().dtype), None)
-    initializers = [numpy_helper.from_array(tensor.numpy(), name) for name, tensor in constants.items()]
-    graph = helper.make_graph(nodes, "depthwise_separable", [image], [output], initializers)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    return backends.onnxruntime(model.SerializeToString(), {"input": a.input}, job.threads)
+    feeds = {"input": a.input}
+    return backends.onnxruntime(backends.onnx_model(nodes, feeds, 17, constants), feeds, job.threads)
 
 
 def _openvino(job: Job) -> Prepared:
@@ -166,20 +98,15 @@ def _openvino(job: Job) -> Prepared:
     import openvino as ov
     from openvino import opset8
 
-    precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[job.inputs.input.dtype]
     a = map_tensors(job.inputs, torch.Tensor.float)
+    constant, biased = convolutions.openvino_constant, convolutions.openvino_biased
     image = opset8.parameter(a.input.shape, np.float32)
-
-    def biased(convolution: ov.Node, bias: Tensor) -> ov.Node:
-        return opset8.add(convolution, opset8.constant(bias[:, None, None].numpy()))
-
     filters = a.depthwise_weight.view(a.channels, a.multiplier, 1, *a.kernel)  # groups, outputs of each, its inputs
-    geometry = [list(pair) for pair in (a.stride, a.padding, a.padding, a.dilation)]
-    hidden = opset8.group_convolution(image, opset8.constant(filters.numpy()), *geometry)
+    hidden = opset8.group_convolution(image, constant(filters), *convolutions.openvino_geometry(a))
     hidden = opset8.clamp(biased(hidden, a.depthwise_bias), 0, 6)
-    out = opset8.convolution(hidden, opset8.constant(a.pointwise_weight.numpy()), [1, 1], [0, 0], [0, 0], [1, 1])
+    out = opset8.convolution(hidden, constant(a.pointwise_weight), [1, 1], [0, 0], [0, 0], [1, 1])
     model = ov.Model([biased(out, a.pointwise_bias)], [image])
-    return backends.openvino(model, [a.input], job.threads, precision)
+    return backends.openvino(model, [a.input], job.threads, job.inputs.input.dtype)
 
 
 def _pointwise(job: Job) -> Prepared:
@@ -193,23 +120,11 @@ def _pointwise(job: Job) -> Prepared:
     return backends.compiled(convolution, (hidden.contiguous(memory_format=torch.channels_last),))
 
 
-_convolutions_compiled = functools.partial(_compiled, function=two_convolutions)
+_WEIGHTS_AND_BIASES = 1, 2, 3, 4
 
 _CONTENDERS = backends.with_triton(
-    Contender("ours-compiled", "ours", _compiled, compiled=True),
-    Contender("ours-channels-last", "ours", functools.partial(_compiled, change=channels_last), compiled=True),
-    Contender("ours-aoti", "ours", _packaged, compiled=True),
-    Contender("ours-dynamic", "ours", functools.partial(_compiled, dynamic=True), compiled=True, default=False),
-    Contender("ours-1-thread", "ours", _compiled, compiled=True, threads=1, default=False),
-    Contender("convolutions", "peer", _eager),
-    Contender("convolutions-channels-last", "peer", functools.partial(_eager, change=channels_last)),
-    Contender("convolutions-compiled", "peer", _convolutions_compiled, compiled=True),
-    Contender(
-        "convolutions-compiled-channels-last",
-        "peer",
-        functools.partial(_convolutions_compiled, change=channels_last),
-        compiled=True,
-    ),
+    *convolutions.ours(Layer(one_operator, _WEIGHTS_AND_BIASES), channels_last),
+    *convolutions.stock("convolutions", Layer(two_convolutions, _WEIGHTS_AND_BIASES), channels_last),
     Contender("onnxruntime", "peer", _onnxruntime, check=backends.needs("onnx", "onnxruntime")),
     Contender("openvino", "peer", _openvino, check=backends.needs("openvino")),
     Contender("pointwise", "limit", _pointwise, compiled=True),
@@ -218,17 +133,13 @@ _CONTENDERS = backends.with_triton(
 _LARGE = Shape(64, 128, 224)
 _SMALL = Shape(256, 512, 28)
 _vary = dataclasses.replace
-
-
-def _case(name: str, shape: Shape, *contenders: str, note: str = "") -> Case:
-    tolerance = 1e-5 if shape.dtype == torch.float32 else 2e-2
-    return Case(name, f"{shape}{note}", functools.partial(build, shape), tolerance, contenders)
-
+_case = functools.partial(convolutions.case, build)
 
 SUITE = Suite(
     name="depthwise_separable_conv2d",
     description="depthwise and pointwise convolution with ReLU6 between, 3x3 where nothing else is said, forward",
-    reference=reference,
+    remark="A call of compiled code takes 0.1 ms whatever it does, which a package's does not.",
+    reference=functools.partial(convolutions.reference, "depthwise_separable_conv2d"),
     contenders=_CONTENDERS,
     cases=(
         _case("224-b1", _LARGE),

@@ -4,83 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from ...ops.depthwise_separable_conv2d import Arguments, depthwise_separable_conv2d
 from ...ops.registry import OPS
-from .. import backends
-from ..spec import Case, Contender, Job, Prepared, Suite
+from .. import backends, convolutions
+from ..convolutions import Problem
+from ..spec import Case, Contender, Suite
 from . import depthwise_separable_conv2d as forward
 from .depthwise_separable_conv2d import Shape
 
 
-class Problem(NamedTuple):
-    """A gradient of the result, and what the operator was called with.
-
-    Attributes:
-        step: whether the forward pass is timed too.
-    """
-
-    grad: Tensor
-    arguments: Arguments
-    step: bool
-
-
-def _build(shape: Shape, step: bool) -> Problem:
+def _build(shape: Shape, step: bool = False) -> Problem:
     arguments = forward.build(shape)
-    like = forward.reference(arguments)  # its shape
-    grad = torch.randn(like.shape, generator=torch.Generator().manual_seed(1))
-    return Problem(grad.to(shape.dtype), arguments, step)
+    result = OPS["depthwise_separable_conv2d"].decomposition(*arguments)
+    return convolutions.with_gradient(arguments, result.shape, step)
 
 
-def _reference(problem: Problem) -> list[Tensor]:
-    """The decomposition in float64."""
-    decomposition = OPS["depthwise_separable_conv2d_backward"].decomposition
-    arguments = forward.map_tensors(problem.arguments, torch.Tensor.double)
-    gradients = decomposition(problem.grad.double(), *arguments, [True] * 6)
-    return [gradient for gradient, tensor in zip(gradients, arguments.tensors) if tensor is not None]
+def _channels_last(problem: Problem) -> Problem:
+    grad = problem.grad.contiguous(memory_format=torch.channels_last)
+    return problem._replace(grad=grad, arguments=forward.channels_last(problem.arguments))
 
 
-def _gradients(
-    job: Job,
-    function: Callable[..., Tensor] = depthwise_separable_conv2d,
-    *,
-    compiled: bool = True,
-    channels_last: bool = False,
-) -> Prepared:
-    """By autograd, of a result that was computed before or is computed each time."""
-    grad, a, step = job.inputs
-    if channels_last:
-        grad, a = grad.contiguous(memory_format=torch.channels_last), forward.channels_last(a)
-    leaves = [tensor for tensor in a.tensors if tensor is not None]
-    return backends.gradients(functools.partial(_call, function, a), leaves, grad, compile=compiled, step=step)
-
-
-def _call(function: Callable[..., Tensor], a: Arguments, *tensors: Tensor) -> Tensor:
-    return function(*tensors, a.stride, a.padding, a.dilation, depthwise_activation=a.activation)
-
-
-_convolutions = functools.partial(_gradients, function=forward.two_convolutions)
+_ours = functools.partial(convolutions.gradients, function=forward.one_operator)
 
 _CONTENDERS = backends.with_triton(
-    Contender("ours-compiled", "ours", _gradients, compiled=True),
-    Contender("ours-channels-last", "ours", functools.partial(_gradients, channels_last=True), compiled=True),
-    Contender("ours-eager", "ours", functools.partial(_gradients, compiled=False)),
-    Contender("convolutions", "peer", functools.partial(_convolutions, compiled=False)),
-    Contender(
-        "convolutions-channels-last", "peer", functools.partial(_convolutions, compiled=False, channels_last=True)
-    ),
-    Contender("convolutions-compiled", "peer", _convolutions, compiled=True),
-    Contender(
-        "convolutions-compiled-channels-last",
-        "peer",
-        functools.partial(_convolutions, channels_last=True),
-        compiled=True,
-    ),
+    Contender("ours-compiled", "ours", _ours, compiled=True),
+    Contender("ours-channels-last", "ours", functools.partial(_ours, change=_channels_last), compiled=True),
+    Contender("ours-eager", "ours", functools.partial(_ours, compiled=False)),
+    *convolutions.stock_gradients("convolutions", forward.two_convolutions, _channels_last),
 )
 
 # SiLU has no kink, at which rounding would decide about a whole gradient.
@@ -89,18 +41,19 @@ _SMALL = Shape(256, 512, 28, activation="silu")
 _MOBILENET = Shape(96, 24, 112, stride=2, activation="silu")
 
 
-def _case(name: str, shape: Shape, step: bool = False) -> Case:
-    tolerance = 2e-5 if shape.dtype == torch.float32 else 2e-2
-    description = f"{shape}, with the forward pass" if step else str(shape)
-    return Case(name, description, functools.partial(_build, shape, step), tolerance)
-
-
 _vary = dataclasses.replace
+
+
+def _case(name: str, shape: Shape, step: bool = False) -> Case:
+    build = functools.partial(_build, step=step)
+    return convolutions.case(build, name, shape, note=", with the forward pass" if step else "", tolerance=2e-5)
+
 
 SUITE = Suite(
     name="depthwise_separable_conv2d_backward",
     description="depthwise and pointwise convolution with SiLU between, 3x3, all gradients",
-    reference=_reference,
+    remark="SiLU has no kink, at which rounding would decide about a whole gradient.",
+    reference=functools.partial(convolutions.reference_gradients, "depthwise_separable_conv2d"),
     contenders=_CONTENDERS,
     cases=(
         _case("224-b1", _LARGE),

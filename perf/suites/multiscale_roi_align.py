@@ -113,6 +113,7 @@ SUITE = Suite(
     name="multiscale_roi_align",
     description="RoIAlign on a pyramid of feature maps, forward",
     reference=regions.reference,
+    remark=regions.REMARK,
     contenders=_CONTENDERS,
     cases=(
         case("fpn-k1000", _forward, _FPN),

@@ -60,7 +60,7 @@ def _onnxruntime(job: Job) -> Prepared:
         "threshold": torch.tensor([problem.threshold]),
     }
     node = helper.make_node("NonMaxSuppression", list(feeds), ["indices"])
-    prepared = backends.onnxruntime(backends.onnx_model(node, feeds, 16, dtype=torch.int64), feeds, job.threads)
+    prepared = backends.onnxruntime(backends.onnx_model([node], feeds, 16, dtype=torch.int64), feeds, job.threads)
     return dataclasses.replace(prepared, output=prepared.output[0][:, 2])  # rows of (image, class, box)
 
 
@@ -74,7 +74,7 @@ def _openvino(job: Job) -> Prepared:
     most, threshold = opset9.constant(np.int64(problem.count)), opset9.constant(np.float32(problem.threshold))
     node = opset9.non_max_suppression(*parameters, most, threshold)
     model = Model([node.output(0), node.output(2)], parameters)
-    prepared = backends.openvino(model, feeds, job.threads, "f32")
+    prepared = backends.openvino(model, feeds, job.threads)
     indices, count = prepared.output  # rows of (image, class, box), and how many of them there are
     return dataclasses.replace(prepared, output=indices[: int(count), 2].long())
 
@@ -93,6 +93,7 @@ _MANY = ("ours-compiled", "ours-1-thread", "openvino", "copy")
 SUITE = Suite(
     name="nms",
     description="non-maximum suppression",
+    remark="torchvision's kernel runs on one thread.",
     reference=reference,
     contenders=_CONTENDERS,
     cases=(

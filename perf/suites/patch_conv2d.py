@@ -5,50 +5,33 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from ...ops import patch_conv2d as operator
 from ...ops.convolution import output_size
-from ...ops.patch_conv2d import CHANNELS_FIRST, CHANNELS_LAST, Arguments, arranged, patch_conv2d
-from ...ops.registry import OPS
-from .. import backends
-from ..spec import Case, Contender, Job, Prepared, Suite
+from ...ops.patch_conv2d import CHANNELS_FIRST, CHANNELS_LAST, Arguments, arranged
+from .. import backends, convolutions
+from ..convolutions import Layer, map_tensors
+from ..spec import Contender, Job, Prepared, Suite
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
+class Shape(convolutions.Shape):
     """A layer and its input, of square patches."""
 
     patches: int
     size: int
     channels: int = 32
     out_channels: int = 64
-    kernel: int = 3
-    stride: int = 1
-    dilation: int = 1
     groups: int = 1
-    dtype: torch.dtype = torch.float32
-
-    @property
-    def padding(self) -> int:
-        """So that nothing is lost at the border."""
-        return self.dilation * (self.kernel - 1) // 2
 
     def __str__(self) -> str:
-        parts = [f"{self.patches} patches of {self.size}x{self.size}, {self.channels} to {self.out_channels} ch"]
-        parts += [f"{self.kernel}x{self.kernel} kernel"] if self.kernel != 3 else []
-        for name in ("stride", "dilation", "groups"):
-            if getattr(self, name) != 1:
-                parts.append(f"{name} {getattr(self, name)}")
-        return ", ".join(parts + ([str(self.dtype).removeprefix("torch.")] if self.dtype != torch.float32 else []))
-
-
-def map_tensors(arguments: Arguments, change: Callable[[Tensor], Tensor]) -> Arguments:
-    """With all tensors changed."""
-    return Arguments(*(change(value) if isinstance(value, Tensor) else value for value in arguments))
+        sizes = f"{self.patches} patches of {self.size}x{self.size}, {self.channels} to {self.out_channels} ch"
+        return self.describe(sizes, *self.unusual("groups"))
 
 
 def build(shape: Shape) -> Arguments:
@@ -67,37 +50,29 @@ def build(shape: Shape) -> Arguments:
     return map_tensors(arguments, lambda tensor: tensor.to(shape.dtype))
 
 
-def _reference(arguments: Arguments) -> Tensor:
-    """The decomposition in float64."""
-    return OPS["patch_conv2d"].decomposition(*map_tensors(arguments, torch.Tensor.double))
-
-
-def in_order(arguments: Arguments, order: tuple[int, ...]) -> Arguments:
+def in_order(order: tuple[int, ...], arguments: Arguments) -> Arguments:
     """With the patches in this order in memory."""
     return arguments._replace(input=arranged(arguments.input, order))
 
 
-class _Layer(nn.Module):
-    """The operator as models hold it: weight and bias belong to the module."""
-
-    def __init__(self, function: Callable[..., Tensor], arguments: Arguments) -> None:
-        super().__init__()
-        self.function = function
-        self.weight = nn.Parameter(arguments.weight)
-        self.bias = nn.Parameter(arguments.bias)
-        self.geometry = arguments.stride, arguments.padding, arguments.dilation, arguments.groups
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.function(input, self.weight, self.bias, *self.geometry)
+def as_channels_last_models(arguments: Arguments) -> Arguments:
+    """With the patches as a channels_last batch of images, and the weight in that memory format too."""
+    return convolutions.channels_last(in_order(CHANNELS_LAST, arguments), "weight")
 
 
-def conv2d_of_the_batch(input: Tensor, weight: Tensor, bias: Tensor, *geometry) -> Tensor:
+def patch_conv2d(input: Tensor, weight: Tensor, bias: Tensor, *geometry: Any) -> Tensor:
+    """This package's operator."""
+    return operator.patch_conv2d(input, weight, bias, *geometry, _groups(input, weight))
+
+
+def conv2d_of_the_batch(input: Tensor, weight: Tensor, bias: Tensor, *geometry: Any) -> Tensor:
     """The patches as a batch of images. [1, N, O, Ho, Wo]"""
-    return F.conv2d(input.squeeze(0), weight, bias, *geometry).unsqueeze(0)
+    return F.conv2d(input.squeeze(0), weight, bias, *geometry, _groups(input, weight)).unsqueeze(0)
 
 
-def _unfold(input: Tensor, weight: Tensor, bias: Tensor, stride, padding, dilation, groups: int) -> Tensor:
+def _unfold(input: Tensor, weight: Tensor, bias: Tensor, stride: Any, padding: Any, dilation: Any) -> Tensor:
     """All columns, then one matrix product for each patch. [1, N, O, Ho, Wo]"""
+    groups = _groups(input, weight)
     pairs = zip(input.shape[3:], weight.shape[2:], stride, padding, dilation)
     size = [output_size(*numbers) for numbers in pairs]
     columns = F.unfold(input.squeeze(0), weight.shape[2:], dilation, padding, stride)  # [N, C * K, P]
@@ -106,27 +81,8 @@ def _unfold(input: Tensor, weight: Tensor, bias: Tensor, stride, padding, dilati
     return (out.flatten(1, 2) + bias[:, None]).unflatten(2, size).unsqueeze(0)
 
 
-def _compiled(
-    job: Job,
-    function: Callable[..., Tensor] = patch_conv2d,
-    order: tuple[int, ...] | None = None,
-) -> Prepared:
-    a = job.inputs if order is None else in_order(job.inputs, order)
-    return backends.compiled(_Layer(function, a), (a.input,))
-
-
-def _packaged(job: Job) -> Prepared:
-    return backends.packaged(_Layer(patch_conv2d, job.inputs), (job.inputs.input,))
-
-
-def _eager(
-    job: Job, function: Callable[..., Tensor] = conv2d_of_the_batch, order: tuple[int, ...] | None = None
-) -> Prepared:
-    """``order`` is that of the input; a channels_last one has a channels_last weight."""
-    a = job.inputs
-    if order is not None:
-        a = in_order(a, order)._replace(weight=a.weight.contiguous(memory_format=torch.channels_last))
-    return backends.eager(_Layer(function, a), (a.input,))
+def _groups(input: Tensor, weight: Tensor) -> int:
+    return input.shape[2] // weight.shape[1]
 
 
 def _onnxruntime(job: Job) -> Prepared:
@@ -134,18 +90,10 @@ def _onnxruntime(job: Job) -> Prepared:
 
     a = job.inputs
     backends.only_float32(a.input.dtype, "ONNX Runtime")
-    node = helper.make_node(
-        "Conv",
-        ["input", "weight", "bias"],
-        ["output"],
-        kernel_shape=a.weight.shape[2:],
-        strides=a.stride,
-        pads=a.padding * 2,
-        dilations=a.dilation,
-        group=a.groups,
-    )
+    geometry = convolutions.onnx_geometry(a, a.weight.shape[2:], a.groups)
+    node = helper.make_node("Conv", ["input", "weight", "bias"], ["output"], **geometry)
     feeds = {"input": a.input[0]}
-    model = backends.onnx_model(node, feeds, 17, {"weight": a.weight, "bias": a.bias})
+    model = backends.onnx_model([node], feeds, 17, {"weight": a.weight, "bias": a.bias})
     return _unsqueezed(backends.onnxruntime(model, feeds, job.threads))
 
 
@@ -154,17 +102,15 @@ def _openvino(job: Job) -> Prepared:
     import openvino as ov
     from openvino import opset8
 
-    precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[job.inputs.input.dtype]
     a = map_tensors(job.inputs, torch.Tensor.float)
     patches = opset8.parameter(a.input.shape[1:], np.float32)
-    geometry = [list(pair) for pair in (a.stride, a.padding, a.padding, a.dilation)]
     if a.groups == 1:
-        out = opset8.convolution(patches, opset8.constant(a.weight.numpy()), *geometry)
+        convolution, filters = opset8.convolution, a.weight
     else:
-        filters = a.weight.unflatten(0, (a.groups, -1))
-        out = opset8.group_convolution(patches, opset8.constant(filters.numpy()), *geometry)
-    out = opset8.add(out, opset8.constant(a.bias[:, None, None].numpy()))
-    return _unsqueezed(backends.openvino(ov.Model([out], [patches]), [a.input[0]], job.threads, precision))
+        convolution, filters = opset8.group_convolution, a.weight.unflatten(0, (a.groups, -1))
+    out = convolution(patches, convolutions.openvino_constant(filters), *convolutions.openvino_geometry(a))
+    model = ov.Model([convolutions.openvino_biased(out, a.bias)], [patches])
+    return _unsqueezed(backends.openvino(model, [a.input[0]], job.threads, job.inputs.input.dtype))
 
 
 def _unsqueezed(prepared: Prepared) -> Prepared:
@@ -193,21 +139,15 @@ def _matrix_product(job: Job) -> Prepared:
     return backends.eager(torch.matmul, (columns, weight))
 
 
+_WEIGHT_AND_BIAS = 1, 2
+_OURS = Layer(patch_conv2d, _WEIGHT_AND_BIAS)
+_CHANNELS_FIRST = dataclasses.replace(_OURS, change=functools.partial(in_order, CHANNELS_FIRST))
+
 _CONTENDERS = backends.with_triton(
-    Contender("ours-compiled", "ours", _compiled, compiled=True),
-    Contender("ours-aoti", "ours", _packaged, compiled=True),
-    Contender("ours-channels-last", "ours", functools.partial(_compiled, order=CHANNELS_LAST), compiled=True),
-    Contender("ours-channels-first", "ours", functools.partial(_compiled, order=CHANNELS_FIRST), compiled=True),
-    Contender("conv2d", "peer", _eager),
-    Contender("conv2d-channels-last", "peer", functools.partial(_eager, order=CHANNELS_LAST)),
-    Contender("conv2d-compiled", "peer", functools.partial(_compiled, function=conv2d_of_the_batch), compiled=True),
-    Contender(
-        "conv2d-compiled-channels-last",
-        "peer",
-        functools.partial(_compiled, function=conv2d_of_the_batch, order=CHANNELS_LAST),
-        compiled=True,
-    ),
-    Contender("unfold", "peer", functools.partial(_eager, function=_unfold)),
+    *convolutions.ours(_OURS, functools.partial(in_order, CHANNELS_LAST)),
+    Contender("ours-channels-first", "ours", _CHANNELS_FIRST.compiled, compiled=True),
+    *convolutions.stock("conv2d", Layer(conv2d_of_the_batch, _WEIGHT_AND_BIAS), as_channels_last_models),
+    Contender("unfold", "peer", Layer(_unfold, _WEIGHT_AND_BIAS).eager),
     Contender("onnxruntime", "peer", _onnxruntime, check=backends.needs("onnx", "onnxruntime")),
     Contender("openvino", "peer", _openvino, check=backends.needs("openvino")),
     Contender("matrix-product", "limit", _matrix_product),
@@ -216,17 +156,14 @@ _CONTENDERS = backends.with_triton(
 S4 = Shape(20480, 4)
 S8 = Shape(5120, 8)
 _vary = dataclasses.replace
-
-
-def _case(name: str, shape: Shape) -> Case:
-    tolerance = 1e-5 if shape.dtype == torch.float32 else 2e-2
-    return Case(name, str(shape), functools.partial(build, shape), tolerance)
-
+_case = functools.partial(convolutions.case, build)
 
 SUITE = Suite(
     name="patch_conv2d",
     description="convolution of many small patches, each padded by itself, 3x3 where nothing else is said, forward",
-    reference=_reference,
+    remark="Most results are 84 MB, which are memory fresh from the system at each call unless freed memory is kept; "
+    "ONNX Runtime keeps its own.",
+    reference=functools.partial(convolutions.reference, "patch_conv2d"),
     contenders=_CONTENDERS,
     cases=(
         _case("4x4", S4),

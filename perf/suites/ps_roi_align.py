@@ -54,6 +54,7 @@ SUITE = Suite(
     name="ps_roi_align",
     description="position-sensitive RoIAlign, forward unless said otherwise",
     reference=regions.reference,
+    remark=regions.REMARK,
     contenders=_CONTENDERS,
     cases=(
         case("p4-k1000", _forward, _P4_1000, *regions.all_threads(_CONTENDERS)),

@@ -75,6 +75,7 @@ SUITE = Suite(
     name="ps_roi_pool",
     description="position-sensitive RoIPool, forward unless said otherwise",
     reference=regions.reference,
+    remark=regions.REMARK,
     contenders=_CONTENDERS,
     cases=(
         case("p4-k1000", _forward, _P4_1000, *regions.all_threads(_CONTENDERS)),

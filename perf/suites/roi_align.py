@@ -97,6 +97,8 @@ SUITE = Suite(
     name="roi_align",
     description="RoIAlign on one feature map, forward unless said otherwise",
     reference=regions.reference,
+    remark=regions.REMARK
+    + " On a large contiguous map a few boxes cost what it takes to bring the channels around them together.",
     contenders=_CONTENDERS,
     cases=(
         case("p2-k1000", _forward, _P2_1000),

@@ -98,6 +98,7 @@ SUITE = Suite(
     name="roi_pool",
     description="RoIPool, forward unless said otherwise",
     reference=regions.reference,
+    remark=regions.REMARK + " torchvision's kernel always finds the indices of the maxima, too.",
     contenders=_CONTENDERS,
     cases=(
         case("p3-k1000", _forward, _P3_1000),

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ...ops.deform_conv2d import Arguments, DeformConv2d, deform_conv2d
 from ...ops.registry import OPS
 from .. import backends
+from ..convolutions import map_tensors
 from ..spec import Case, Contender, Job, Prepared, Suite
 from . import deform_conv2d as forward
 from .deform_conv2d import Shape
@@ -46,7 +47,7 @@ def _layer(
     arguments: Arguments,
     names: Sequence[str] = ("input", "offset", "weight", "bias", "mask"),
 ) -> Callable[[], list[Tensor]]:
-    leaves = forward.map_tensors(arguments, lambda tensor: tensor.clone().requires_grad_())
+    leaves = map_tensors(arguments, lambda tensor: tensor.clone().requires_grad_())
     wanted = [getattr(leaves, name) for name in names]
 
     def step() -> list[Tensor]:
@@ -121,7 +122,7 @@ def _prepare(job: Job, kind: str) -> Prepared:
 def _reference(inputs: Any) -> Sequence[Tensor]:
     """The same step in float64, by the decomposition."""
     if isinstance(inputs, Arguments):
-        return _layer(deform_conv2d, forward.map_tensors(inputs, torch.Tensor.double))()
+        return _layer(deform_conv2d, map_tensors(inputs, Tensor.double))()
     return _network(inputs, DeformConv2d, compiled=False, dtype=torch.float64)()
 
 

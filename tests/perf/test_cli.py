@@ -1,10 +1,14 @@
 """``python -m inductor_vision.perf``, on a suite that takes no time."""
 
+import dataclasses
 import gc
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
-from inductor_vision.perf import __main__ as cli, interleaving, machine
+from inductor_vision.perf import __main__ as cli, interleaving, machine, memory
 from inductor_vision.perf.results import CaseResult, Report, Row, Spread
 from inductor_vision.perf.spec import Case, Contender, Prepared, Suite, Unavailable
 from inductor_vision.perf.suites import load_suites
@@ -110,7 +114,7 @@ def test_json_is_read_back_as_it_was_written_and_shown(command, tmp_path):
     again = tmp_path / "again.json"
     report.write(again)
     assert again.read_text() == path.read_text()
-    assert report.settings == {"threads": 1, "seconds": 0.05, "compile_time": False}
+    assert report.settings == {"threads": 1, "seconds": 0.05, "compile_time": False, "memory": "returned"}
     assert report.cases[0].first("ours").ratios["bound"].median > 0
     assert command("show", path)[1] == out
 
@@ -123,6 +127,74 @@ def test_another_file_is_refused(command, tmp_path, text, message):
     path.write_text(text)
     status, _, err = command("show", path)
     assert status == 2 and message in err
+
+
+def test_published_medians_are_shown_without_what_is_not_known(command, tmp_path):
+    rows = (
+        Row("us", "ours", "ok", seconds=Spread(2e-3)),
+        Row("them", "peer", "ok", ratios={"us": Spread(10.0)}),
+    )
+    path = tmp_path / "report.json"
+    Report(MACHINE, {"threads": 4}, (CaseResult("fake", "small", "the small one", 1e-6, rows),)).write(path)
+    assert Report.read(path).cases[0].rows == rows
+    out = command("show", path)[1]
+    cells = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.startswith("  ")}
+    assert cells["us"] == ["2.00", "-", "1", "-", "-"]
+    assert cells["them"] == ["-", "-", "10.0", "-", "-"]
+    assert "| small: the small one | 2.00 ms | 10.0 |" in command("show", path, "--markdown")[1]
+
+
+@pytest.mark.parametrize(
+    ("environment", "setting"),
+    [
+        ({"PATH": "/bin"}, "returned"),
+        (memory.KEEPING, "kept"),
+        ({**memory.KEEPING, "MALLOC_ARENA_MAX": "2"}, "MALLOC_ARENA_MAX=2 MALLOC_MMAP_MAX_=0"),
+        ({**memory.KEEPING, "LD_PRELOAD": "libjemalloc.so"}, "LD_PRELOAD=libjemalloc.so MALLOC_ARENA_MAX=1"),
+        ({"LD_PRELOAD": "libjemalloc.so"}, "LD_PRELOAD=libjemalloc.so"),
+    ],
+)
+def test_the_report_says_what_becomes_of_freed_memory(environment, setting):
+    assert memory.setting(environment).startswith(setting)
+
+
+@pytest.mark.skipif(memory.platform.libc_ver()[0] != "glibc", reason="this C library cannot be told to keep memory")
+def test_kept_memory_is_not_mapped_again(command, monkeypatch):
+    """The command starts itself again, told so; a process that is told so does."""
+    started = []
+    monkeypatch.setattr(os, "execve", lambda *arguments: started.append(arguments))
+    command(*run_arguments("--memory", "kept"))
+    [(program, arguments, environment)] = started
+    assert program == sys.executable
+    assert arguments == [program, "-m", "inductor_vision.perf", *run_arguments("--memory", "kept")]
+
+    def faults(environment):
+        done = subprocess.run([sys.executable, "-c", PAGE_FAULTS], env=environment, capture_output=True, text=True)
+        return int(done.stdout)
+
+    assert memory.setting(environment) == "kept"
+    assert faults(environment) < 100
+    assert faults({name: value for name, value in environment.items() if name not in memory.KEEPING}) > 1000
+
+
+PAGE_FAULTS = """
+import ctypes, resource
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.malloc.argtypes = [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+
+def use(size=64 << 20):
+    block = libc.malloc(size)
+    ctypes.memset(block, 1, size)
+    libc.free(block)
+
+use()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+use()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
 
 
 def a_report(foreign_cores=0.0):
@@ -146,9 +218,33 @@ def test_markdown(command, tmp_path):
     path = tmp_path / "report.json"
     a_report().write(path)
     lines = command("show", path, "--markdown")[1].splitlines()
-    assert lines[0] == "| ms (x us) | us | them | bound | us / bound | us: extra memory |"
-    assert lines[2] == "| fake/small: the small one | 2.00 | 20.0 (10.0) | 1.60 (0.800) | 1.25 | 3.0 MB |"
-    assert "- absent, fake/small: skipped: peer_library is not installed" in lines
+    assert lines[0].startswith(
+        "a processor, AVX2, 4 threads on 4 cores; torch 2.13.0; a compiler; 2020-02-02; freed memory"
+    )
+    assert lines[2] == "| fake | us | them | bound | extra memory |"
+    assert lines[4] == "| small: the small one | 2.00 ms | 10.0 | 0.80 | 3.0 MB |"
+    assert "- fake, absent: skipped: peer_library is not installed" in lines
+
+
+def test_markdown_of_cases_with_other_contenders(command, tmp_path):
+    """A column for each contender of any case; who stands for this package may differ."""
+    [case] = a_report().cases
+    us, them, *_ = case.rows
+    alone = dataclasses.replace(
+        us, contender="us-alone", seconds=Spread(4e-3), ratios={"them": Spread(0.2)}, memory=None
+    )
+    them = dataclasses.replace(them, ratios={"us-alone": Spread(5.0)})
+    wrong = Row("us", "ours", "wrong", reason="relative error 1.0e+00")
+    other = dataclasses.replace(case, case="other", rows=(wrong, alone, them), foreign_cores=None)
+    path = tmp_path / "report.json"
+    dataclasses.replace(a_report(), cases=(case, other), note="By the way.").write(path)
+    lines = command("show", path, "--markdown")[1].splitlines()
+    assert lines[0].endswith("freed memory: returned. By the way.")
+    assert lines[2] == "| fake | us | us-alone | them | bound | extra memory |"
+    assert lines[4] == "| small: the small one | 2.00 ms | - | 10.0 | 0.80 | 3.0 MB |"
+    assert lines[5] == "| other: the small one | WRONG | 4.00 ms | 5.00 | - | - |"
+    assert "- fake, absent: skipped: peer_library is not installed (small)" in lines
+    assert "- fake, us: WRONG: relative error 1.0e+00 (other)" in lines
 
 
 def test_a_busy_machine_is_pointed_out(command, tmp_path):

@@ -9,9 +9,9 @@ from inductor_vision.perf.verify import relative_error
 
 SHAPES = {
     "plain": Shape(8, (5, 7), batch=2),
-    "groups": Shape(16, 9, groups=2, offset_groups=4, stride=2, kernel=5, padding=2),
-    "depthwise": Shape(16, 6, groups=16, dilation=2, padding=2),
-    "out-channels": Shape(3, 8, out_channels=5, kernel=1, padding=0),
+    "groups": Shape(16, 9, groups=2, offset_groups=4, stride=2, kernel=5),
+    "depthwise": Shape(16, 6, groups=16, dilation=2),
+    "out-channels": Shape(3, 8, out_channels=5, kernel=1),
 }
 EAGER = [contender for contender in SUITE.contenders if not contender.compiled and contender.role == "peer"]
 

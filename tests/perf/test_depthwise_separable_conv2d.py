@@ -33,14 +33,14 @@ def test_peers_agree_with_the_reference(contender, shape):
         prepared = contender.prepare(job(inputs))
     except Unavailable as reason:
         pytest.skip(str(reason))
-    assert relative_error(prepared.output, forward.reference(inputs)) < 1e-5
+    assert relative_error(prepared.output, forward.SUITE.reference(inputs)) < 1e-5
 
 
 @pytest.mark.slow
 def test_the_limit_has_the_shape_of_the_output():
     inputs = forward.build(SHAPES["everything"])
     (limit,) = (contender for contender in forward.SUITE.contenders if contender.role == "limit")
-    assert limit.prepare(job(inputs)).output.shape == forward.reference(inputs).shape
+    assert limit.prepare(job(inputs)).output.shape == forward.SUITE.reference(inputs).shape
 
 
 def test_inputs_are_the_same_at_every_call():
@@ -53,7 +53,7 @@ def test_inputs_are_the_same_at_every_call():
 
 def test_descriptions():
     assert str(Shape(64, 128, 224)) == "64 to 128 ch, 224x224, batch 1"
-    assert str(Shape(8, 4, 9, 2, 5, 2, 3, 4, "silu", torch.bfloat16)) == (
+    assert str(Shape(8, 4, 9, 2, 4, "silu", kernel=5, stride=2, dilation=3, dtype=torch.bfloat16)) == (
         "8 to 4 ch, 9x9, batch 2, 5x5 kernel, stride 2, dilation 3, multiplier 4, silu, bfloat16"
     )
 
@@ -68,8 +68,8 @@ def test_gradients_agree_with_the_reference(contender, step, monkeypatch):
     except Unavailable as reason:
         pytest.skip(str(reason))
     prepared = contender.prepare(job(problem))
-    assert relative_error(list(prepared.output), backward._reference(problem)) < 1e-5
-    assert relative_error(list(prepared.call()), backward._reference(problem)) < 1e-5
+    assert relative_error(list(prepared.output), backward.SUITE.reference(problem)) < 1e-5
+    assert relative_error(list(prepared.call()), backward.SUITE.reference(problem)) < 1e-5
 
 
 @pytest.mark.slow
@@ -79,4 +79,4 @@ def test_compiled_gradients_can_be_asked_for_again():
     problem = backward._build(Shape(6, 5, 9, batch=3, stride=2, activation="silu"), False)
     prepared = contender.prepare(job(problem))
     for _ in range(2):
-        assert relative_error(list(prepared.call()), backward._reference(problem)) < 1e-5
+        assert relative_error(list(prepared.call()), backward.SUITE.reference(problem)) < 1e-5

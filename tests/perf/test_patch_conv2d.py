@@ -30,14 +30,14 @@ def test_peers_agree_with_the_reference(contender, shape):
         prepared = contender.prepare(job(inputs))
     except Unavailable as reason:
         pytest.skip(str(reason))
-    assert relative_error(prepared.output, forward._reference(inputs)) < 1e-5
+    assert relative_error(prepared.output, forward.SUITE.reference(inputs)) < 1e-5
 
 
 @pytest.mark.parametrize("contender", contenders(backward.SUITE), ids=lambda contender: contender.name)
 def test_gradients_of_peers_agree_with_the_reference(contender):
     problem = backward._build(SHAPES["everything"])
     prepared = contender.prepare(job(problem))
-    assert relative_error(prepared.output, backward._reference(problem)) < 1e-5
+    assert relative_error(prepared.output, backward.SUITE.reference(problem)) < 1e-5
 
 
 def test_the_limit_multiplies_what_is_outside_the_padding():
@@ -45,7 +45,7 @@ def test_the_limit_multiplies_what_is_outside_the_padding():
     inputs = forward.build(Shape(7, 4, 18, 16))
     (limit,) = (contender for contender in forward.SUITE.contenders if contender.role == "limit")
     output = limit.prepare(job(inputs)).output
-    assert output.numel() == forward._reference(inputs).numel()
+    assert output.numel() == forward.SUITE.reference(inputs).numel()
     assert forward.matrix_depth(inputs) == round(18 * 100 / 16)
 
 
@@ -58,7 +58,7 @@ def test_inputs_are_the_same_at_every_call():
 
 def test_descriptions():
     assert str(Shape(20480, 4)) == "20480 patches of 4x4, 32 to 64 ch"
-    assert str(Shape(8, 4, 6, 4, 5, 2, 3, 2, torch.bfloat16)) == (
+    assert str(Shape(8, 4, 6, 4, groups=2, kernel=5, stride=2, dilation=3, dtype=torch.bfloat16)) == (
         "8 patches of 4x4, 6 to 4 ch, 5x5 kernel, stride 2, dilation 3, groups 2, bfloat16"
     )
 
@@ -70,4 +70,4 @@ def test_compiled_gradients_can_be_asked_for_again():
     problem = backward._build(Shape(7, 4, 5, 6))
     prepared = contender.prepare(job(problem))
     for _ in range(2):
-        assert relative_error(list(prepared.call()), backward._reference(problem)) < 1e-5
+        assert relative_error(list(prepared.call()), backward.SUITE.reference(problem)) < 1e-5

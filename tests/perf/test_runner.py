@@ -2,6 +2,7 @@
 
 import gc
 import io
+import itertools
 import math
 import sys
 import threading
@@ -78,6 +79,29 @@ def test_every_round_has_every_side_once_in_rotated_order():
     rounds = [[text[-1] for text in order if text.startswith(f"round {n}:")] for n in (1, 2, 3, 4)]
     assert rounds == [list("abc"), list("bca"), list("cab"), list("abc")]
     assert sides[0].times.keys() >= {0, 1, 2, 3}
+
+
+def test_a_side_is_at_rest_when_it_is_anothers_turn():
+    order = []
+    sides = [
+        Side(name, 1, lambda name=name: order.append(name), settle=lambda name=name: order.append(f"{name} rests"))
+        for name in "ab"
+    ]
+    interleave(sides, 0.01, lambda text: None)
+    followers = {name: {after for before, after in itertools.pairwise(order) if before == name} for name in "ab"}
+    assert followers == {name: {name, f"{name} rests"} for name in "ab"}
+
+
+def test_a_contender_may_have_an_error_and_a_tolerance_of_its_own():
+    inexact = {"error": lambda output, reference: relative_error(output / 2, reference), "tolerance": 0.1}
+    _, rows = run(
+        Contender("low", "ours", lambda job: double(job, factor=4.2), **inexact),
+        Contender("lower", "ours", lambda job: double(job, factor=4.8), **inexact),
+        Contender("exact", "peer", lambda job: double(job, factor=4.2)),
+    )
+    assert (rows["low"].status, rows["lower"].status, rows["exact"].status) == ("ok", "wrong", "wrong")
+    assert rows["low"].error == pytest.approx(0.05)
+    assert rows["lower"].reason == "relative error 2.0e-01, allowed 1e-01"
 
 
 def test_a_slow_side_sits_out_once_its_share_is_used(monkeypatch):

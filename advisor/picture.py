@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..plot import COLORS, PLAIN
-from ..report import machine_line, ms, percent, significant
-from .advisor import Advice
+from ..perf.plot import COLORS, PLAIN
+from ..perf.report import machine_line, ms, percent, significant
+from .advise import Advice
 from .choices import AS_IT_IS
 from .measure import Measured
 from .recommend import LayerResult

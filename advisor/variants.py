@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..isolated import prepare_in_own_process
-from ..spec import Case, Job, Prepared
-from . import fold
+from ..perf.isolated import prepare_in_own_process
+from ..perf.spec import Case, Job, Prepared
 from .choices import (
     AS_IT_IS,
     BFLOAT16,
@@ -50,7 +49,6 @@ class Variant:
         batch: "image by image", if not in one call.
         threads: how many, if not as many as there are.
         replaced: pairs of a choice for single layers and the names of the layers for which it is made.
-        folded: the module whose calls become one, on a larger batch.
     """
 
     compiler: tuple[str, ...] = ()
@@ -59,14 +57,12 @@ class Variant:
     batch: str = ""
     threads: int = 0
     replaced: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    folded: str = ""
 
     @property
     def name(self) -> str:
         parts = [_NAMES[part] for part in self.compiler]
         parts += [part for part in (self.layout, self.dtype, self.batch) if part]
         parts += [f"{choice} in {_count(len(names), 'layer')}" for choice, names in self.replaced]
-        parts += [f"calls of {self.folded} in one"] if self.folded else []
         parts += [_count(self.threads, "thread")] if self.threads else []
         return ", ".join(parts) or AS_IT_IS
 
@@ -100,15 +96,10 @@ class Variant:
         return self != other and all(map(included, self.what_changes()))
 
     def goes_with(self, other: Variant) -> bool:
-        """Whether both can be done at once: not two things to the same, and calls are not counted in compiled code."""
-        together = self.with_(other)
-        layers = [name for _, names in together.replaced for name in names]
-        uncounted = together.compiles or together.batch
-        return (
-            not (self.what_changes() & other.what_changes() - {"replaced"})
-            and len(layers) == len(set(layers))
-            and not (together.folded and uncounted)
-        )
+        """Whether both can be done at once: not two things to the same."""
+        layers = [name for _, names in self.with_(other).replaced for name in names]
+        both_change = self.what_changes() & other.what_changes() - {"replaced"}
+        return not both_change and len(layers) == len(set(layers))
 
 
 def _count(number: int, thing: str) -> str:
@@ -186,11 +177,6 @@ def build(variant: Variant, program: Program) -> Callable[[], list[Tensor]]:
         inputs = tuple(input.float() if input.is_floating_point() else input for input in inputs)
     if variant.layout:
         model = model.to(memory_format=LAYOUTS[variant.layout])
-    if variant.folded:
-        with _precision(variant.dtype):
-            fold.fold_calls(
-                Program(model, tuple(_in_layout(input, variant.layout) for input in inputs)), variant.folded
-            )
     run: Callable[..., Any] = model
     if variant.compiler:
         _change_compiler(variant.compiler)
@@ -254,7 +240,7 @@ def _code_of_model(variant: Variant) -> list[str]:
     calls = [f"inductor_vision.{call}()" for call in (ACCELERATE, FUSE) if call in variant.compiler]
     lines += ["import inductor_vision", *calls] if calls else []
     lines += [f"torch.set_num_threads({variant.threads})"] if variant.threads else []
-    lines += ["from inductor_vision.perf.advise import replace"] if variant.replaced else []
+    lines += ["from inductor_vision.advisor import replace"] if variant.replaced else []
     for choice, layers in variant.replaced:
         lines += textwrap.wrap(
             f"for name in {list(layers)}:",
@@ -284,11 +270,6 @@ def _code_of_inputs(variant: Variant, inputs: Mapping[str, Input]) -> list[str]:
 
 
 def _code_of_call(variant: Variant, names: Sequence[str]) -> list[str]:
-    if variant.folded:
-        return [
-            f"# in the model's code: {variant.folded} called once, on torch.cat([...]), and its result in .chunk(...)",
-            f"output = model({', '.join(names)})",
-        ]
     if variant.batch:
         images = ", ".join(f"{name}.split(1)" for name in names)
         return [f"output = torch.cat([model(*image) for image in zip({images})])  # of each tensor that it returns"]

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ..interleaving import Side, interleave_watched, threads_restored
-from ..results import Spread
-from ..spec import Prepared
-from ..verify import relative_error
+from ..perf.interleaving import Side, interleave_watched, threads_restored
+from ..perf.results import Spread
+from ..perf.spec import Prepared
+from ..perf.verify import relative_error
 from .statistic import Ratio, is_faster, noise_of
 from .target import describe_error
 
@@ -28,7 +28,6 @@ class Way:
     """One way to compute something.
 
     Attributes:
-        calls: for how many calls of the first way one call of this one stands.
         low_precision: whether values differ as those of bfloat16 do.
         has_own_process: whether it computes in another process.
         prepare_apart: prepares the same in another process, once more if it has its own.
@@ -37,7 +36,6 @@ class Way:
     name: str
     prepare: Callable[[], Prepared]
     threads: int
-    calls: int = 1
     low_precision: bool = False
     has_own_process: bool = False
     prepare_apart: Callable[[], Prepared] | None = None
@@ -50,7 +48,6 @@ class Measured:
     Attributes:
         status: "ok", "slow" (so much so that it was timed once only), "wrong" or "failed".
         reason: how it is wrong, or why it failed.
-        seconds: of what one call of the first way computes.
         ratio: of its time to that of the first way.
         error: relative error against the first way, where that is a number.
     """
@@ -97,7 +94,7 @@ def compare(first: Way, others: Sequence[Way], seconds: float, say: Callable[[st
     with threads_restored():
         torch.set_num_threads(first.threads)
         prepared = first.prepare()
-        base = Side(first.name, first.threads, prepared.call, prepared.seconds)
+        base = Side.of(first.name, first.threads, prepared)
         base.calibrate()
         twin = _twin(first, others, prepared, say)
         sides = [base, twin]
@@ -107,13 +104,12 @@ def compare(first: Way, others: Sequence[Way], seconds: float, say: Callable[[st
             rows[way.name], side = _check(way, prepared.output)
             if side:
                 sides.append(side)
-        calls = {way.name: way.calls for way in others}
         limit = _HOPELESS * base.estimate
-        timed = [side for side in sides if side in (base, twin) or side.estimate / calls[side.name] <= limit]
+        timed = [side for side in sides if side in (base, twin) or side.estimate <= limit]
         foreign = interleave_watched(timed, seconds, say)
     for side in sides[2:]:
-        rows[side.name] = _with_times(rows[side.name], side, base, calls[side.name])
-    noise = noise_of(_ratio(twin, base, 1))
+        rows[side.name] = _with_times(rows[side.name], side, base)
+    noise = noise_of(_ratio(twin, base))
     return Comparison(Spread.of(list(base.times.values())), noise, tuple(rows.values()), foreign)
 
 
@@ -126,7 +122,7 @@ def _twin(first: Way, others: Sequence[Way], prepared: Prepared, say: Callable[[
         say(f"preparing {first.name}, once more")
         with contextlib.suppress(Exception):  # then others fail likewise, and are reported
             prepared = first.prepare_apart()
-    twin = Side("itself", first.threads, prepared.call, prepared.seconds)
+    twin = Side.of("itself", first.threads, prepared)
     twin.calibrate()
     return twin
 
@@ -135,7 +131,7 @@ def _check(way: Way, reference: object) -> tuple[Measured, Side | None]:
     """Prepare a way, call it a few times and compare its result; a side only if it may be timed."""
     try:
         prepared = way.prepare()
-        side = Side(way.name, way.threads, prepared.call, prepared.seconds)
+        side = Side.of(way.name, way.threads, prepared)
         side.calibrate()
     except Exception as error:  # whatever a compiler or an operator raises; the report says what happened
         return Measured(way.name, "failed", describe_error(error)), None
@@ -149,15 +145,14 @@ def _check(way: Way, reference: object) -> tuple[Measured, Side | None]:
     return Measured(way.name, "ok", error=error), side
 
 
-def _with_times(row: Measured, side: Side, base: Side, calls: int) -> Measured:
+def _with_times(row: Measured, side: Side, base: Side) -> Measured:
     if not side.times:
-        seconds, ratio = side.estimate / calls, side.estimate / calls / base.estimate
+        ratio = side.estimate / base.estimate
         return dataclasses.replace(
-            row, status="slow", seconds=Spread.of([seconds]), ratio=Ratio(ratio, ratio, ratio, 0)
+            row, status="slow", seconds=Spread.of([side.estimate]), ratio=Ratio(ratio, ratio, ratio, 0)
         )
-    seconds = Spread.of([time / calls for time in side.times.values()])
-    return dataclasses.replace(row, seconds=seconds, ratio=_ratio(side, base, calls))
+    return dataclasses.replace(row, seconds=Spread.of(list(side.times.values())), ratio=_ratio(side, base))
 
 
-def _ratio(side: Side, base: Side, calls: int) -> Ratio:
-    return Ratio.of([side.times[n] / calls / base.times[n] for n in side.times if n in base.times])
+def _ratio(side: Side, base: Side) -> Ratio:
+    return Ratio.of([side.times[n] / base.times[n] for n in side.times if n in base.times])

@@ -7,8 +7,8 @@ import json
 import textwrap
 from pathlib import Path
 
-from ..report import aligned, busy_warning, machine_line, ms, percent, significant
-from .advisor import Advice, Recommendation
+from ..perf.report import aligned, busy_warning, machine_line, ms, percent, significant
+from .advise import Advice, Recommendation
 from .choices import AS_IT_IS
 from .measure import Measured
 from .recommend import LayerResult

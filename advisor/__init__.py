@@ -1,11 +1,11 @@
-"""``python -m inductor_vision.perf advise``: what to change in a model so that its convolutions run faster here.
+"""``python -m inductor_vision.advisor``: what to change in a model so that its convolutions run faster here.
 
 * ``target``: the user's model and inputs;
 * ``capture``: which convolutions it computes, on what, and how long they take;
 * ``choices``, ``replace``: what may be chosen for one of them;
-* ``variants``, ``fold``: what may be done to the whole model;
+* ``variants``: what may be done to the whole model;
 * ``measure``, ``statistic``: interleaved times, and what is beyond noise;
 * ``recommend``: decisions, from measurements alone;
-* ``advisor``: all of it in turn;
+* ``advise``: all of it in turn;
 * ``summary``, ``picture``: text, JSON and plot.
 """

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import statistics
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..interleaving import time_call
+from ..perf.interleaving import time_call
 from .target import Program
 
 # In inference mode these reach a dispatch mode before PyTorch has turned them into aten.convolution.
@@ -77,7 +76,6 @@ class Layer:
         swappable: those of them that compute nothing else, so that another module may take their place; each by all of
             the names that it has.
         calls: how often it is computed in one run of the model.
-        repeats: how often, at most, with the same weight.
         seconds: what these calls take within the model, in one run.
     """
 
@@ -87,7 +85,6 @@ class Layer:
     names: tuple[str, ...]
     swappable: tuple[str, ...]
     calls: int
-    repeats: int
     seconds: float
 
     @property
@@ -171,7 +168,6 @@ def capture(program: Program, seconds: float, say: Callable[[str], None]) -> Cap
 class _Call:
     signature: Signature
     module: str
-    weight: int  # its address
     output: tuple[int, ...]
     seconds: float
     arguments: tuple[Any, ...]
@@ -204,7 +200,6 @@ class _Recorder(TorchDispatchMode):
             _Call(
                 Signature(name, forms),
                 self.stack[-1] if self.stack else "",
-                args[_weight_at(name)].data_ptr(),
                 tuple(output.shape),
                 seconds,
                 (forms[0], *arguments[1:]),  # the input may be large, and any will do
@@ -268,7 +263,6 @@ def _layer(model: nn.Module, calls: Sequence[_Call], seconds: float) -> Layer:
         names,
         tuple(name for name, module in model.named_modules(remove_duplicate=False) if any(m is module for m in layers)),
         len(calls),
-        max(Counter((call.module, call.weight) for call in calls).values()),
         seconds,
     )
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from inductor_vision import deform_conv2d, patch_conv2d
-from inductor_vision.perf.advise import choices, fold, replace
-from inductor_vision.perf.advise.capture import capture
-from inductor_vision.perf.advise.target import Program
+from inductor_vision.advisor import choices, replace
+from inductor_vision.advisor.capture import capture
+from inductor_vision.advisor.target import Program
 from torch import nn
 
 
@@ -82,8 +82,8 @@ def test_calls_of_one_layer_are_counted_and_layers_that_are_alike_are_one():
     )  # fmt: skip
     layers = {layer.names: layer for layer in seen(model, IMAGE).layers}
     alike = layers["shared", "other"]
-    assert (alike.calls, alike.repeats, alike.swappable) == (4, 3, ("shared", "other"))
-    assert (layers["first",].calls, layers["first",].repeats) == (1, 1)
+    assert (alike.calls, alike.swappable) == (4, ("shared", "other"))
+    assert layers["first",].calls == 1
 
 
 def test_one_module_under_two_names_is_replaced_under_both():
@@ -179,7 +179,7 @@ def test_every_choice_computes_what_the_layer_does():
     right = choices.as_it_is(layer).prepare().output
     found = choices.choices_of(layer, 4, compiling=False)
     assert [choice.name for choice in found] == [
-        "channels_last", "bfloat16", "dense", "calls in one", "image by image", "1 thread", "2 threads",
+        "channels_last", "bfloat16", "dense", "image by image", "1 thread", "2 threads",
     ]  # fmt: skip
     assert [choice.threads for choice in found][-2:] == [1, 2]
     for choice in found:
@@ -230,30 +230,3 @@ def test_replacements_in_another_form():
     torch.testing.assert_close(out, expected)
     out = replace.Computing(layer, dtype=torch.bfloat16)(IMAGE)
     assert out.dtype == torch.float32 and 0 < (out - expected).abs().max() < 0.05
-
-
-class Twice(nn.Module):
-    def __init__(self, chained):
-        super().__init__()
-        self.body, self.chained = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()), chained
-
-    def forward(self, x):
-        first = self.body(x)
-        return first + self.body(first if self.chained else x.flip(0))
-
-
-def test_calls_that_do_not_need_each_other_are_made_one():
-    program = Program(Twice(chained=False).eval(), (IMAGE,))
-    assert fold.foldable_module(program, "body.0") == "body"
-    [expected] = program.run()
-    shapes = []
-    program.model.body[0].register_forward_hook(lambda module, inputs, output: shapes.append(inputs[0].shape[0]))
-    fold.fold_calls(program, "body")
-    shapes.clear()
-    for _ in range(2):
-        torch.testing.assert_close(program.run()[0], expected)
-    assert shapes == [4, 4]
-
-
-def test_calls_that_need_each_other_stay_as_they_are():
-    assert fold.foldable_module(Program(Twice(chained=True).eval(), (IMAGE,)), "body.0") is None

@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import importlib.util
 import operator
+import os
 import random
 import sys
 import traceback
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..spec import UserError
+from ..perf.spec import UserError
 
 _DTYPES = {
     **dict.fromkeys(("float32", "float", "f32", "fp32"), torch.float32),
@@ -30,7 +31,8 @@ _DTYPES = {
     "uint8": torch.uint8,
     "bool": torch.bool,
 }
-_PACKAGE = str(Path(__file__).parents[1])  # this one, perf, whose own lines tell a user nothing
+# Lines of these folders tell a user nothing about an error.
+_OWN = tuple(f"{Path(__file__).parents[1] / folder}{os.sep}" for folder in ("advisor", "perf"))
 _EXPECTED = "as in torchvision.models:resnet50 or models.py:make"
 
 
@@ -204,7 +206,7 @@ def describe_error(error: BaseException) -> str:
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith(("<", _PACKAGE)) and "site-packages" not in frame.filename
+        if not frame.filename.startswith(("<", *_OWN)) and "site-packages" not in frame.filename
     ]
     frames = [frame for frame in frames if "importlib" not in Path(frame.filename).parts]
     return f"{text} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else text

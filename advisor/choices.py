@@ -11,14 +11,15 @@ import inductor_vision
 import torch
 from torch import Tensor, nn
 
-from ..spec import Prepared
+from ..perf.backends import Holding
+from ..perf.spec import Prepared
 from . import replace
 from .capture import Layer
 
 AS_IT_IS = "as it is"
 CHANNELS_LAST, CONTIGUOUS = "channels_last", "contiguous"
 BFLOAT16, FLOAT32 = "bfloat16", "float32"
-DENSE, IMAGE_BY_IMAGE, CALLS_IN_ONE = "dense", "image by image", "calls in one"
+DENSE, IMAGE_BY_IMAGE = "dense", "image by image"
 PATCHES, DEFORM, COMPILED = "patch_conv2d", "deform_conv2d", "compiled"
 
 LAYOUTS = {CHANNELS_LAST: torch.channels_last, CONTIGUOUS: torch.contiguous_format}
@@ -85,7 +86,6 @@ class Choice:
     Attributes:
         name: also the key in :data:`REPLACEMENTS` where a module can be put in the layer's place.
         prepare: makes what is called, and its first result.
-        calls: for how many calls of the layer one call of this stands.
         threads: a fixed number of threads.
         compiles: whether it takes a compiler.
         changes_precision: whether results are those of another dtype.
@@ -93,7 +93,6 @@ class Choice:
 
     name: str
     prepare: Callable[[], Prepared]
-    calls: int = 1
     threads: int | None = None
     compiles: bool = False
     changes_precision: bool = False
@@ -155,13 +154,10 @@ def _of_operator(layer: Layer) -> list[Choice]:
 
 
 def _of_batch(layer: Layer) -> list[Choice]:
-    choices = []
-    if layer.is_convolution and layer.repeats > 1:
-        choices.append(Choice(CALLS_IN_ONE, lambda: _folded(layer), calls=layer.repeats))
     with_images = _WITH_IMAGES.get(layer.signature.operator)
     if with_images and 1 < layer.input.shape[0] <= _MOST_IMAGES_ONE_BY_ONE:
-        choices.append(Choice(IMAGE_BY_IMAGE, lambda: _image_by_image(layer, with_images)))
-    return choices
+        return [Choice(IMAGE_BY_IMAGE, lambda: _image_by_image(layer, with_images))]
+    return []
 
 
 def _operator(layer: Layer) -> Callable[..., Tensor]:
@@ -204,18 +200,6 @@ def _image_by_image(layer: Layer, with_images: Sequence[int]) -> Prepared:
     return _called(lambda: torch.cat([one(i) for i in range(layer.input.shape[0])]), ())
 
 
-def _folded(layer: Layer) -> Prepared:
-    """All calls that share a weight as one on a larger batch; bringing the batch together is part of it."""
-    function, (input, *rest) = _operator(layer), _arguments(layer)
-    inputs = [input, *(input.clone() for _ in range(layer.repeats - 1))]
-
-    def call() -> Any:
-        with torch.no_grad():
-            return function(torch.cat(inputs), *rest).chunk(layer.repeats)
-
-    return Prepared(call, call()[0])
-
-
 def _as_patches(input: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
     stride, padding, dilation, _, _, groups = options
     return inductor_vision.patch_conv2d(input, weight, bias, stride, padding, dilation, groups)
@@ -229,29 +213,8 @@ def _deform(input: Tensor, weight: Tensor, offset: Tensor, mask: Tensor, bias: T
     )
 
 
-class _Frozen(nn.Module):
-    """A function with some of its arguments held as parameters, which are constants to a compiler that freezes."""
-
-    def __init__(self, function: Callable[..., Any], arguments: Sequence[Any], constant: Sequence[int]) -> None:
-        super().__init__()
-        self.function = function
-        self.constant = [i for i in constant if arguments[i] is not None]
-        self.free = [i for i, a in enumerate(arguments) if isinstance(a, Tensor) and i not in constant]
-        self.others = [None if isinstance(a, Tensor) else a for a in arguments]
-        for i in self.constant:
-            self.register_parameter(f"argument_{i}", nn.Parameter(arguments[i], requires_grad=False))
-
-    def forward(self, *tensors: Tensor) -> Any:
-        arguments = list(self.others)
-        for i, tensor in zip(self.free, tensors):
-            arguments[i] = tensor
-        for i in self.constant:
-            arguments[i] = getattr(self, f"argument_{i}")
-        return self.function(*arguments)
-
-
 def _compiled(function: Callable[..., Any], arguments: Sequence[Any], constant: Sequence[int]) -> Prepared:
-    module = _Frozen(function, arguments, constant)
+    module = Holding(function, arguments, constant)
     torch._dynamo.reset()  # else the layers together exceed its limit of recompilations
     program = torch.compile(module.eval(), fullgraph=True, dynamic=False, options={"freezing": True})
-    return _called(program, [arguments[i] for i in module.free])
+    return _called(program, module.inputs_among(arguments))

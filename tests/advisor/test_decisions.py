@@ -1,11 +1,11 @@
 """What the advisor decides, from measurements that nobody made."""
 
 import pytest
-from inductor_vision.perf.advise.choices import BFLOAT16, CHANNELS_LAST, DEFORM, DENSE
-from inductor_vision.perf.advise.measure import Comparison, Measured
-from inductor_vision.perf.advise.recommend import LayerResult, combine, layer_variants, out_of_reach, recommend
-from inductor_vision.perf.advise.statistic import Ratio, is_faster, noise_of
-from inductor_vision.perf.advise.variants import Variant, code
+from inductor_vision.advisor.choices import BFLOAT16, CHANNELS_LAST, DEFORM, DENSE
+from inductor_vision.advisor.measure import Comparison, Measured
+from inductor_vision.advisor.recommend import LayerResult, combine, layer_variants, out_of_reach, recommend
+from inductor_vision.advisor.statistic import Ratio, is_faster, noise_of
+from inductor_vision.advisor.variants import Variant, code
 from inductor_vision.perf.results import Spread
 
 SECOND = Spread(1.0, 1.0, 1.0)
@@ -84,9 +84,6 @@ def test_what_can_be_done_at_once():
     dense = Variant(replaced=((DENSE, ("a", "b")),))
     assert dense.goes_with(LAYOUT) and dense.goes_with(Variant(replaced=((DENSE, ("c",)),)))
     assert not dense.goes_with(Variant(replaced=((BFLOAT16, ("b", "c")),)))  # a layer has one choice
-    folded = Variant(folded="head")
-    assert folded.goes_with(LAYOUT) and not folded.goes_with(COMPILED)
-    assert not folded.goes_with(Variant(replaced=((DEFORM, ("a",)),)))  # which is compiled by itself
 
 
 def combined(pairs, gains):

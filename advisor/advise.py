@@ -13,15 +13,14 @@ from typing import Any
 
 import torch
 
-from ..interleaving import collection_off, threads_restored
-from ..machine import describe_machine
-from ..progress import Progress
-from ..results import Spread
-from ..spec import Prepared, UserError
-from ..verify import relative_error
+from ..perf.interleaving import collection_off, threads_restored
+from ..perf.machine import describe_machine
+from ..perf.progress import Progress
+from ..perf.results import Spread
+from ..perf.spec import Prepared, UserError
+from ..perf.verify import relative_error
 from .capture import Capture, Layer, capture
-from .choices import CALLS_IN_ONE, Choice, as_it_is, choices_of
-from .fold import foldable_module
+from .choices import Choice, as_it_is, choices_of
 from .measure import Comparison, Measured, Way, compare
 from .recommend import LayerResult, combine, layer_variants, out_of_reach, recommend
 from .target import Program, Target, describe_error
@@ -190,7 +189,7 @@ class _Session:
         comparison = None
         if self.seen.share(layer) >= _NEGLIGIBLE:
             first, *others = (
-                Way(c.name, c.prepare, c.threads or self.settings.threads, c.calls, _is_low(c, layer))
+                Way(c.name, c.prepare, c.threads or self.settings.threads, _is_low(c, layer))
                 for c in (as_it_is(layer), *choices)
             )
             try:
@@ -232,19 +231,7 @@ class _Session:
             calls_torchvision=self.seen.calls_torchvision,
             has_separable=self.seen.has_separable,
         )
-        return [*whole, *layer_variants(self.layers), *self._folded()]
-
-    def _folded(self) -> list[Variant]:
-        """Modules with a layer that gained when its calls were made one."""
-        names = [
-            name
-            for layer in self.layers
-            if layer.comparison and any(m.name == CALLS_IN_ONE for m in layer.comparison.faster())
-            for name in layer.names
-            if name
-        ]
-        modules = dict.fromkeys(foldable_module(self.program, name) for name in names)
-        return [Variant(folded=module) for module in modules if module]
+        return [*whole, *layer_variants(self.layers)]
 
     def _compare_with_the_model(self, label: str, variants: Sequence[Variant], part: float) -> None:
         self.last = self._compare(label, Variant(), variants, part)

@@ -1,0 +1,218 @@
+"""The picture ``docs/speed.png`` and the README's table: how much longer others take for models and operators."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .report import ms, multiple, significant
+from .results import CaseResult, Report, Row
+from .spec import UserError
+
+# What is drawn, where there are results: title, suite and case.
+_MODELS = (
+    ("Faster R-CNN", "detectors", "fasterrcnn_resnet50_fpn"),
+    ("Mask R-CNN", "detectors", "maskrcnn_resnet50_fpn"),
+    ("RetinaNet", "detectors", "retinanet_resnet50_fpn"),
+    ("SSD300", "detectors", "ssd300_vgg16"),
+    ("ResNet-50", "classifiers", "resnet50-b1"),
+    ("MobileNetV2", "classifiers", "mobilenet_v2-b1"),
+    ("MobileNetV3-Large", "classifiers", "mobilenet_v3_large-b1"),
+)
+_OPERATORS = (
+    ("deform_conv2d", "deform_conv2d", "s64-b1"),
+    ("its gradients", "deform_conv2d_backward", "s64-b1"),
+    ("depthwise deform_conv2d", "deform_conv2d", "depthwise-512-32-b1"),
+    ("roi_align", "roi_align", "p3-k1000"),
+    ("multiscale_roi_align", "multiscale_roi_align", "fpn-k1000"),
+    ("roi_pool", "roi_pool", "p3-k1000"),
+    ("nms", "nms", "20000"),
+    ("patch_conv2d", "patch_conv2d", "8x8"),
+    ("depthwise_separable_conv2d", "depthwise_separable_conv2d", "224-b1"),
+)
+# What is in the README's table.
+_TABLE = (
+    ("Faster R-CNN, ResNet-50 FPN, 480 x 640", "detectors", "fasterrcnn_resnet50_fpn"),
+    ("MobileNetV2, 224 x 224", "classifiers", "mobilenet_v2-b1"),
+    ("`deform_conv2d`, 256 channels, 64 x 64", "deform_conv2d", "s64-b1"),
+    ("its gradients", "deform_conv2d_backward", "s64-b1"),
+    ("`roi_align`, 1000 boxes on 256 channels, 100 x 136", "roi_align", "p3-k1000"),
+    ("`nms`, 20000 boxes", "nms", "20000"),
+    ("`depthwise_separable_conv2d`, 64 to 128 channels, 224 x 224", "depthwise_separable_conv2d", "224-b1"),
+    ("`patch_conv2d`, 5120 patches of 8 x 8", "patch_conv2d", "8x8"),
+)
+_BEGIN = "<!-- Written by `python -m inductor_vision.perf report`. -->\n"
+_END = "<!-- The end of the table. -->\n"
+# Who stands for this package: in float32, as users compile it.
+_OURS = ("ours-frozen", "ours-compiled")
+# Whom another bar is of, by the names of contenders: PyTorch's own way has another one in each kind of suite.
+_PEERS = {
+    "torchvision, PyTorch (eager)": ("torchvision", "stock", "eager", "conv2d", "convolutions"),
+    "ONNX Runtime": ("onnxruntime",),
+    "OpenVINO": ("openvino",),
+}
+_COLORS = ("#f79646", "#8c96a6", "#9467bd")
+_OUR_COLOR = "#2171b5"
+_DIGEST = "Comment"  # where the PNG says what it was drawn from
+_BAR_INCHES = 0.155
+
+
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    """The bars of one row of the picture: multiples of the time of this package, which is in milliseconds."""
+
+    title: str
+    milliseconds: str
+    peers: dict[str, float]
+
+
+def digest(results: dict[str, list[Report]]) -> str:
+    """Of all that is drawn; the picture holds that of what it was drawn from."""
+    drawn = [[dataclasses.asdict(group) for group in _groups(rows, results)] for rows in (_MODELS, _OPERATORS)]
+    return hashlib.sha256(json.dumps([drawn, _machines(results)]).encode()).hexdigest()
+
+
+def drawn_from(path: Path) -> str | None:
+    """The digest that a picture holds."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return image.info.get(_DIGEST)
+
+
+def draw(results: dict[str, list[Report]], path: Path) -> None:
+    """Write the PNG.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = [("Whole models", _groups(_MODELS, results)), ("Operators", _groups(_OPERATORS, results))]
+    heights = [sum(len(group.peers) + 1 for group in groups) for _, groups in panels]
+    figure, axes = plt.subplots(1, 2, figsize=(10.5, 1.6 + _BAR_INCHES * max(heights)), width_ratios=(1, 1.25))
+    for axis, (title, groups) in zip(axes, panels):
+        _draw_panel(axis, title, groups)
+    inch = 1 / figure.get_figheight()
+    figure.text(
+        0.01, 1 - 0.08 * inch, "Time of a call, relative to inductor_vision", va="top", weight="bold", fontsize=12.5
+    )
+    figure.text(0.01, 1 - 0.34 * inch, "Shorter is faster. In blue its own time.", va="top", fontsize=9.5, color="0.3")
+    handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in (_OUR_COLOR, *_COLORS)]
+    names = ["inductor_vision", *_PEERS]
+    figure.legend(handles, names, loc="upper right", ncols=2, frameon=False, fontsize=9.5)
+    note = f"Median times in float32. {'; '.join(_machines(results))}. All of it: docs/benchmarks.md"
+    figure.text(0.01, 0.07 * inch, note, fontsize=7, color="0.4")
+    figure.tight_layout(rect=(0, 0.2 * inch, 1, 1 - 0.62 * inch), w_pad=2)
+    figure.savefig(path, dpi=110, metadata={_DIGEST: digest(results), "Software": None})
+    plt.close(figure)
+
+
+def with_table(readme: str, results: dict[str, list[Report]]) -> str:
+    """The README with its table as the results have it.
+
+    Raises:
+        UserError: there is no place for it.
+    """
+    before, begin, rest = readme.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not begin or not end:
+        raise UserError(f"the README has no place for the table, which is between {_BEGIN.strip()} and {_END.strip()}")
+    return f"{before}{begin}{table(results)}{end}{after}"
+
+
+def table(results: dict[str, list[Report]]) -> str:
+    """As Markdown: what the picture shows, of fewer things."""
+    lines = [["", "this package", *_PEERS], ["---", *["--:"] * (1 + len(_PEERS))]]
+    for group in _groups(_TABLE, results):
+        ratios = (multiple(group.peers[peer]) if peer in group.peers else "-" for peer in _PEERS)
+        lines.append([group.title, f"{group.milliseconds} ms", *ratios])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _draw_panel(axis: Any, title: str, groups: Sequence[_Group]) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    colors = dict(zip(_PEERS, _COLORS))
+    highest = max([1.0, *(ratio for group in groups for ratio in group.peers.values())])
+    y, ticks = 0.0, []
+    for group in groups:
+        first = y
+        axis.barh(y, 1, height=0.9, color=_OUR_COLOR)
+        axis.text(1, y, f" {group.milliseconds} ms", va="center", fontsize=8, color=_OUR_COLOR)
+        for peer, ratio in group.peers.items():
+            y += 1
+            axis.barh(y, ratio, height=0.9, color=colors[peer])
+            axis.text(ratio, y, f" {_times(ratio)}", va="center", fontsize=8)
+        ticks.append(((first + y) / 2, group.title))
+        y += 1.8
+    axis.set_title(title, loc="left", fontsize=10.5, weight="bold")
+    axis.set_yticks([at for at, _ in ticks], [name for _, name in ticks], fontsize=9.5)
+    axis.set_ylim(y - 1.1, -0.8)
+    if highest > 5:
+        axis.set_xscale("log")
+        axis.set_xlim(0.3, 2.5 * highest)
+        axis.xaxis.set_major_locator(LogLocator(subs=(1,)))
+        axis.xaxis.set_minor_locator(NullLocator())
+    else:
+        axis.set_xlim(0, 1.2 * highest)
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    axis.tick_params(axis="x", labelsize=8.5)
+    axis.tick_params(axis="y", length=0)
+    axis.axvline(1, color=_OUR_COLOR, linewidth=0.8)
+    axis.grid(axis="x", color="0.92")
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _times(ratio: float) -> str:
+    return f"{significant(ratio) if ratio >= 10 else f'{ratio:.1f}' if ratio >= 2 else f'{ratio:.2f}'}x"
+
+
+def _groups(rows: Sequence[tuple[str, str, str]], results: dict[str, list[Report]]) -> list[_Group]:
+    groups = []
+    for title, suite, name in rows:
+        case = _case(results, suite, name)
+        ours = next((row for row in case.rows if row.contender in _OURS and row.seconds), None) if case else None
+        if case and ours and ours.seconds:
+            groups.append(_Group(title, ms(ours.seconds.median), _peers(case, ours)))
+    return groups
+
+
+def _peers(case: CaseResult, ours: Row) -> dict[str, float]:
+    """The multiples that are known."""
+    timed = {row.contender: row.against(ours) for row in case.rows if row.role != "ours" and row.is_timed}
+    known = {name: ratio for name, ratio in timed.items() if ratio is not None}
+    found = {}
+    for peer, names in _PEERS.items():
+        name = next((name for name in names if name in known), None)
+        if name is not None:
+            found[peer] = float(significant(known[name]))
+    return found
+
+
+def _case(results: dict[str, list[Report]], suite: str, name: str) -> CaseResult | None:
+    """Of the latest run of the suite."""
+    report = _latest(results, suite)
+    return next((case for case in report.cases if case.case == name), None) if report else None
+
+
+def _latest(results: dict[str, list[Report]], suite: str) -> Report | None:
+    """The run of a suite that is drawn: the latest with as many cases as any other of that date."""
+    return max(results.get(suite, ()), key=lambda r: (r.machine["date"], len(r.cases)), default=None)
+
+
+def _machines(results: dict[str, list[Report]]) -> list[str]:
+    suites = dict.fromkeys(suite for _, suite, _ in (*_MODELS, *_OPERATORS))
+    reports = [report for suite in suites if (report := _latest(results, suite))]
+    names = (
+        f"{r.machine['cpu']}, {r.machine['vector_instructions']}, {r.settings['threads']} threads" for r in reports
+    )
+    return list(dict.fromkeys(names))
