@@ -23,6 +23,9 @@ from torch import Tensor
 from torch._inductor import config
 from torch.fx.experimental.proxy_tensor import make_fx
 
+# What becomes of calls is tested here; kernels are compiled as users compile them in the files about operators.
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 PACKAGE = pathlib.Path(inductor_vision.__file__).parent
 
 
