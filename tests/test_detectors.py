@@ -157,7 +157,6 @@ def test_training(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("unoptimized")
 def test_bfloat16():
     """Under autocast, against float32: at least 0.85 of the detections of either are among those of the other."""
     detector = small_detector("MaskRCNN")

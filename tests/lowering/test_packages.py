@@ -43,8 +43,6 @@ from torch._inductor import config
 from torch.export import Dim
 from torch.utils._pytree import tree_leaves, tree_map
 
-pytestmark = pytest.mark.slow
-
 Call = tuple[Any, ...]
 
 

@@ -290,19 +290,6 @@ def test_which_groups_a_template_takes(name, dtype, taken):
     assert (lowering._refusal_backward(*call.backward) is None) == taken
 
 
-@pytest.mark.slow
-def test_a_stride_that_is_no_constant_is_left_to_aten():
-    s = sample(Case(size=(9, 9)))
-
-    def strided(x: Tensor, stride: int) -> Tensor:
-        return patch_conv2d(x, *s.args[1:], stride=stride)
-
-    with torch._dynamo.config.patch(assume_static_by_default=False):
-        (path,) = explain(strided, s.args[0], 2).paths
-    assert path.kind == "decomposition"
-    assert path.detail == "stride, padding and dilation must be constants"
-
-
 # Neighbours
 
 

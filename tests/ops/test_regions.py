@@ -133,14 +133,8 @@ def test_values_and_gradients_are_torchvisions(torchvision, op, name):
     assert_close(gradient(s), gradient(s, theirs), torch.float32, "gradient")
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [
-        *((name, torch.float32) for name in (*CASES, *HOSTILE)),
-        *((name, dtype) for name in (*OF_EACH_KIND, *HOSTILE) for dtype in LOW_DTYPES),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("dtype", (torch.float32, *LOW_DTYPES), ids=str)
+@pytest.mark.parametrize("name", (*OF_EACH_KIND, *HOSTILE))
 @every_op
 def test_values_and_gradients_in_each_dtype(op, name, dtype):
     s = sample(op, name, dtype)

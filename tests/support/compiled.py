@@ -107,15 +107,18 @@ class Traced:
 def trace_and_run(
     fn: Callable[..., Any],
     *args: Any,
+    dynamic: bool | None = None,
     run: Callable[..., Any] = lambda function, *args: function(*args),
 ) -> Traced:
     """As :func:`compile_and_run`, but only traced for Inductor, which decides about each operator then. What takes
     most of the time is left out: no code is generated, and operators that stay in the graph run as they do eagerly."""
-    backend = functools.partial(
-        compile_fx, inner_compile=lambda graph, *args, **options: make_boxed_func(graph.forward)
-    )
-    traced = torch.compile(fn, fullgraph=True, backend=backend)
-    with recorded_paths() as paths:
+
+    def as_it_is(graph: torch.fx.GraphModule, *args: Any, **options: Any) -> Callable[..., Any]:
+        return make_boxed_func(graph.forward)
+
+    backend = functools.partial(compile_fx, inner_compile=as_it_is)
+    traced = torch.compile(fn, fullgraph=True, dynamic=dynamic, backend=backend)
+    with caches_disabled(), recorded_paths() as paths:
         result = run(traced, *args)
     return Traced(traced, result, list(paths))
 

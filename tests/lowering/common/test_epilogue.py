@@ -160,7 +160,7 @@ def compare(
 pytestmark = pytest.mark.usefixtures("unoptimized")
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", ["contiguous", pytest.param("channels_last", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_all_permutations_of_a_result_whose_sizes_are_all_equal(template, layout):
     orders = list(itertools.permutations(range(4)))

@@ -253,13 +253,13 @@ void run_separable() {
   std::vector<float> out(kBatch * kOut * kHeight * kWidth), grad_input(kBatch * kIn * kHeight * kWidth),
       grad_weight(kTaps * kIn), grad_bias(kIn), hidden(kBatch * kHeight * kWidth * kIn);
   run_out_of_memory("depthwise_separable_conv2d", [&] {
-    depthwise_separable_conv2d<false, Relu>(
-        op, SeparableBlocking{24}, DenseStore<false, float>{out.data(), kOut, kHeight, kWidth});
+    depthwise_separable_conv2d<false>(
+        op, Relu{}, SeparableBlocking{24}, DenseStore<false, float>{out.data(), kOut, kHeight, kWidth});
   });
   const SeparableGradients<float> gradients{grad.view().data, false,        grad_input.data(), grad_weight.data(),
                                             grad_bias.data(), hidden.data()};
   run_out_of_memory("depthwise_separable_conv2d_backward", [&] {
-    depthwise_separable_conv2d_backward<Relu>(op, gradients, SeparableBackwardBlocking{4096});
+    depthwise_separable_conv2d_backward(op, Relu{}, gradients, SeparableBackwardBlocking{4096});
   });
 }
 

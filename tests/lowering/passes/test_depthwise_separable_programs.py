@@ -30,6 +30,9 @@ from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch.utils.checkpoint import checkpoint
 
+# What becomes of calls is tested here; kernels are compiled as users compile them in the files about operators.
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 
 @pytest.fixture(scope="module")
 def threads() -> int:
@@ -350,7 +353,7 @@ def test_tensors_of_other_classes(classed):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("switched_on", "unoptimized")
+@pytest.mark.usefixtures("switched_on")
 def test_models_train_on_tensors_of_other_classes():
     model, x = nn.Sequential(depthwise(), nn.ReLU(), pointwise(8, 8), depthwise(), pointwise(8, 8)), torch.randn(IMAGE)
     compiled = compile_and_run(lambda x: model(x), photograph(x), run=lambda f, x: f(x).sum().backward())

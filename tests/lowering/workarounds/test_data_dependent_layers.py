@@ -20,6 +20,9 @@ from inductor_vision.tests.support.oldest_torch import with_oldest_torch
 from torch import Tensor, nn
 from torch._dynamo.exc import UserError
 
+# What becomes of calls is tested here; kernels are compiled as users compile them in the files about operators.
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 WORKAROUNDS = data_dependent_attention, data_dependent_batch_norms, data_dependent_convolutions, data_dependent_views
 
 
@@ -131,7 +134,6 @@ def assert_same_layers(function, layers):
 
 
 @pytest.mark.parametrize("freezing", [False, True])
-@pytest.mark.usefixtures("unoptimized")
 def test_layers(freezing):
     layers = Layers()
     if freezing:  # under which torch cannot compile the projections of attention
@@ -142,7 +144,6 @@ def test_layers(freezing):
             assert_same_layers(compiled.function, layers)
 
 
-@pytest.mark.usefixtures("unoptimized")
 def test_exported_layers(tmp_path):
     layers = Layers()
     with torch.no_grad():
