@@ -156,9 +156,7 @@ ACTIVATIONS = {
     "leaky_relu": Activation(
         F.leaky_relu, lambda grad, x, slope: _aten.leaky_relu_backward(grad, x, slope, False), {"negative_slope": 0.01}
     ),
-    PRELU: Activation(
-        lambda x, slope: torch.where(x > 0, x, x * slope), lambda grad, x, slope: torch.where(x > 0, grad, grad * slope)
-    ),
+    PRELU: Activation(F.prelu, lambda grad, x, slope: torch.where(x > 0, grad, grad * slope)),
     "hardtanh": Activation(_aten.hardtanh, _aten.hardtanh_backward, {"min_val": -1.0, "max_val": 1.0}),
     "elu": Activation(F.elu, lambda grad, x, alpha: _aten.elu_backward(grad, alpha, 1, 1, False, x), {"alpha": 1.0}),
     "selu": Activation(F.selu, lambda grad, x: _aten.elu_backward(grad, *SELU, 1, False, x)),

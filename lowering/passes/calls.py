@@ -291,7 +291,7 @@ def written_out_activation_of(input: Node) -> Activation | None:
 
 def _expression_of(node: Node, expressions: dict[Node, Any]) -> Any:
     """What a node computes of ``"x"``; None if that cannot be part of an activation."""
-    operation = _ARITHMETIC.get(node.target)
+    operation = None if node.op == "call_module" else _ARITHMETIC.get(node.target)  # whose target is a path
     if operation is None:
         activation = activation_of(node)
         if activation is None or activation.slope is not None or _changes_what_others_read(node):
@@ -307,5 +307,6 @@ def _expression_of(node: Node, expressions: dict[Node, Any]) -> Any:
 
 def _changes_what_others_read(node: Node) -> bool:
     name = str(getattr(node.target, "__name__", node.target)).partition(".")[0]
-    in_place = name.endswith("_") or any(value is True for value in (*node.args, *node.kwargs.values()))
+    inplace = any(value is True for value in (*node.args, *node.kwargs.values()))
+    in_place = name.endswith("_") or inplace or node.kwargs.get("out") is not None
     return in_place and len(node.all_input_nodes[0].users) > 1

@@ -38,18 +38,22 @@ from .kernels import (
 
 
 @kernel
-def activated(x, ACTIVATION: tl.constexpr, FIRST, SECOND: tl.constexpr):
-    """A function of each element, by the operator's name for it, with its parameters; that of prelu was read from
-    memory. NaN stays NaN."""
+def activated(x, ACTIVATION: tl.constexpr, slope, FIRST: tl.constexpr, SECOND: tl.constexpr):
+    """A function of each element, by the operator's name for it, with its parameters; the slope is that of prelu. NaN
+    stays NaN."""
     if ACTIVATION == "relu":
         x = tl.where(x < 0, 0.0, x)
     elif ACTIVATION == "relu6":
         x = tl.where(x < 0, 0.0, tl.where(x > 6, 6.0, x))
-    elif ACTIVATION == "leaky_relu" or ACTIVATION == "prelu":
+    elif ACTIVATION == "leaky_relu":
         x = tl.where(x > 0, x, x * FIRST)
+    elif ACTIVATION == "prelu":
+        x = tl.where(x > 0, x, x * slope)
     elif ACTIVATION == "hardtanh":
-        x = tl.where(x < FIRST, FIRST, x)
-        x = tl.where(x > SECOND, SECOND, x)
+        low = tl.full(x.shape, FIRST, x.dtype)  # where() and comparisons make float32 of a number
+        high = tl.full(x.shape, SECOND, x.dtype)
+        x = tl.where(x < low, low, x)
+        x = tl.where(x > high, high, x)
     elif ACTIVATION == "elu":
         x = tl.where(x <= 0, FIRST * (tl.exp(tl.where(x > 0, 0.0, x)) - 1), x)
     elif ACTIVATION == "selu":  # ops.SELU
@@ -140,9 +144,8 @@ def convolve(
     output_exists = output < OUTPUTS
     image_input = (input + image * input_image)[:, None]
 
-    parameter = FIRST
     if ACTIVATION == "prelu":
-        parameter = tl.load(slope)
+        slope = tl.load(slope)
     total = tl.zeros([BLOCK_PIXELS, BLOCK_OUTPUTS], dtype)
     for begin in range(0, HIDDEN, BLOCK_CHANNELS):
         channel = begin + tl.arange(0, BLOCK_CHANNELS)
@@ -160,7 +163,7 @@ def convolve(
             filters_at = positions(tap, WIDE) * HIDDEN + channel
             filters = tl.load(depthwise_weight + filters_at, mask=channel_exists, other=0.0)
             hidden += block * filters[None, :]
-        hidden = activated(hidden, ACTIVATION, parameter, SECOND)
+        hidden = activated(hidden, ACTIVATION, slope, FIRST, SECOND)
         mask = channel_exists[:, None] & output_exists[None, :]
         filters_at = (positions(channel, WIDE) * OUTPUTS)[:, None] + output[None, :]
         filters = tl.load(pointwise_weight + filters_at, mask=mask, other=0.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import re
 from functools import partial
 
@@ -182,6 +183,21 @@ def test_gradients_in_eager_mode(name):
         with recorded_paths() as paths:
             actual = gradients(depthwise_separable_conv2d, s.to(low))
         assert {path.op for path in paths} == {"depthwise_separable_conv2d", "depthwise_separable_conv2d_backward"}
+
+
+@pytest.mark.parametrize("mode", ["eager", "operator"])
+def test_a_slope_has_no_gradient_of_what_is_positive(mode):
+    """Not even of infinity, of which zero times would be NaN."""
+    x, ones, slope = torch.tensor([[[[math.inf, -2.0]]]]), torch.ones(1, 1, 1, 1), torch.tensor([0.25])
+    if mode == "operator":
+        grad = torch.tensor([[[[0.0, 1.0]]]])
+        arguments = x, ones, ones, None, None, slope, [1, 1], [0, 0], [1, 1], "prelu"
+        *_, gradient = OP_BACKWARD(grad, *arguments, [False] * 5 + [True])
+    else:
+        slope.requires_grad_()
+        out = depthwise_separable_conv2d(x, ones, ones, depthwise_activation="prelu", slope=slope)
+        (gradient,) = torch.autograd.grad(out[..., 1].sum(), slope)
+    assert gradient.tolist() == [-2.0]
 
 
 gradcheck = partial(convolution.assert_gradcheck, operator, weight="depthwise_weight")

@@ -1,4 +1,4 @@
-"""No stale kernel is served: what decides the code is part of the keys of both of Inductor's cache_key."""
+"""No stale kernel is served: what decides the code is part of the keys of both of Inductor's caches."""
 
 from __future__ import annotations
 

@@ -42,6 +42,13 @@ def test_libraries_share_nothing(kept, tmp_path):
     assert "inductor_vision::" not in symbols.stdout
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_namespace_is_hidden(name):
+    """Which holds for what is between its braces alone, not for where another header opens it."""
+    opened = re.findall(r"^namespace inductor_vision\b(.*)", (HEADERS / name).read_text(), flags=re.MULTILINE)
+    assert set(opened) == {' __attribute__((visibility("hidden"))) {'}
+
+
 def test_macros_have_names_that_nobody_else_gives():
     """A macro changes all that follows it in the file, Inductor's code too."""
     texts = [(HEADERS / name).read_text() for name in NAMES]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -93,8 +94,10 @@ def test_what_follows_is_named(name):
 @torch.no_grad()
 def test_a_slope_for_each_channel():
     model, x = Activated(nn.PReLU(8)).eval(), torch.randn(IMAGE)
-    why = "its activation has slopes of shape (8,), one for each channel, where the kernel takes one for all"
+    why = "its activation has slopes of shape (8,), where the kernel takes one for all channels, of shape (1,)"
     assert_left(model, x, why=why)
+    number = torch.tensor(0.25)
+    assert_left(Activated(lambda x: torch.prelu(x, number)).eval(), x, why=why.replace("(8,)", "()"))
     with recorded_paths() as paths:
         assert rewrite(torch.export.export(model, (x,)).module(check_guards=False)) == []
     assert [path.detail for path in paths] == [f"depthwise (3 x 3, 8 channels): {why}"]
@@ -103,6 +106,7 @@ def test_a_slope_for_each_channel():
 # What looks like an activation that is written out, and is none.
 NOT_WRITTEN_OUT: dict[str, Callable[[Tensor], Tensor]] = {
     "in_place": lambda x: x * x.sigmoid_(),
+    "to_itself": lambda x: x * torch.sigmoid(x, out=x),
     "hardsigmoid_in_place": lambda x: F.hardsigmoid(x, inplace=True) * x,
     "another_sum": lambda x: x * F.relu6(x + 2) / 6,
     "another_factor": lambda x: x * F.relu6(x + 3) / 5,
@@ -122,6 +126,36 @@ def test_not_written_out(name):
     rewritten = Rewritten(model, x)
     assert rewritten.calls == [] and len(rewritten.left) == 1
     assert torch.equal(rewritten.result, model(x))
+
+
+class AbsThatIsATanh(nn.Module):
+    """A layer whose name is that of a method."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.abs = depthwise().weight, pointwise().weight, nn.Tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.conv2d(x, self.first, groups=8)
+        return F.conv2d(hidden / (1 + self.abs(hidden)), self.second)
+
+
+class WithValues(torch.fx.Interpreter):
+    """Notes what a graph's nodes have for values."""
+
+    def run_node(self, node: torch.fx.Node) -> Any:
+        node.meta["val"] = super().run_node(node)
+        return node.meta["val"]
+
+
+@torch.no_grad()
+def test_layers_in_a_graph():
+    """Which Dynamo and export look into, but torch.fx.symbolic_trace does not."""
+    model, x = AbsThatIsATanh(), torch.randn(IMAGE)
+    graph = torch.fx.symbolic_trace(model)
+    WithValues(graph).run(x)
+    assert rewrite(graph) == []
+    assert torch.equal(graph(x), model(x))
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from inductor_vision.tests.lowering.triton.test_compiled import CALLS
+from inductor_vision.tests.support import depthwise_separable_conv2d
 from inductor_vision.tests.support.triton import active, interpreted_sources, run_program, triton_or_skip
 from torch.utils._pytree import tree_map
 
@@ -48,3 +49,21 @@ def test_kernels_compile(op: str, vendor: str):
         again = ASTSource(source.fn, source.signature, source.constants, source.attrs)
         kernel = compile(again, target=GPUTarget(*target), options={"num_warps": 4})
         assert kernel.metadata.shared <= shared_memory
+
+
+@pytest.mark.parametrize(
+    "activation", ["leaky_relu(0.3)", "hardtanh(-0.3, 2)", "elu(0.3)", "celu(0.3)", "softplus(0.3, 1)"]
+)
+def test_parameters_of_activations_are_not_rounded(activation: str):
+    """The interpreter has Python's numbers in any case; compiled, many a step makes float32 of them."""
+    triton_or_skip()
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+
+    sample = depthwise_separable_conv2d.sample(depthwise_separable_conv2d.Case(first=activation), torch.float64)
+    with active("interpreter"):
+        with interpreted_sources() as sources:
+            run_program("depthwise_separable_conv2d", sample.positional, torch.device("cpu"))
+        (source,) = sources
+        code = compile(source, target=GPUTarget("cpu", 0, 0)).kernel.decode()
+    assert "3.000000e-01> : tensor" in code and "0.3000000119" not in code
