@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..ops.convolution import empty_output
-from ..ops.deform_conv2d import Arguments, differentiable
-from ..ops.registry import OPS, accumulate_dtype
+from ..ops.deform_conv2d import Arguments
+from ..ops.registry import GRADIENTS, OPS, accumulate_dtype
 from .common.constants import fold_constant
 from .common.geometry import constant_geometry
 from .common.internal_op import define_internal_op
@@ -213,7 +213,7 @@ def _lower_backward(grad: ir.TensorBox, *args: Any) -> list[ir.TensorBox]:
         realize(call.offset),
         realize(call.weight),
         None if call.mask is None else realize(call.mask),
-        [want and tensor is not None for want, tensor in zip(args[-1], differentiable(call))],
+        GRADIENTS["deform_conv2d"].wanted(grad, *args),
     ).results()
 
 

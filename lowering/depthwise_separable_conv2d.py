@@ -6,13 +6,14 @@ See cpp/depthwise_separable_conv2d.h and depthwise_separable_conv2d_backward.h.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops.convolution import empty_output, gradient_format
+from ..ops.convolution import empty_output
 from ..ops.depthwise_separable_conv2d import (
     PRELU,
     Arguments,
@@ -22,7 +23,8 @@ from ..ops.depthwise_separable_conv2d import (
     gradients,
     parse_activation,
 )
-from ..ops.registry import OPS, accumulate_dtype
+from ..ops.gradients import gradient_format
+from ..ops.registry import GRADIENTS, OPS, accumulate_dtype
 from .common.constants import fold_constant
 from .common.geometry import constant_geometry
 from .common.internal_op import define_internal_op
@@ -127,10 +129,6 @@ def _prepack(*args: Any) -> Tensor:
     packed = pack_panels(pointwise[None, :, :, None])  # of [O, M * C]
     tensors = call.input, depthwise, packed, bias, call.pointwise_bias, call.slope
     return _prepacked(*tensors, *_separable(call).arguments, check_arguments(call))
-
-
-def _prepack_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return gradients(grad, *args, depthwise=_depthwise_gradients)
 
 
 def _depthwise_gradients(call: Arguments, grad_hidden: Tensor | None, wanted: DepthwiseGradients) -> DepthwiseGradients:
@@ -379,4 +377,7 @@ _gradients = define_internal_op(
     lower=_lower_gradients,
 )
 template_for("depthwise_separable_conv2d", Template(_refusal, prepack=_prepack))
+_prepack_backward = GRADIENTS["depthwise_separable_conv2d"].completed(
+    functools.partial(gradients, depthwise=_depthwise_gradients)
+)
 template_for("depthwise_separable_conv2d_backward", Template(_refusal_backward, prepack=_prepack_backward))

@@ -35,7 +35,7 @@ class RoIAlignBackwardTemplate(RegionsTemplate):
 
     def __init__(self, call: BackwardArguments) -> None:
         super().__init__([call.grad], call.rois, call.levels)
-        self.level, self.spatial_scale = call.level, call.spatial_scale
+        self.level, self.spatial_scale = call.item, call.spatial_scales[call.item]
         self.sampling = grid_sampling(call.sampling_ratio, call.aligned, position_sensitive=False)
 
     def call(self, kernel: CppTemplateKernel, inputs: Sequence[ir.IRNode], store: str) -> str:

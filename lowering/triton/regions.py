@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from ...ops.regions import MapSize, Pixels, PooledAxis, SampledAxis
+from ...ops.registry import GRADIENTS
 from ..common.registry import TritonProgram
 from .kernels import (
     adding_block,
@@ -345,6 +346,8 @@ def region_program(program: Any) -> TritonProgram:
     return TritonProgram(functools.partial(program, pixels=TritonPixels))
 
 
-def gradient_program(program: Any) -> TritonProgram:
-    """The same, of a gradient of the maps."""
-    return TritonProgram(functools.partial(program, pixels=TritonPixels), refuse_if_deterministic)
+def gradient_program(op: str, program: Any) -> TritonProgram:
+    """Of the gradient of such an operator."""
+    return TritonProgram(
+        GRADIENTS[op].completed(functools.partial(program, pixels=TritonPixels)), refuse_if_deterministic
+    )
