@@ -154,6 +154,7 @@ def backward(
 _op = define_op(
     "ps_roi_align(Tensor input, Tensor rois, float spatial_scale, SymInt pooled_height, SymInt pooled_width, "
     "int sampling_ratio) -> Tensor",
+    family="regions",
     decomposition=forward,
     fake=_fake,
     gradient=Gradient(

@@ -139,6 +139,7 @@ def backward(
 
 _op = define_op(
     "ps_roi_pool(Tensor input, Tensor rois, float spatial_scale, SymInt pooled_height, SymInt pooled_width) -> Tensor",
+    family="regions",
     decomposition=forward,
     fake=_fake,
     gradient=Gradient(

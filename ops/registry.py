@@ -36,8 +36,7 @@ class VisionOp:
 
     Attributes:
         name: what it is called.
-        family: stem of the files about it, ``ops/<family>.py``, ``lowering/<family>.py``: its name, or that of the
-            operator that it is the gradient of.
+        family: stem of the files about it in ``lowering/``.
         arguments: their names.
         decomposition: what it means.
         gradient_of: the arguments of another operator that it makes the gradients of, if it is one's gradient.
@@ -82,6 +81,7 @@ TORCHVISION_PYTHON: dict[str, Callable[..., Any]] = {}
 def define_op(
     schema: str,
     *,
+    family: str | None = None,
     decomposition: Callable[..., Any],
     fake: Callable[..., Any],
     gradient: Gradient | None = None,
@@ -93,6 +93,7 @@ def define_op(
 
     Args:
         schema: the operator's schema, without namespace. Its name is the stem of the files about it.
+        family: stem of the files in ``lowering/``, where that is another because several operators share them.
         decomposition: aten program; runs eagerly and below autograd.
         fake: shapes, strides and dtypes of the result; raises what the decomposition would raise.
         gradient: how it is differentiated.
@@ -109,7 +110,7 @@ def define_op(
     parsed = parse_schema(schema)
     if parsed.name in OPS:
         raise ValueError(f"operator {parsed.name!r} is defined twice; defined are: {', '.join(sorted(OPS))}")
-    op = VisionOp(parsed.name, parsed.name, tuple(parsed.arguments), decomposition, (), untraceable)
+    op = VisionOp(parsed.name, family or parsed.name, tuple(parsed.arguments), decomposition, (), untraceable)
     backward = None if gradient is None else Backward(parsed, gradient)
     _define(op, schema, fake, fold)
     if autocast:

@@ -230,6 +230,7 @@ def backward(*args: Any, pixels: type[Pixels] = Pixels) -> Tensor:
 _op = define_op(
     "roi_align(Tensor[] inputs, Tensor rois, Tensor? levels, float[] spatial_scales, SymInt pooled_height, "
     "SymInt pooled_width, int sampling_ratio, bool aligned) -> Tensor",
+    family="regions",
     decomposition=forward,
     fake=_fake,
     gradient=Gradient(

@@ -148,6 +148,7 @@ def _backward(grad: Tensor, rois: Tensor, argmax: Tensor, size: Sequence[Any]) -
 _op = define_op(
     "roi_pool(Tensor input, Tensor rois, float spatial_scale, SymInt pooled_height, SymInt pooled_width) "
     "-> (Tensor out, Tensor argmax)",
+    family="regions",
     decomposition=forward,
     fake=_fake,
     gradient=Gradient(_backward, of="input", takes="rois, argmax, input.shape", check=_check_backward),
