@@ -66,7 +66,7 @@ class RegionsTemplate(BlocksTemplate):
         self.operator = OPERATORS[name]
         self.images = len(images)
         self.arguments = call
-        # Of roi_align there are several, one for each map; the gradient of roi_pool needs none.
+        # roi_align has one for each map; the gradient of roi_pool needs none.
         self.spatial_scales = call.get("spatial_scales") or [call.get("spatial_scale", 1.0)]
 
     @property

@@ -48,18 +48,18 @@ class Gradient:
     wanted; the last argument is ``int item``, which of them it is. Gradients of this operator are a clear error.
 
     Attributes:
-        decomposition: an aten program that takes the operator's arguments in their order, ``wanted`` by name, and
-            returns the gradients, anything for those that are not wanted. Of arguments that are None none is. They are
-            brought into the dtypes of what they are of; where there are several, into their shapes.
+        decomposition: an aten program that takes the arguments of ``op_backward`` in their order, ``wanted`` by name,
+            and returns the gradients, in place of those that are not wanted anything. An argument that is None never
+            wants one. Each is converted to its argument's dtype and, where there are several, reshaped to its shape.
         of: names of the arguments that have a gradient.
-        takes: what it is computed from beside ``grad``, and is kept for that: names of arguments, of results, and
-            ``input.shape`` for the shape of an argument that is not kept, ``SymInt[] size`` of the operator. None means
+        takes: what autograd keeps, and ``op_backward`` takes after ``grad``: names of arguments and of results, and
+            ``input.shape`` for the shape of an argument that is not kept, which becomes ``SymInt[] size``. None means
             all arguments, in their order.
-        check: takes the name of the operator that is differentiated, and by name what the backward operator takes but
-            ``wanted`` and ``item``; raises RuntimeError unless they are compatible.
+        check: called with the name of the operator that is differentiated and, by name, the arguments of
+            ``op_backward`` other than ``wanted`` and ``item``; raises RuntimeError unless they are compatible.
         untraceable: as for :func:`~inductor_vision.ops.registry.define_op`.
-        arrange: from a gradient and the tensor that it is of, or ``grad`` if that is not taken, the gradient as it is
-            to lie in memory.
+        arrange: called with a gradient and its argument, or ``grad`` where that is not kept; returns the gradient laid
+            out in memory as it is to be.
     """
 
     decomposition: Callable[..., Any]
@@ -110,7 +110,7 @@ class Backward:
     Attributes:
         of: names of the arguments that have a gradient.
         positions: where they are among the arguments.
-        schema: of the backward operator.
+        name, schema, arguments, decomposition, untraceable: of the backward operator.
     """
 
     def __init__(self, schema: Schema, gradient: Gradient) -> None:
@@ -148,9 +148,11 @@ class Backward:
             arguments["wanted"] = f"bool[{len(self.of)}]"
         elif self._of_list:
             arguments["item"] = "int"
+        self.name, self.arguments = f"{schema.name}_backward", tuple(arguments)
+        self.decomposition, self.untraceable = self.completed(gradient.decomposition), gradient.untraceable
         results = ", ".join(["Tensor"] * len(self.of))
         declared = ", ".join(f"{kind} {name}" for name, kind in arguments.items())
-        self.schema = f"{schema.name}_backward({declared}) -> {f'({results})' if self._several else results}"
+        self.schema = f"{self.name}({declared}) -> {f'({results})' if self._several else results}"
 
     def wanted(self, *args: Any) -> list[bool]:
         """Which gradients a call of the backward operator is to make: those that are wanted of what is not None."""
@@ -162,7 +164,7 @@ class Backward:
         self._gradient.check(self._op, **dict(zip(self._names, args)))
 
     def _likes(self, args: Sequence[Any]) -> list[tuple[Tensor, Sequence[Any]]]:
-        """Of each gradient, whose dtype and memory format it has, and its shape."""
+        """For each gradient, the tensor whose dtype and memory format it has, and its shape."""
         if self._size is not None:
             return [(args[0], args[self._size])]
         tensors = [args[i] for i in self._tensors if i is not None]
@@ -178,8 +180,8 @@ class Backward:
         return results if self._several else results[0]
 
     def completed(self, program: Callable[..., Any]) -> Callable[..., Any]:
-        """The backward operator by a program that is as the declaration's decomposition is: what it is given is
-        checked, and what it returns arranged."""
+        """The backward operator, computed by a program like the declaration's decomposition: arguments are checked
+        before, and results arranged after."""
 
         def gradients(*args: Any) -> Any:
             self._check(args)

@@ -117,8 +117,8 @@ def define_op(
         rule = _in_lower_precision if autocast == "lower" else _in_float32
         for device in ("CPU", "CUDA"):
             _library.impl(op.name, rule(op, device), f"Autocast{device}")
-    if gradient is not None and backward is not None:
-        _define_gradient(op, gradient, backward, fold)
+    if backward is not None:
+        _define_gradient(op, backward, fold)
     return op
 
 
@@ -135,10 +135,10 @@ def _define(op: VisionOp, schema: str, fake: Callable[..., Any], fold: transform
     OPS[op.name] = op
 
 
-def _define_gradient(op: VisionOp, gradient: Gradient, backward: Backward, fold: transforms.Fold | None) -> None:
-    parsed, decomposition = parse_schema(backward.schema), backward.completed(gradient.decomposition)
-    arguments = tuple(parsed.arguments)
-    op_backward = VisionOp(parsed.name, op.family, arguments, decomposition, backward.of, gradient.untraceable)
+def _define_gradient(op: VisionOp, backward: Backward, fold: transforms.Fold | None) -> None:
+    op_backward = VisionOp(
+        backward.name, op.family, backward.arguments, backward.decomposition, backward.of, backward.untraceable
+    )
     _define(op_backward, backward.schema, backward.fake, fold)
     GRADIENTS[op.name] = backward
 

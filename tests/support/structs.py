@@ -33,7 +33,7 @@ def told(text: str) -> list[str]:
 
 
 def emitted(source: str) -> list[tuple[str, list[str]]]:
-    """Of each value of a struct in generated code, the struct and the members that are told."""
+    """Every value of a struct in generated code: which struct, and the members that are told."""
     found = re.finditer(r"inductor_vision::(\w+)(?:<[^<>(){};]*>)?\{", source)
     return [(match[1], told(source[match.end() :])) for match in found if match[1] in declared()]
 
