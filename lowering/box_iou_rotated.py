@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .common.registry import Template, serve_all, template_for
-from .common.template import KernelTemplate, pointer
+from .common.template import KernelTemplate, pointer, strides, struct
 from .inductor.codegen import DTYPE_TO_CPP, CppTemplateKernel, ir
 
 
@@ -25,8 +25,13 @@ class RotatedIoUTemplate(KernelTemplate):
         self, kernel: CppTemplateKernel, buffer: ir.CppTemplateBuffer, epilogue: list[ir.ComputedBuffer], keep: bool
     ) -> str:
         def boxes(node: ir.IRNode) -> str:
-            fields = [pointer(kernel, node), kernel.stride(node, 0), kernel.stride(node, 1), kernel.size(node, 0)]
-            return f"inductor_vision::RotatedBoxes<{DTYPE_TO_CPP[node.get_dtype()]}>{{{', '.join(fields)}}}"
+            return struct(
+                "RotatedBoxes",
+                DTYPE_TO_CPP[node.get_dtype()],
+                boxes=pointer(kernel, node),
+                **strides(kernel, node, "row", "column"),
+                count=kernel.size(node, 0),
+            )
 
         def body() -> list[str]:
             arguments = [*map(boxes, self.inputs), pointer(kernel, buffer)]

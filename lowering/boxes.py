@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .common.template import KernelTemplate, pointer
+from .common.template import KernelTemplate, pointer, strides, struct
 from .inductor.codegen import DTYPE_TO_CPP, CppTemplateKernel, ir
 
 
@@ -43,8 +43,14 @@ class ScoredBoxesTemplate(KernelTemplate):
 
     def _boxes(self, kernel: CppTemplateKernel) -> str:
         boxes, scores, *classes = self.inputs
-        fields = [pointer(kernel, boxes), kernel.stride(boxes, 0), kernel.stride(boxes, 1)]
-        fields += [pointer(kernel, scores), kernel.stride(scores, 0)]
-        fields += [pointer(kernel, *classes), kernel.stride(*classes, 0)] if classes else ["nullptr", "0"]
-        types = ", ".join(DTYPE_TO_CPP[node.get_dtype()] for node in (boxes, scores))
-        return f"inductor_vision::ScoredBoxes<{types}>{{{', '.join(fields)}, {kernel.size(boxes, 0)}}}"
+        return struct(
+            "ScoredBoxes",
+            *(DTYPE_TO_CPP[node.get_dtype()] for node in (boxes, scores)),
+            boxes=pointer(kernel, boxes),
+            **strides(kernel, boxes, "row", "column"),
+            scores=pointer(kernel, scores),
+            score_distance=kernel.stride(scores, 0),
+            classes=pointer(kernel, classes[0] if classes else None),
+            class_distance=kernel.stride(classes[0], 0) if classes else 0,
+            count=kernel.size(boxes, 0),
+        )

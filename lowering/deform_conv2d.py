@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from ..ops.convolution import empty_output
-from ..ops.deform_conv2d import Arguments, differentiable
-from ..ops.registry import OPS, accumulate_dtype
+from ..ops.deform_conv2d import Arguments
+from ..ops.registry import GRADIENTS, OPS, accumulate_dtype
 from .common.constants import fold_constant
-from .common.geometry import constant_geometry
+from .common.geometry import by_axis, constant_geometry
 from .common.internal_op import define_internal_op
 from .common.layout import image_and_format, realize_image
 from .common.machine import cache_bytes
 from .common.panels import MAX_DEPTH, PANEL_BYTES, bf16_dot_products, pack_panels, unpack_panels
 from .common.registry import Template, template_for
-from .common.template import BlocksTemplate, ResultsTemplate, pointer, splice_header, view
+from .common.template import BlocksTemplate, ResultsTemplate, members, pointer, splice_header, struct, view
 from .common.tuning import fastest
 from .inductor.codegen import (
     DTYPE_TO_CPP,
@@ -54,18 +54,27 @@ class DeformableConvolution:
     def depthwise(self) -> bool:
         return self.channels == self.out_channels == self.groups
 
-    def declare(self, tensors: Sequence[str], size: Sequence[Any], out_size: Sequence[Any]) -> str:
+    def declare(self, size: Sequence[Any], out_size: Sequence[Any], **tensors: str) -> str:
         """C++ that defines `op`.
 
         Args:
-            tensors: image, offset and mask as View4d, bias as a pointer.
             size: of the image, [B, C, H, W].
             out_size: height and width.
+            tensors: input, offset and mask as View4d, bias as a pointer.
         """
-        pairs = [*self.kernel, *self.stride, *self.padding, *self.dilation]
-        fields = [*tensors, *size, self.out_channels, *out_size, *pairs, self.groups, self.offset_groups]
-        scalar = DTYPE_TO_CPP[self.dtype]
-        return f"const inductor_vision::DeformConv2d<{scalar}> op{{{', '.join(map(str, fields))}}};"
+        op = struct(
+            "DeformConv2d",
+            DTYPE_TO_CPP[self.dtype],
+            **tensors,
+            **dict(zip(("batch", "channels", "height", "width"), size)),
+            out_channels=self.out_channels,
+            **by_axis(
+                out=out_size, kernel=self.kernel, stride=self.stride, padding=self.padding, dilation=self.dilation
+            ),
+            groups=self.groups,
+            offset_groups=self.offset_groups,
+        )
+        return f"const auto op = {op};"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,7 +222,7 @@ def _lower_backward(grad: ir.TensorBox, *args: Any) -> list[ir.TensorBox]:
         realize(call.offset),
         realize(call.weight),
         None if call.mask is None else realize(call.mask),
-        [want and tensor is not None for want, tensor in zip(args[-1], differentiable(call))],
+        GRADIENTS["deform_conv2d"].wanted(grad, *args),
     ).results()
 
 
@@ -233,7 +242,7 @@ class Instance:
 
 
 def _view(kernel: CppTemplateKernel, node: ir.IRNode | None) -> str:
-    return "{nullptr, 0, 0, 0, 0}" if node is None else view(kernel, node)
+    return members(data="nullptr") if node is None else view(kernel, node)
 
 
 class DeformConv2dTemplate(BlocksTemplate):
@@ -273,7 +282,7 @@ class DeformConv2dTemplate(BlocksTemplate):
 
         return f"""
     {_operation(kernel, self.instance.convolution, image, offset, mask, bias)}
-    const inductor_vision::DeformBlocking blocking{_fields(self.blocking)};
+    const auto blocking = {struct("DeformBlocking", **dataclasses.asdict(self.blocking))};
     const auto store = {store};
     {self.instance.statement(pointer(kernel, weight))}"""
 
@@ -312,14 +321,22 @@ class DeformConv2dBackwardTemplate(ResultsTemplate):
         self, kernel: CppTemplateKernel, inputs: Sequence[ir.IRNode], results: dict[str, ir.Buffer]
     ) -> Sequence[str]:
         grad, image, offset, weight, *masks = inputs
-        scalar, c = DTYPE_TO_CPP[self.convolution.dtype], self.convolution
-        fields = [(pointer if name == "grad_bias" else _view)(kernel, results.get(name)) for name in self.names]
-        tensors = [view(kernel, grad), view(kernel, weight), *fields]
+        gradients = struct(
+            "DeformGradients",
+            DTYPE_TO_CPP[self.convolution.dtype],
+            output=view(kernel, grad),
+            weight=view(kernel, weight),
+            input=_view(kernel, results.get("grad_input")),
+            offset=_view(kernel, results.get("grad_offset")),
+            grad_weight=_view(kernel, results.get("grad_weight")),
+            bias=pointer(kernel, results.get("grad_bias")),
+            mask=_view(kernel, results.get("grad_mask")),
+        )
         wanted = " | ".join(f"inductor_vision::k{name.title().replace('_', '')}" for name in results)
         return [
-            _operation(kernel, c, image, offset, masks[0] if masks else None, None),
-            f"const inductor_vision::DeformGradients<{scalar}> gradients{{{', '.join(tensors)}}};",
-            f"const inductor_vision::DeformBackwardBlocking blocking{_fields(self.blocking)};",
+            _operation(kernel, self.convolution, image, offset, masks[0] if masks else None, None),
+            f"const auto gradients = {gradients};",
+            f"const auto blocking = {struct('DeformBackwardBlocking', **dataclasses.asdict(self.blocking))};",
             f"inductor_vision::deform_conv2d_backward<inductor_vision::DeformKernel::{self.kind}, {wanted}>(",
             "    op, gradients, blocking);",
         ]
@@ -333,13 +350,15 @@ def _operation(
     mask: ir.IRNode | None,
     bias: ir.IRNode | None,
 ) -> str:
-    tensors = [*(_view(kernel, node) for node in (image, offset, mask)), pointer(kernel, bias)]
     size, out_size = ([kernel.size(node, d) for d in range(4)] for node in (image, offset))
-    return convolution.declare(tensors, size, out_size[2:])
-
-
-def _fields(blocking: Blocking | BackwardBlocking) -> str:
-    return f"{{{', '.join(map(str, dataclasses.astuple(blocking)))}}}"
+    return convolution.declare(
+        size,
+        out_size[2:],
+        input=view(kernel, image),
+        offset=view(kernel, offset),
+        mask=_view(kernel, mask),
+        bias=pointer(kernel, bias),
+    )
 
 
 def tuned_blocking(instance: Instance, weight: ir.IRNode, image: ir.IRNode, out_size: Sequence[int]) -> Blocking:
@@ -375,22 +394,23 @@ def compile_runner(
     out = torch.empty(out_size, dtype=dtype)
 
     def view(name: str, tensor: Tensor) -> str:
-        return f"{{{name}, {', '.join(map(str, tensor.stride()))}}}"
+        return members(data=name, **dict(zip(("image", "channel", "row", "column"), tensor.stride())))
 
-    tensors = [view("image", image), view("offset", offset), view("mask", mask), "nullptr"]
+    tensors = {name: view(name, tensor) for name, tensor in (("input", image), ("offset", offset), ("mask", mask))}
+    blocking = struct("DeformBlocking", **{field.name: field.name for field in dataclasses.fields(Blocking)})
     outer, inner = ("block.columns", out_channels) if instance.channels_last else (out_channels, "block.columns")
     source = f"""
 #include <torch/csrc/inductor/cpp_prefix.h>
 {splice_header(DeformConv2dTemplate.header)}
-extern "C" void run(const {scalar}* image, const {scalar}* offset, const {scalar}* mask,
+extern "C" void run(const {scalar}* input, const {scalar}* offset, const {scalar}* mask,
     const {DTYPE_TO_CPP[weight.dtype]}* weight, {scalar}* out,
     int64_t pixels, int64_t depth, int64_t transposed_bytes) {{
-    const inductor_vision::DeformBlocking blocking{{pixels, depth, transposed_bytes}};
+    const auto blocking = {blocking};
     const auto store = [&](const inductor_vision::OutputBlock& block, const auto* sums, int64_t distance) {{
         {scalar}* to = out + ((block.image * {height} + block.row) * {width} + block.column) * {out_channels};
         inductor_vision::store_block(sums, distance, to, {inner}, {outer}, {inner});
     }};
-    {instance.convolution.declare(tensors, size, (height, width))}
+    {instance.convolution.declare(size, (height, width), **tensors, bias="nullptr")}
     {instance.statement("weight")}
 }}
 """

@@ -6,13 +6,14 @@ See cpp/depthwise_separable_conv2d.h and depthwise_separable_conv2d_backward.h.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops.convolution import empty_output, gradient_format
+from ..ops.convolution import empty_output
 from ..ops.depthwise_separable_conv2d import (
     PRELU,
     Arguments,
@@ -22,15 +23,16 @@ from ..ops.depthwise_separable_conv2d import (
     gradients,
     parse_activation,
 )
-from ..ops.registry import OPS, accumulate_dtype
+from ..ops.gradients import gradient_format
+from ..ops.registry import GRADIENTS, OPS, accumulate_dtype
 from .common.constants import fold_constant
-from .common.geometry import constant_geometry
+from .common.geometry import by_axis, constant_geometry
 from .common.internal_op import define_internal_op
 from .common.layout import image_and_format
 from .common.machine import cache_bytes
 from .common.panels import MAX_DEPTH, pack_panels, unpack_panels
 from .common.registry import Template, template_for
-from .common.template import BlocksTemplate, ResultsTemplate, double, pointer, size_in_cpp, view
+from .common.template import BlocksTemplate, ResultsTemplate, double, pointer, size_in_cpp, sizes, struct, view
 from .inductor.codegen import DTYPE_TO_CPP, CppTemplateKernel, V, ir
 
 
@@ -60,19 +62,28 @@ class Separable:
         self, kernel: CppTemplateKernel, image: ir.IRNode, tensors: Sequence[ir.IRNode | None], out_size: Sequence[Any]
     ) -> str:
         """C++ that defines `op`; ``tensors`` are depthwise weight and bias, pointwise weight and bias."""
-        size = [kernel.size(image, d) for d in range(4)]
-        pointers = [pointer(kernel, tensor) for tensor in tensors]
-        pairs = [*self.kernel, *self.stride, *self.padding, *self.dilation]
-        fields = [view(kernel, image), *pointers, *size, self.multiplier, self.out_channels, *out_size, *pairs]
-        scalar = DTYPE_TO_CPP[image.get_dtype()]
-        return f"const inductor_vision::DepthwiseSeparableConv2d<{scalar}> op{{{', '.join(map(str, fields))}}};"
+        names = "depthwise_weight", "depthwise_bias", "pointwise_weight", "pointwise_bias"
+        op = struct(
+            "DepthwiseSeparableConv2d",
+            DTYPE_TO_CPP[image.get_dtype()],
+            input=view(kernel, image),
+            **{name: pointer(kernel, tensor) for name, tensor in zip(names, tensors)},
+            **sizes(kernel, image, "batch", "channels", "height", "width"),
+            multiplier=self.multiplier,
+            out_channels=self.out_channels,
+            **by_axis(
+                out=out_size, kernel=self.kernel, stride=self.stride, padding=self.padding, dilation=self.dilation
+            ),
+        )
+        return f"const auto op = {op};"
 
     def declare_activation(self, kernel: CppTemplateKernel, slope: ir.IRNode | None) -> str:
         """C++ that defines `activation`, of a type of cpp/activations.h: of leaky_relu ``LeakyRelu<Parameters>``."""
         activation = parse_activation(self.activation)
         assert activation is not None
         if self.activation == PRELU:
-            return f"const inductor_vision::Prelu activation{{static_cast<double>(*{pointer(kernel, slope)})}};"
+            value = f"static_cast<double>(*{pointer(kernel, slope)})"
+            return f"const auto activation = {struct('Prelu', slope=value)};"
         name = "".join(word.capitalize() for word in self.activation.partition("(")[0].split("_"))
         if not activation.parameters:
             return f"const inductor_vision::{name} activation{{}};"
@@ -127,10 +138,6 @@ def _prepack(*args: Any) -> Tensor:
     packed = pack_panels(pointwise[None, :, :, None])  # of [O, M * C]
     tensors = call.input, depthwise, packed, bias, call.pointwise_bias, call.slope
     return _prepacked(*tensors, *_separable(call).arguments, check_arguments(call))
-
-
-def _prepack_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return gradients(grad, *args, depthwise=_depthwise_gradients)
 
 
 def _depthwise_gradients(call: Arguments, grad_hidden: Tensor | None, wanted: DepthwiseGradients) -> DepthwiseGradients:
@@ -250,7 +257,7 @@ class DepthwiseSeparableConv2dTemplate(BlocksTemplate):
         out_size = self.output_size(kernel)[2:]
         return f"""
     {self.separable.declare(kernel, image, [depthwise, biases[0], pointwise, biases[1]], out_size)}
-    const inductor_vision::SeparableBlocking blocking{{{self.separable.blocking(self.dtype)}}};
+    const auto blocking = {struct("SeparableBlocking", pixels=self.separable.blocking(self.dtype))};
     {self.separable.declare_activation(kernel, slope)}
     const auto store = {store};
     inductor_vision::depthwise_separable_conv2d<{str(self.channels_last).lower()}>(op, activation, blocking, store);"""
@@ -351,13 +358,21 @@ class DepthwiseGradientsTemplate(ResultsTemplate):
     ) -> Sequence[str]:
         image, *tensors = inputs
         grad, weight, bias, slope = (tensors.pop(0) if present else None for present in self.present)
-        pointers = [pointer(kernel, results.get(name)) for name in self.names]
-        fields = [pointer(kernel, grad), str(self.channels_last).lower(), *pointers]
+        gradients = struct(
+            "SeparableGradients",
+            DTYPE_TO_CPP[image.get_dtype()],
+            grad_hidden=pointer(kernel, grad),
+            channels_last=self.channels_last,
+            input=pointer(kernel, results.get("grad_input")),
+            weight=pointer(kernel, results.get("grad_weight")),
+            bias=pointer(kernel, results.get("grad_bias")),
+            slope=pointer(kernel, results.get("grad_slope")),
+            hidden=pointer(kernel, results.get("hidden")),
+        )
         return [
             self.separable.declare(kernel, image, [weight, bias, None, None], size_in_cpp(kernel, self.out_size)),
-            f"const inductor_vision::SeparableGradients<{DTYPE_TO_CPP[image.get_dtype()]}> gradients"
-            f"{{{', '.join(fields)}}};",
-            f"const inductor_vision::SeparableBackwardBlocking blocking{{{cache_bytes() // 2}}};",
+            f"const auto gradients = {gradients};",
+            f"const auto blocking = {struct('SeparableBackwardBlocking', bytes=cache_bytes() // 2)};",
             self.separable.declare_activation(kernel, slope),
             "inductor_vision::depthwise_separable_conv2d_backward(op, activation, gradients, blocking);",
         ]
@@ -379,4 +394,7 @@ _gradients = define_internal_op(
     lower=_lower_gradients,
 )
 template_for("depthwise_separable_conv2d", Template(_refusal, prepack=_prepack))
+_prepack_backward = GRADIENTS["depthwise_separable_conv2d"].completed(
+    functools.partial(gradients, depthwise=_depthwise_gradients)
+)
 template_for("depthwise_separable_conv2d_backward", Template(_refusal_backward, prepack=_prepack_backward))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .common.registry import Template, serve_all, template_for
-from .common.template import KernelTemplate, pointer, view
+from .common.template import KernelTemplate, pointer, sizes, struct, view
 from .inductor.codegen import DTYPE_TO_CPP, CppTemplateKernel, ir
 
 
@@ -28,8 +28,8 @@ class HeatmapsToKeypointsTemplate(KernelTemplate):
 
         def body() -> list[str]:
             dtype = DTYPE_TO_CPP[maps.get_dtype()]
-            size = ", ".join(kernel.size(maps, d) for d in range(4))
-            images = f"inductor_vision::Images<{dtype}>{{{view(kernel, maps)}, {size}}}"
+            size = sizes(kernel, maps, "count", "channels", "height", "width")
+            images = struct("Images", dtype, view=view(kernel, maps), **size)
             boxes = ", ".join([pointer(kernel, rois), kernel.stride(rois, 0), kernel.stride(rois, 1)])
             return [f"inductor_vision::heatmaps_to_keypoints({images}, {boxes}, {pointer(kernel, buffer)});"]
 

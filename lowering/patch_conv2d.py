@@ -21,12 +21,22 @@ from ..ops.patch_conv2d import (
 )
 from ..ops.registry import OPS
 from .common.constants import fold_constant
-from .common.geometry import constant_geometry
+from .common.geometry import by_axis, constant_geometry
 from .common.internal_op import define_internal_op
 from .common.machine import cache_bytes
 from .common.panels import pack_panels, unpack_panels
 from .common.registry import Template, template_for
-from .common.template import BlocksTemplate, ResultsTemplate, pointer, size_in_cpp
+from .common.template import (
+    BlocksTemplate,
+    ResultsTemplate,
+    in_cpp,
+    members,
+    pointer,
+    size_in_cpp,
+    sizes,
+    strides,
+    struct,
+)
 from .inductor.codegen import DTYPE_TO_CPP, CppTemplateKernel, V, ir, lowerings
 
 _ORDERS: dict[tuple[int, ...], str] = {
@@ -63,18 +73,26 @@ class PatchConvolution:
         self, kernel: CppTemplateKernel, input: ir.IRNode, bias: ir.IRNode | None, out_size: Sequence[str]
     ) -> str:
         """C++ that defines `op` and `blocking`; ``out_size`` is height and width."""
-        size = [kernel.size(input, d) for d in range(5)]
-        pairs = [*self.kernel, *self.stride, *self.padding, *self.dilation]
-        tensors = [_view(kernel, input), pointer(kernel, bias)]
-        fields = [*tensors, *size, self.out_channels, *out_size, *pairs, self.groups]
+        op = struct(
+            "PatchConv2d",
+            DTYPE_TO_CPP[input.get_dtype()],
+            input=_view(kernel, input),
+            bias=pointer(kernel, bias),
+            **sizes(kernel, input, "batch", "patches", "channels", "height", "width"),
+            out_channels=self.out_channels,
+            **by_axis(
+                out=out_size, kernel=self.kernel, stride=self.stride, padding=self.padding, dilation=self.dilation
+            ),
+            groups=self.groups,
+        )
         return f"""
-    const inductor_vision::PatchConv2d<{DTYPE_TO_CPP[input.get_dtype()]}> op{{{", ".join(map(str, fields))}}};
-    const inductor_vision::PatchBlocking blocking{{{cache_bytes() // 2}}};"""
+    const auto op = {op};
+    const auto blocking = {struct("PatchBlocking", group_bytes=cache_bytes() // 2)};"""
 
 
 def _view(kernel: CppTemplateKernel, node: ir.IRNode) -> str:
     """A tensor of five dimensions as a PatchView."""
-    return f"{{{', '.join([pointer(kernel, node), *(kernel.stride(node, d) for d in range(5))])}}}"
+    return members(data=pointer(kernel, node), **strides(kernel, node, "image", "patch", "channel", "row", "column"))
 
 
 def _convolution(call: Arguments) -> PatchConvolution:
@@ -214,7 +232,7 @@ class PatchConv2dTemplate(BlocksTemplate):
     def call(self, kernel: CppTemplateKernel, inputs: Sequence[ir.IRNode], store: str) -> str:
         input, weight, *bias = inputs
         out_size = size_in_cpp(kernel, self.patch_size[3:])
-        arguments = f"inductor_vision::PatchOrder::{_ORDERS[self.order]}, {str(self.transposed).lower()}"
+        arguments = f"inductor_vision::PatchOrder::{_ORDERS[self.order]}, {in_cpp(self.transposed)}"
         return f"""
     {self.convolution.declare(kernel, input, bias[0] if bias else None, out_size)}
     const auto store = {store};
@@ -259,11 +277,16 @@ class PatchSumsTemplate(ResultsTemplate):
         self, kernel: CppTemplateKernel, inputs: Sequence[ir.IRNode], results: dict[str, ir.Buffer]
     ) -> Sequence[str]:
         grad, input = inputs
-        fields = ", ".join([_view(kernel, grad), *(pointer(kernel, results.get(name)) for name in self.names)])
-        scalar = DTYPE_TO_CPP[input.get_dtype()]
+        gradients = struct(
+            "PatchGradients",
+            DTYPE_TO_CPP[input.get_dtype()],
+            output=_view(kernel, grad),
+            weight=pointer(kernel, results.get("grad_weight")),
+            bias=pointer(kernel, results.get("grad_bias")),
+        )
         return [
             self.convolution.declare(kernel, input, None, [kernel.size(grad, d) for d in (3, 4)]),
-            f"const inductor_vision::PatchGradients<{scalar}> gradients{{{fields}}};",
+            f"const auto gradients = {gradients};",
             "inductor_vision::patch_conv2d_backward(op, gradients, blocking);",
         ]
 

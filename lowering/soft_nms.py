@@ -8,7 +8,7 @@ import torch
 
 from .boxes import ScoredBoxesTemplate
 from .common.registry import Template, serve_all, template_for
-from .common.template import double
+from .common.template import double, struct
 from .inductor.codegen import ir
 
 
@@ -29,12 +29,16 @@ class SoftNMSTemplate(ScoredBoxesTemplate):
         method: str,
     ) -> None:
         super().__init__(boxes, scores, classes)
-        self.numbers = iou_threshold, sigma, min_score
-        self.gaussian = method == "gaussian"
+        self.rule = struct(
+            "SoftRule",
+            gaussian=method == "gaussian",
+            threshold=double(iou_threshold),
+            sigma=double(sigma),
+            least_score=double(min_score),
+        )
 
     def arguments(self) -> list[str]:
-        fields = ", ".join([str(self.gaussian).lower(), *map(double, self.numbers)])
-        return [f"inductor_vision::SoftRule{{{fields}}}"]
+        return [self.rule]
 
 
 def _lower(boxes: ir.TensorBox, scores: ir.TensorBox, *rest: Any) -> list[ir.TensorBox]:

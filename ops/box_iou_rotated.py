@@ -127,7 +127,6 @@ def _extents(half_width: Tensor, half_height: Tensor, cos: Tensor, sin: Tensor) 
 
 _op = define_op(
     "box_iou_rotated(Tensor boxes1, Tensor boxes2) -> Tensor",
-    family="box_iou_rotated",
     decomposition=_decomposition,
     fake=_fake,
     autocast=False,  # it computes in float64

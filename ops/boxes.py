@@ -140,6 +140,6 @@ def suppress_greedily(
     return pad(kept, order)
 
 
-def loop(*args: Any) -> str:
+def loop(**arguments: Any) -> str:
     """Why the decompositions that suppress cannot be traced."""
     return "a loop depends on which boxes are kept"

@@ -26,11 +26,6 @@ def empty_output(input: Tensor, out_channels: int, size: Sequence[int]) -> Tenso
     return out.contiguous(memory_format=suggest_memory_format(input))
 
 
-def gradient_format(tensor: Tensor) -> torch.memory_format:
-    """The memory format of a tensor's gradient: channels_last if it is so itself."""
-    return suggest_memory_format(tensor) if tensor.dim() == 4 else torch.contiguous_format
-
-
 def check_dtypes(op: str, input: Tensor, others: Mapping[str, Tensor | None]) -> None:
     """Raise RuntimeError unless all tensors are of one floating dtype and on one device."""
     check(
@@ -115,23 +110,10 @@ def check_convolution(
 
 
 def check_gradient(op: str, grad: Tensor, input: Tensor, shape: Sequence[Any]) -> None:
-    """Raise RuntimeError unless the gradient is that of an output of this shape."""
+    """Raise RuntimeError unless the gradient is that of an output of this shape of the operator."""
     check(
-        op,
+        f"{op}_backward",
         grad.dim() == len(shape) and all(got == want for got, want in zip(grad.shape, shape)),
         f"grad must have shape {tuple(shape)}, got {tuple(grad.shape)}",
     )
-    check_dtypes(op, input, {"grad": grad})
-
-
-def gradients_like(
-    tensors: Sequence[Tensor | None], gradients: Sequence[Tensor | None], like: Tensor
-) -> tuple[Tensor, ...]:
-    """Gradients in the shapes, dtypes and memory formats of what they are of; an empty tensor, of the dtype and on the
-    device of ``like``, for each that there is none of."""
-    return tuple(
-        like.new_empty(0)
-        if gradient is None or tensor is None
-        else gradient.reshape(tensor.shape).to(tensor.dtype).contiguous(memory_format=gradient_format(tensor))
-        for gradient, tensor in zip(gradients, tensors)
-    )
+    check_dtypes(f"{op}_backward", input, {"grad": grad})

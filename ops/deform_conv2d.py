@@ -11,17 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 
-from .convolution import check_convolution, check_dtypes, check_gradient, empty_output, gradient_format
+from .convolution import check_convolution, check_dtypes, check_gradient, empty_output
+from .gradients import Gradient
 from .registry import (
     accumulate_dtype,
     check,
     define_op,
-    forbid_double_backward,
     is_proxy,
     not_scriptable,
     pair,
     record_call,
-    register_autograd,
     serves_torchvision,
 )
 from .transforms import as_one_batch
@@ -279,53 +278,23 @@ def _decomposition(*args: Any) -> Tensor:
     return out.to(dtype).contiguous(memory_format=memory_format)
 
 
-_op = define_op(
-    "deform_conv2d(Tensor input, Tensor offset, Tensor weight, Tensor? bias, SymInt[2] stride, SymInt[2] padding, "
-    "SymInt[2] dilation, Tensor? mask) -> Tensor",
-    family="deform_conv2d",
-    decomposition=_decomposition,
-    fake=_fake,
-    fold=as_one_batch(0, 1, 7),
-)
+def _check_backward(op: str, grad: Tensor, **arguments: Any) -> None:
+    call = Arguments(**arguments)
+    check_gradient(op, grad, call.input, (call.input.shape[0], int(call.weight.shape[0]), *check_arguments(call)))
 
 
-def differentiable(arguments: Arguments) -> tuple[Tensor | None, ...]:
-    """What has a gradient, in the order in which the backward operator returns them."""
-    return arguments.input, arguments.offset, arguments.weight, arguments.bias, arguments.mask
-
-
-def check_backward(grad: Tensor, arguments: Arguments) -> tuple[int, int]:
-    """As :func:`check_arguments`, and that the gradient is that of the output."""
-    size, input = check_arguments(arguments), arguments.input
-    check_gradient("deform_conv2d_backward", grad, input, (input.shape[0], int(arguments.weight.shape[0]), *size))
-    return size
-
-
-def _fake_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    arguments, wanted = Arguments(*args[:-1]), args[-1]
-    check_backward(grad, arguments)
-    return tuple(
-        tensor.new_empty(tensor.shape).contiguous(memory_format=gradient_format(tensor))
-        if want and tensor is not None
-        else arguments.input.new_empty(0)
-        for tensor, want in zip(differentiable(arguments), wanted)
-    )
-
-
-def _decomposition_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """Gradients of input, offset, weight, bias and mask; an empty tensor for each that is not wanted.
+def _backward(grad: Tensor, *args: Any, wanted: Sequence[bool]) -> list[Tensor | None]:
+    """Gradients of input, offset, weight, bias and mask.
 
     At the kinks of the interpolation, integer coordinates, the derivative by the offset is the one to the right, as in
     torchvision; at exactly -1 too, where the sample itself is still zero.
     """
-    arguments, wanted = Arguments(*args[:-1]), args[-1]
-    out_height, out_width = check_backward(grad, arguments)
-    input, offset, weight, bias, stride, padding, dilation, mask = arguments
-    dtype = input.dtype
-    grad, input, offset, weight = (t.to(accumulate_dtype(dtype)) for t in (grad, input, offset, weight))
+    input, offset, weight, _bias, stride, padding, dilation, mask = arguments = Arguments(*args)
+    dtype = accumulate_dtype(input.dtype)
+    grad, input, offset, weight = (t.to(dtype) for t in (grad, input, offset, weight))
     batch = input.shape[0]
     out_channels, group_channels, kernel_height, kernel_width = weight.shape
-    groups, taps, pixels = arguments.groups, arguments.taps, out_height * out_width
+    groups, taps, pixels = arguments.groups, arguments.taps, grad.shape[2] * grad.shape[3]
     sampling = _Sampling(input, offset, (kernel_height, kernel_width), stride, padding, dilation)
     values = sampling.values()  # [B, G, D, K, P]
     scale = torch.ones((), dtype=grad.dtype, device=grad.device)
@@ -335,17 +304,18 @@ def _decomposition_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     grad = grad.reshape(batch, groups, out_channels // groups, pixels)
     filters = weight.reshape(groups, out_channels // groups, group_channels * taps)
     grad_columns = (filters.transpose(1, 2) @ grad).reshape(values.shape)  # [B, G, D, K, P]
-    results = [input.new_empty(0) for _ in range(5)]
+    results: list[Tensor | None] = [None] * 5
 
     if wanted[0]:
-        results[0] = torch.zeros_like(sampling.image)
+        grad_image = torch.zeros_like(sampling.image)
         for i in (0, 1):
             for j in (0, 1):
                 position, exists = sampling.corner(i, j)
                 share = sampling.weight_y[i] * sampling.weight_x[j]
                 reached = exists & sampling.inside & (share > 0)
                 update = (grad_columns * scale * share).where(reached, 0)
-                results[0] = results[0].scatter_add(3, position.expand(update.shape).flatten(3), update.flatten(3))
+                grad_image = grad_image.scatter_add(3, position.expand(update.shape).flatten(3), update.flatten(3))
+        results[0] = grad_image
     if wanted[1]:
         v = [[sampling.value(i, j) for j in (0, 1)] for i in (0, 1)]
         (wy0, wy1), (wx0, wx1) = sampling.weight_y, sampling.weight_x
@@ -356,45 +326,21 @@ def _decomposition_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     if wanted[2]:
         columns = (values * scale).reshape(batch, groups, group_channels * taps, pixels)
         results[2] = (grad @ columns.transpose(2, 3)).sum(0)
-    if wanted[3] and bias is not None:
+    if wanted[3]:
         results[3] = grad.sum((0, 3))
-    if wanted[4] and mask is not None:
+    if wanted[4]:
         results[4] = (grad_columns * values).sum(2)
-    return tuple(
-        result.reshape(tensor.shape).to(dtype).contiguous(memory_format=gradient_format(tensor))
-        if want and tensor is not None
-        else result.to(dtype)
-        for result, tensor, want in zip(results, differentiable(arguments), wanted)
-    )
+    return results
 
 
-_op_backward = define_op(
-    "deform_conv2d_backward(Tensor grad, Tensor input, Tensor offset, Tensor weight, Tensor? bias, SymInt[2] stride, "
-    "SymInt[2] padding, SymInt[2] dilation, Tensor? mask, bool[5] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    family="deform_conv2d",
-    decomposition=_decomposition_backward,
-    fake=_fake_backward,
-    autocast=False,
-    fold=as_one_batch(0, 1, 2, 8, unless=lambda *args: args[-1][2] or args[-1][3]),  # gradients of weight and bias
+_op = define_op(
+    "deform_conv2d(Tensor input, Tensor offset, Tensor weight, Tensor? bias, SymInt[2] stride, SymInt[2] padding, "
+    "SymInt[2] dilation, Tensor? mask) -> Tensor",
+    decomposition=_decomposition,
+    fake=_fake,
+    gradient=Gradient(_backward, of="input, offset, weight, bias, mask", check=_check_backward),
+    fold=as_one_batch("input", "offset", "mask"),
 )
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    input, offset, weight, bias, ctx.stride, ctx.padding, ctx.dilation, mask = inputs
-    ctx.save_for_backward(input, offset, weight, bias, mask)
-
-
-def _autograd(ctx, grad):
-    input, offset, weight, bias, mask = ctx.saved_tensors
-    needed = ctx.needs_input_grad
-    wanted = [needed[0], needed[1], needed[2], needed[3], needed[7]]
-    grads = _op_backward(grad, input, offset, weight, bias, ctx.stride, ctx.padding, ctx.dilation, mask, wanted)
-    grads = [g if want else None for g, want in zip(grads, wanted)]
-    return (*grads[:4], None, None, None, grads[4])
-
-
-register_autograd(_op, _autograd, setup_context=_setup_context)
-forbid_double_backward(_op_backward, "deform_conv2d")
 
 
 def _from_torchvision(
@@ -426,7 +372,7 @@ def _torchvision(*args: Any) -> Tensor:
 def _torchvision_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     arguments = _from_torchvision(*args)
     use_mask = arguments.mask is not None
-    gradients = _op_backward(grad, *arguments, [True, True, True, True, use_mask])
+    gradients = _op.backward(grad, *arguments, [True, True, True, True, use_mask])
     # torchvision's are contiguous, whatever the input is, and its fake kernel says so.
     grad_input, grad_offset, grad_weight, grad_bias, grad_mask = (gradient.contiguous() for gradient in gradients)
     if not use_mask:  # torchvision passes a stand-in of shape [B, 1] and wants its gradient

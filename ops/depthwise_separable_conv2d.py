@@ -21,19 +21,16 @@ from .convolution import (
     check_gradient,
     check_size,
     empty_output,
-    gradient_format,
-    gradients_like,
 )
+from .gradients import Gradient
 from .registry import (
     accumulate_dtype,
     check,
     define_op,
-    forbid_double_backward,
     is_proxy,
     not_scriptable,
     pair,
     record_call,
-    register_autograd,
 )
 from .transforms import as_one_batch
 
@@ -426,11 +423,6 @@ class Arguments(NamedTuple):
     activation: str
 
     @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """What has a gradient, in the order in which the backward operator returns them."""
-        return self[:6]
-
-    @property
     def function(self) -> Activation:
         activation = parse_activation(self.activation)
         assert activation is not None  # which was checked
@@ -540,18 +532,6 @@ def _decomposition(*args: Any) -> Tensor:
     return out.to(input.dtype).contiguous(memory_format=suggest_memory_format(input))
 
 
-_op = define_op(
-    "depthwise_separable_conv2d(Tensor input, Tensor depthwise_weight, Tensor pointwise_weight, "
-    "Tensor? depthwise_bias, Tensor? pointwise_bias, Tensor? slope, SymInt[2] stride, SymInt[2] padding, "
-    "SymInt[2] dilation, str activation) -> Tensor",
-    family="depthwise_separable_conv2d",
-    decomposition=_decomposition,
-    fake=_fake,
-    autocast="lower",  # it takes the place of two convolutions, which autocast runs in the lower precision
-    fold=as_one_batch(0),
-)
-
-
 def _trains_eagerly(arguments: Arguments) -> bool:
     """Whether gradients are wanted of a call that is not compiled, and that is computed in its own precision."""
     input = arguments.input
@@ -559,7 +539,7 @@ def _trains_eagerly(arguments: Arguments) -> bool:
         return False
     device = input.device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments.tensors)
+    wanted = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments)
     return wanted and not autocast
 
 
@@ -575,21 +555,9 @@ def _trained_eagerly(arguments: Arguments) -> Tensor:
     return _convolutions(arguments).contiguous(memory_format=suggest_memory_format(arguments.input))
 
 
-def _check_backward(grad: Tensor, arguments: Arguments) -> None:
-    """As :func:`check_arguments`, and that the gradient is that of the output."""
-    shape = (arguments.input.shape[0], arguments.out_channels, *check_arguments(arguments))
-    check_gradient("depthwise_separable_conv2d_backward", grad, arguments.input, shape)
-
-
-def _fake_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    arguments, wanted = Arguments(*args[:-1]), args[-1]
-    _check_backward(grad, arguments)
-    return tuple(
-        tensor.new_empty(tensor.shape).contiguous(memory_format=gradient_format(tensor))
-        if want and tensor is not None
-        else arguments.input.new_empty(0)
-        for tensor, want in zip(arguments.tensors, wanted)
-    )
+def _check_backward(op: str, grad: Tensor, **arguments: Any) -> None:
+    call = Arguments(**arguments)
+    check_gradient(op, grad, call.input, (call.input.shape[0], call.out_channels, *check_arguments(call)))
 
 
 class DepthwiseGradients(NamedTuple):
@@ -608,20 +576,20 @@ class DepthwiseGradients(NamedTuple):
     hidden: Any
 
 
-def gradients(grad: Tensor, *args: Any, depthwise: Callable[..., DepthwiseGradients]) -> tuple[Tensor, ...]:
-    """Gradients of input, the two weights, the two biases and the slope; an empty tensor for each that is not wanted.
+def gradients(
+    grad: Tensor, *args: Any, wanted: Sequence[bool], depthwise: Callable[..., DepthwiseGradients]
+) -> list[Tensor | None]:
+    """Gradients of input, the two weights, the two biases and the slope.
 
     The pointwise half of them are products of matrices, which take the gradient of the output in either memory format.
 
     Args:
-        args: as the backward operator takes them.
+        args, wanted: as the backward operator takes them.
         depthwise: computes the other half, from the arguments; the gradient ``[P, C * M]`` of what the pointwise
             convolution takes, None if only that itself is wanted; and which of the results are.
     """
-    arguments, wanted = Arguments(*args[:-1]), args[-1]
-    _check_backward(grad, arguments)
+    arguments = Arguments(*args)
     dtype = accumulate_dtype(arguments.input.dtype)
-    wanted = [want and tensor is not None for want, tensor in zip(wanted, arguments.tensors)]
     results: list[Tensor | None] = [None] * 6
     of_input, of_weight, of_pointwise_weight, of_bias, of_pointwise_bias, of_slope = wanted
     if of_input or of_weight or of_pointwise_weight or of_bias or of_slope:
@@ -635,7 +603,7 @@ def gradients(grad: Tensor, *args: Any, depthwise: Callable[..., DepthwiseGradie
         results[2] = None if half.hidden is None else rows @ half.hidden
     if of_pointwise_bias:
         results[4] = grad.to(dtype).sum(3).sum((0, 2))  # of rows first: threads then read memory from front to back
-    return gradients_like(arguments.tensors, results, arguments.input)
+    return results
 
 
 def depthwise_gradients(
@@ -678,28 +646,17 @@ def depthwise_gradients(
     )
 
 
-_op_backward = define_op(
-    "depthwise_separable_conv2d_backward(Tensor grad, Tensor input, Tensor depthwise_weight, Tensor pointwise_weight, "
+_op = define_op(
+    "depthwise_separable_conv2d(Tensor input, Tensor depthwise_weight, Tensor pointwise_weight, "
     "Tensor? depthwise_bias, Tensor? pointwise_bias, Tensor? slope, SymInt[2] stride, SymInt[2] padding, "
-    "SymInt[2] dilation, str activation, bool[6] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    family="depthwise_separable_conv2d",
-    decomposition=functools.partial(gradients, depthwise=depthwise_gradients),
-    fake=_fake_backward,
-    autocast=False,
-    fold=as_one_batch(0, 1, unless=lambda *args: any(args[-1][1:])),  # gradients of weights and biases
+    "SymInt[2] dilation, str activation) -> Tensor",
+    decomposition=_decomposition,
+    fake=_fake,
+    gradient=Gradient(
+        functools.partial(gradients, depthwise=depthwise_gradients),
+        of="input, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, slope",
+        check=_check_backward,
+    ),
+    autocast="lower",  # it takes the place of two convolutions, which autocast runs in the lower precision
+    fold=as_one_batch("input"),
 )
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.stride, ctx.padding, ctx.dilation, ctx.activation = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _autograd(ctx, grad):
-    wanted = list(ctx.needs_input_grad[:6])
-    grads = _op_backward(grad, *ctx.saved_tensors, ctx.stride, ctx.padding, ctx.dilation, ctx.activation, wanted)
-    return (*(g if want else None for g, want in zip(grads, wanted)), None, None, None, None)
-
-
-register_autograd(_op, _autograd, setup_context=_setup_context)
-forbid_double_backward(_op_backward, "depthwise_separable_conv2d")

@@ -86,17 +86,16 @@ def _decomposition(maps: Tensor, rois: Tensor) -> Tensor:
     return peaks
 
 
-def _loop(*args: Any) -> str:
+def _loop(**arguments: Any) -> str:
     return "each map is resized to a size of its own"
 
 
 _op = define_op(
     "heatmaps_to_keypoints(Tensor maps, Tensor rois) -> Tensor",
-    family="heatmaps_to_keypoints",
     decomposition=_decomposition,
     fake=_fake,
     autocast=False,  # it computes in float32 at least
     untraceable=_loop,
-    fold=as_one_batch(0, 1),
+    fold=as_one_batch("maps", "rois"),
 )
 register_no_gradient(_op)

@@ -122,7 +122,6 @@ def _decomposition(boxes: Tensor, scores: Tensor, classes: Tensor | None, iou_th
 
 _op = define_op(
     "nms(Tensor boxes, Tensor scores, Tensor? classes, float iou_threshold) -> Tensor",
-    family="nms",
     decomposition=_decomposition,
     fake=_fake,
     autocast=False,  # it computes in float32 at least

@@ -103,7 +103,6 @@ def _decomposition(boxes: Tensor, scores: Tensor, classes: Tensor | None, iou_th
 
 _op = define_op(
     "nms_rotated(Tensor boxes, Tensor scores, Tensor? classes, float iou_threshold) -> Tensor",
-    family="nms_rotated",
     decomposition=_decomposition,
     fake=_fake,
     autocast=False,  # it computes in float64

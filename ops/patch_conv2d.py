@@ -11,16 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .convolution import check_convolution, check_dtypes, check_gradient
+from .gradients import Gradient
 from .registry import (
     accumulate_dtype,
     check,
     define_op,
-    forbid_double_backward,
     is_proxy,
     not_scriptable,
     pair,
     record_call,
-    register_autograd,
 )
 from .transforms import as_one_batch
 
@@ -135,11 +134,6 @@ class Arguments(NamedTuple):
     dilation: Sequence[int]
 
     @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """What has a gradient, in the order in which the backward operator returns them."""
-        return self[:3]
-
-    @property
     def groups(self) -> int:
         return int(self.input.shape[2]) // int(self.weight.shape[1])
 
@@ -202,45 +196,19 @@ def _decomposition(*args: Any) -> Tensor:
     return arranged(out.to(input.dtype), memory_order(input))
 
 
-_op = define_op(
-    "patch_conv2d(Tensor input, Tensor weight, Tensor? bias, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation) "
-    "-> Tensor",
-    family="patch_conv2d",
-    decomposition=_decomposition,
-    fake=_fake,
-    autocast="lower",  # as autocast runs a convolution
-    fold=as_one_batch(0),
-)
+def _check_backward(op: str, grad: Tensor, **arguments: Any) -> None:
+    call = Arguments(**arguments)
+    shape = (*call.input.shape[:2], int(call.weight.shape[0]), *check_arguments(call))
+    check_gradient(op, grad, call.input, shape)
 
 
-def check_backward(grad: Tensor, arguments: Arguments) -> None:
-    """As :func:`check_arguments`, and that the gradient is that of the output."""
-    input, weight = arguments.input, arguments.weight
-    shape = (*input.shape[:2], int(weight.shape[0]), *check_arguments(arguments))
-    check_gradient("patch_conv2d_backward", grad, input, shape)
-
-
-def _fake_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    arguments, wanted = Arguments(*args[:-1]), args[-1]
-    check_backward(grad, arguments)
-    input, weight, bias = arguments.tensors
-    assert input is not None and weight is not None
-    return (
-        empty_patches(input, int(input.shape[2]), input.shape[3:]) if wanted[0] else input.new_empty(0),
-        weight.new_empty(weight.shape) if wanted[1] else input.new_empty(0),
-        bias.new_empty(bias.shape) if wanted[2] and bias is not None else input.new_empty(0),
-    )
-
-
-def _decomposition_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """Gradients of input, weight and bias; an empty tensor for each that is not wanted."""
-    input, weight, _bias, stride, padding, dilation = arguments = Arguments(*args[:-1])
-    check_backward(grad, arguments)
-    wanted = [want and tensor is not None for want, tensor in zip(args[-1], arguments.tensors)]
-    dtype, empty = accumulate_dtype(input.dtype), input.new_empty(0)
+def _backward(grad: Tensor, *args: Any, wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """Gradients of input, weight and bias."""
+    input, weight, _bias, stride, padding, dilation = arguments = Arguments(*args)
     if not any(wanted):
-        return empty, empty.clone(), empty.clone()
-    gradients = torch.ops.aten.convolution_backward(
+        return None, None, None
+    dtype = accumulate_dtype(input.dtype)
+    return torch.ops.aten.convolution_backward(
         grad.to(dtype).flatten(0, 1),
         input.to(dtype).flatten(0, 1),
         weight.to(dtype),
@@ -253,35 +221,18 @@ def _decomposition_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
         arguments.groups,
         wanted,
     )
-    grad_input, grad_weight, grad_bias = (
-        gradient.to(input.dtype) if want else input.new_empty(0) for gradient, want in zip(gradients, wanted)
-    )
-    if wanted[0]:
-        grad_input = arranged(grad_input.reshape(input.shape), memory_order(input))
-    return grad_input, grad_weight.contiguous(), grad_bias
 
 
-_op_backward = define_op(
-    "patch_conv2d_backward(Tensor grad, Tensor input, Tensor weight, Tensor? bias, SymInt[2] stride, "
-    "SymInt[2] padding, SymInt[2] dilation, bool[3] wanted) -> (Tensor, Tensor, Tensor)",
-    family="patch_conv2d",
-    decomposition=_decomposition_backward,
-    fake=_fake_backward,
-    autocast=False,
-    fold=as_one_batch(0, 1, unless=lambda *args: args[-1][1] or args[-1][2]),  # gradients of weight and bias
+def _arrange_gradient(gradient: Tensor, tensor: Tensor) -> Tensor:
+    return arranged(gradient, memory_order(tensor)) if tensor.dim() == 5 else gradient.contiguous()
+
+
+_op = define_op(
+    "patch_conv2d(Tensor input, Tensor weight, Tensor? bias, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation) "
+    "-> Tensor",
+    decomposition=_decomposition,
+    fake=_fake,
+    gradient=Gradient(_backward, of="input, weight, bias", check=_check_backward, arrange=_arrange_gradient),
+    autocast="lower",  # as autocast runs a convolution
+    fold=as_one_batch("input"),
 )
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    input, weight, bias, ctx.stride, ctx.padding, ctx.dilation = inputs
-    ctx.save_for_backward(input, weight, bias)
-
-
-def _autograd(ctx, grad):
-    wanted = list(ctx.needs_input_grad[:3])
-    grads = _op_backward(grad, *ctx.saved_tensors, ctx.stride, ctx.padding, ctx.dilation, wanted)
-    return (*(g if want else None for g, want in zip(grads, wanted)), None, None, None)
-
-
-register_autograd(_op, _autograd, setup_context=_setup_context)
-forbid_double_backward(_op_backward, "patch_conv2d")

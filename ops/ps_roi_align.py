@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 
+from .gradients import Gradient
 from .regions import (
     MapSize,
     Pixels,
@@ -25,11 +26,9 @@ from .regions import (
 from .registry import (
     accumulate_dtype,
     define_op,
-    forbid_double_backward,
     is_proxy,
     not_scriptable,
     record_call,
-    register_autograd,
     serves_torchvision,
 )
 
@@ -135,25 +134,6 @@ def forward(
     return out.to(dtype).contiguous(memory_format=memory_format)
 
 
-_op = define_op(
-    "ps_roi_align(Tensor input, Tensor rois, float spatial_scale, SymInt pooled_height, SymInt pooled_width, "
-    "int sampling_ratio) -> Tensor",
-    family="ps_roi_align",
-    decomposition=forward,
-    fake=_fake,
-    autocast=False,  # the low precisions are computed in float32 as it is, and the boxes are never converted
-    untraceable=lambda *args: adaptive_grid(args[-1]),
-    fold=on_all_images(),
-)
-
-
-def _fake_backward(
-    grad: Tensor, rois: Tensor, spatial_scale: float, size: Sequence[Any], sampling_ratio: int
-) -> Tensor:
-    check_grad("ps_roi_align", grad, rois, size)
-    return empty_regions(grad, size)
-
-
 def backward(
     grad: Tensor,
     rois: Tensor,
@@ -164,63 +144,42 @@ def backward(
     pixels: type[Pixels] = Pixels,
 ) -> Tensor:
     """The gradient of the input."""
-    check_grad("ps_roi_align", grad, rois, size)
     size = MapSize(*size)
     bins = grad.shape[2:]
-    dtype, memory_format = grad.dtype, suggest_memory_format(grad)
-    rois = rois.to(accumulate_dtype(dtype))
+    rois = rois.to(accumulate_dtype(grad.dtype))
     y, x, count = _axes(rois, spatial_scale, bins, sampling_ratio, size)
     image = images_of("ps_roi_align", rois, size.batch)
-    total = pixels(image, size, bins, position_sensitive=True).spread_to_samples(grad, y, x, count)
-    return total.to(dtype).contiguous(memory_format=memory_format)
+    return pixels(image, size, bins, position_sensitive=True).spread_to_samples(grad, y, x, count)
 
 
-_op_backward = define_op(
-    "ps_roi_align_backward(Tensor grad, Tensor rois, float spatial_scale, SymInt[] size, int sampling_ratio) -> Tensor",
-    family="ps_roi_align",
-    decomposition=backward,
-    fake=_fake_backward,
-    autocast=False,
-    untraceable=lambda *args: adaptive_grid(args[-1]),
-    fold=on_all_images(size=3),
+_op = define_op(
+    "ps_roi_align(Tensor input, Tensor rois, float spatial_scale, SymInt pooled_height, SymInt pooled_width, "
+    "int sampling_ratio) -> Tensor",
+    family="regions",
+    decomposition=forward,
+    fake=_fake,
+    gradient=Gradient(
+        backward,
+        of="input",
+        takes="rois, spatial_scale, input.shape, sampling_ratio",
+        check=check_grad,
+        untraceable=adaptive_grid,
+    ),
+    autocast=False,  # the low precisions are computed in float32 as it is, and the boxes are never converted
+    untraceable=adaptive_grid,
+    fold=on_all_images,
 )
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    input, rois, ctx.spatial_scale, _, _, ctx.sampling_ratio = inputs
-    ctx.size = input.shape
-    ctx.save_for_backward(rois)
-
-
-def _autograd(ctx, grad):
-    (rois,) = ctx.saved_tensors
-    return _op_backward(grad, rois, ctx.spatial_scale, ctx.size, ctx.sampling_ratio), None, None, None, None, None
-
-
-register_autograd(_op, _autograd, setup_context=_setup_context)
-forbid_double_backward(_op_backward, "ps_roi_align")
-
-
 @serves_torchvision("ps_roi_align")
-def _torchvision(
-    input: Tensor, rois: Tensor, spatial_scale: float, pooled_height: int, pooled_width: int, sampling_ratio: int
-) -> tuple[Tensor, Tensor]:
-    out = _op(input, rois, spatial_scale, pooled_height, pooled_width, sampling_ratio)
+def _torchvision(*args: Any) -> tuple[Tensor, Tensor]:
+    out = _op(*args)
     return out, channel_mapping(out)
 
 
 @serves_torchvision("_ps_roi_align_backward")
 def _torchvision_backward(
-    grad: Tensor,
-    rois: Tensor,
-    channel_mapping: Tensor,
-    spatial_scale: float,
-    pooled_height: int,
-    pooled_width: int,
-    sampling_ratio: int,
-    batch_size: int,
-    channels: int,
-    height: int,
-    width: int,
+    grad: Tensor, rois: Tensor, channel_mapping: Tensor, spatial_scale: float, *bins_and_size: Any
 ) -> Tensor:
-    return _op_backward(grad, rois, spatial_scale, (batch_size, channels, height, width), sampling_ratio)
+    _, _, sampling_ratio, *size = bins_and_size
+    return _op.backward(grad, rois, spatial_scale, size, sampling_ratio)

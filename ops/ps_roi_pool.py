@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 
+from .gradients import Gradient
 from .regions import (
     MapSize,
     Pixels,
@@ -25,11 +26,9 @@ from .regions import (
 from .registry import (
     accumulate_dtype,
     define_op,
-    forbid_double_backward,
     is_proxy,
     not_scriptable,
     record_call,
-    register_autograd,
     serves_torchvision,
 )
 
@@ -126,82 +125,45 @@ def forward(
     return out.to(dtype).contiguous(memory_format=memory_format)
 
 
-_op = define_op(
-    "ps_roi_pool(Tensor input, Tensor rois, float spatial_scale, SymInt pooled_height, SymInt pooled_width) -> Tensor",
-    family="ps_roi_pool",
-    decomposition=forward,
-    fake=_fake,
-    autocast=False,  # the low precisions are computed in float32 as it is, and the boxes are never converted
-    untraceable=pooled_bins,
-    fold=on_all_images(),
-)
-
-
-def _fake_backward(grad: Tensor, rois: Tensor, spatial_scale: float, size: Sequence[Any]) -> Tensor:
-    check_grad("ps_roi_pool", grad, rois, size)
-    return empty_regions(grad, size)
-
-
 def backward(
     grad: Tensor, rois: Tensor, spatial_scale: float, size: Sequence[Any], *, pixels: type[Pixels] = Pixels
 ) -> Tensor:
     """The gradient of the input."""
-    check_grad("ps_roi_pool", grad, rois, size)
     size = MapSize(*size)
     bins = grad.shape[2:]
-    dtype, memory_format = grad.dtype, suggest_memory_format(grad)
-    rois = rois.to(accumulate_dtype(dtype))
+    rois = rois.to(accumulate_dtype(grad.dtype))
     y, x, area = _axes(rois, spatial_scale, bins, size.height, size.width)
     image = images_of("ps_roi_pool", rois, size.batch)
-    total = pixels(image, size, bins, position_sensitive=True).spread_to_pixels(grad, y, x, area)
-    return total.to(dtype).contiguous(memory_format=memory_format)
+    return pixels(image, size, bins, position_sensitive=True).spread_to_pixels(grad, y, x, area)
 
 
-_op_backward = define_op(
-    "ps_roi_pool_backward(Tensor grad, Tensor rois, float spatial_scale, SymInt[] size) -> Tensor",
-    family="ps_roi_pool",
-    decomposition=backward,
-    fake=_fake_backward,
-    autocast=False,
+_op = define_op(
+    "ps_roi_pool(Tensor input, Tensor rois, float spatial_scale, SymInt pooled_height, SymInt pooled_width) -> Tensor",
+    family="regions",
+    decomposition=forward,
+    fake=_fake,
+    gradient=Gradient(
+        backward,
+        of="input",
+        takes="rois, spatial_scale, input.shape",
+        check=check_grad,
+        untraceable=pooled_bins,
+    ),
+    autocast=False,  # the low precisions are computed in float32 as it is, and the boxes are never converted
     untraceable=pooled_bins,
-    fold=on_all_images(size=3),
+    fold=on_all_images,
 )
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    input, rois, ctx.spatial_scale, _, _ = inputs
-    ctx.size = input.shape
-    ctx.save_for_backward(rois)
-
-
-def _autograd(ctx, grad):
-    (rois,) = ctx.saved_tensors
-    return _op_backward(grad, rois, ctx.spatial_scale, ctx.size), None, None, None, None
-
-
-register_autograd(_op, _autograd, setup_context=_setup_context)
-forbid_double_backward(_op_backward, "ps_roi_pool")
-
-
 @serves_torchvision("ps_roi_pool")
-def _torchvision(
-    input: Tensor, rois: Tensor, spatial_scale: float, pooled_height: int, pooled_width: int
-) -> tuple[Tensor, Tensor]:
-    out = _op(input, rois, spatial_scale, pooled_height, pooled_width)
+def _torchvision(*args: Any) -> tuple[Tensor, Tensor]:
+    out = _op(*args)
     return out, channel_mapping(out)
 
 
 @serves_torchvision("_ps_roi_pool_backward")
 def _torchvision_backward(
-    grad: Tensor,
-    rois: Tensor,
-    channel_mapping: Tensor,
-    spatial_scale: float,
-    pooled_height: int,
-    pooled_width: int,
-    batch_size: int,
-    channels: int,
-    height: int,
-    width: int,
+    grad: Tensor, rois: Tensor, channel_mapping: Tensor, spatial_scale: float, *bins_and_size: Any
 ) -> Tensor:
-    return _op_backward(grad, rois, spatial_scale, (batch_size, channels, height, width))
+    _, _, *size = bins_and_size
+    return _op.backward(grad, rois, spatial_scale, size)

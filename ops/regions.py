@@ -7,7 +7,7 @@ region is a row (image, x1, y1, x2, y2) of a ``[K, 5]`` tensor.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .boxes import rounded_quotient
 from .registry import accumulate_dtype, check, pair
-from .transforms import Fold, flattened, unflattened
+from .transforms import flattened, of_all_calls, unflattened
 
 _FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -138,7 +138,7 @@ def check_rois(op: str, rois: Tensor, like: Tensor) -> None:
     check(op, rois.device == like.device, f"boxes must be on input's device {like.device}, got {rois.device}")
 
 
-def check_grad(op: str, grad: Tensor, rois: Tensor, size: Sequence[int]) -> None:
+def check_grad(op: str, grad: Tensor, rois: Tensor, size: Sequence[int], **others: Any) -> None:
     """Raise RuntimeError unless this can be the gradient of a result for maps of that size."""
     check(
         op,
@@ -175,28 +175,24 @@ def images_of(op: str, rois: Tensor, batch: Any) -> Tensor:
     return image.where(exists, 0).long()  # a GPU may read before it finds out
 
 
-def on_all_images(size: int | None = None) -> Fold:
+def on_all_images(op: Any, count: int, args: Mapping[str, Any], differ: Mapping[str, bool]) -> Any:
     """How :func:`torch.vmap` computes calls of an operator on regions as one: all of their regions on all their images.
 
-    Args:
-        size: of an operator that makes a gradient, which argument is the size of its result. Others take maps first.
+    An operator takes maps first, and regions; its gradient the size of a map, which is that of its result.
     """
-
-    def fold(op: Any, count: int, args: Sequence[Any], differ: Sequence[bool]) -> Any:
-        folded = [
-            flattened(arg, differs, count) if isinstance(arg, Tensor) and (i > 0 or size is not None) else arg
-            for i, (arg, differs) in enumerate(zip(args, differ))
-        ]
-        if size is not None:
-            batch, *rest = args[size]
-            folded[size] = [count * batch, *rest]
-            folded[1] = _on_images_of_calls(folded[1], count, batch)
-        elif differ[0]:
-            folded[0] = tree_map(lambda map: map.flatten(0, 1), args[0])
-            folded[1] = _on_images_of_calls(folded[1], count, tree_leaves(args[0])[0].shape[1])
-        return tree_map(lambda result: unflattened(result, count), op(*folded))
-
-    return fold
+    first, *_ = args
+    maps = None if op.gradient_of else first
+    folded = {
+        name: flattened(arg, differ[name], count) if isinstance(arg, Tensor) and name != maps else arg
+        for name, arg in args.items()
+    }
+    if maps is None:
+        folded["size"] = of_all_calls(args["size"], count)
+        folded["rois"] = _on_images_of_calls(folded["rois"], count, args["size"][0])
+    elif differ[maps]:
+        folded[maps] = tree_map(lambda map: map.flatten(0, 1), args[maps])
+        folded["rois"] = _on_images_of_calls(folded["rois"], count, tree_leaves(args[maps])[0].shape[1])
+    return tree_map(lambda result: unflattened(result, count), op(*folded.values()))
 
 
 def _on_images_of_calls(rois: Tensor, count: int, batch: Any) -> Tensor:
@@ -426,7 +422,7 @@ def bilinear_samples(y: SampledAxis, x: SampledAxis):
                     yield rows[i][:, :, None], columns[j][:, None, :], weight, inside
 
 
-def adaptive_grid(sampling_ratio: int) -> str | None:
+def adaptive_grid(sampling_ratio: int, **others: Any) -> str | None:
     """Why a decomposition that samples cannot be traced, if it cannot."""
     return None if sampling_ratio > 0 else "how many samples an adaptive grid has depends on the values of the boxes"
 
@@ -486,6 +482,6 @@ def pooled_pixels(y: PooledAxis, x: PooledAxis):
             yield row[:, :, None], column[:, None, :], (inside_y[:, :, None] & inside_x[:, None, :])[..., None]
 
 
-def pooled_bins(*args: Any) -> str:
+def pooled_bins(**arguments: Any) -> str:
     """Why a decomposition that pools cannot be traced."""
     return "how many pixels a bin has depends on the values of the boxes"

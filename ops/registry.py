@@ -6,13 +6,14 @@ An operator of this package is, to PyTorch, a custom op in the namespace ``induc
 * its *fake kernel* says what comes out, and raises what eager mode would raise;
 * :mod:`inductor_vision.lowering` may say how Inductor turns it into one fused kernel.
 
-:func:`define_op` registers the first two and an autocast rule; autograd is added by the file that defines the op, with
-:func:`register_autograd`.
+:func:`define_op` registers the first two, an autocast rule, what :mod:`torch.func` makes of it, and its gradient, which
+is an operator of the same kind and follows from a declaration, see :class:`~.gradients.Gradient`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -23,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..paths import record_path
 from . import transforms
+from .gradients import Backward, Gradient, parse_schema, traceable
 
 NAMESPACE = "inductor_vision"
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -30,22 +32,44 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 
 @dataclasses.dataclass(frozen=True)
 class VisionOp:
-    """One operator: what it is called, what it means, and the name of the files that are about it."""
+    """One operator.
+
+    Attributes:
+        name: what it is called.
+        family: stem of the files about it in ``lowering/``.
+        arguments: their names.
+        decomposition: what it means.
+        gradient_of: the arguments of another operator that it makes the gradients of, if it is one's gradient.
+    """
 
     name: str
-    family: str  # stem of ops/<family>.py, lowering/<family>.py, lowering/cpp/<family>.h
+    family: str
+    arguments: tuple[str, ...]
     decomposition: Callable[..., Any]
-    untraceable: Callable[..., str | None]
+    gradient_of: tuple[str, ...]
+    _untraceable: Callable[..., str | None]
 
     @property
     def overload(self) -> torch._ops.OpOverload:
         return getattr(getattr(torch.ops, NAMESPACE), self.name).default
+
+    @property
+    def backward(self) -> VisionOp:
+        """The operator that is its gradient."""
+        return OPS[f"{self.name}_backward"]
+
+    def untraceable(self, *args: Any, **kwargs: Any) -> str | None:
+        """Why the decomposition of a call cannot become part of a graph; None if it can."""
+        return self._untraceable(**dict(zip(self.arguments, args)), **kwargs)
 
     def __call__(self, *args: Any) -> Any:
         return self.overload(*args)
 
 
 OPS: dict[str, VisionOp] = {}
+
+# What the gradients of operators are, by the operator that is differentiated.
+GRADIENTS: dict[str, Backward] = {}
 
 # torchvision's operator -> the same call in terms of this package's operators, see `serves_torchvision`.
 TORCHVISION: dict[str, Callable[..., Any]] = {}
@@ -57,49 +81,76 @@ TORCHVISION_PYTHON: dict[str, Callable[..., Any]] = {}
 def define_op(
     schema: str,
     *,
-    family: str,
+    family: str | None = None,
     decomposition: Callable[..., Any],
     fake: Callable[..., Any],
+    gradient: Gradient | None = None,
     autocast: bool | Literal["lower"] = True,
-    untraceable: Callable[..., str | None] = lambda *args: None,
+    untraceable: Callable[..., str | None] = traceable,
     fold: transforms.Fold | None = None,
 ) -> VisionOp:
-    """Define ``inductor_vision::<schema>``.
+    """Define ``inductor_vision::<schema>``, and ``inductor_vision::<name>_backward`` if it has a gradient.
 
     Args:
-        schema: the operator's schema, without namespace.
-        family: stem of the files about it.
+        schema: the operator's schema, without namespace. Its name is the stem of the files about it.
+        family: stem of the files in ``lowering/``, where that is another because several operators share them.
         decomposition: aten program; runs eagerly and below autograd.
         fake: shapes, strides and dtypes of the result; raises what the decomposition would raise.
+        gradient: how it is differentiated.
         autocast: whether autocast computes it in float32 and returns the first argument's dtype, as torchvision does;
             "lower": autocast computes it in the lower precision, as it does convolutions.
-        untraceable: from the operator's arguments, why the decomposition cannot become part of a graph; None if it can.
-            Such a call, where no template takes it, runs in a compiled graph as it does eagerly.
-        fold: how :func:`torch.vmap` computes a batch of calls as one; without, it runs one after the other.
+        untraceable: from the operator's arguments, by name, why the decomposition cannot become part of a graph; None
+            if it can. Such a call, where no template takes it, runs in a compiled graph as it does eagerly.
+        fold: how :func:`torch.vmap` computes a batch of calls, or of gradients, as one; without, it runs one after the
+            other.
 
     Raises:
-        ValueError: an operator of that name exists.
+        ValueError: an operator of that name exists, or the declaration of the gradient does not fit the schema.
     """
-    name = schema.partition("(")[0]
-    if name in OPS:
-        raise ValueError(f"operator {name!r} is defined twice; defined are: {', '.join(sorted(OPS))}")
-    op = VisionOp(name, family, decomposition, untraceable)
-    qualified = f"{NAMESPACE}::{name}"
-
-    def eager(*args: Any) -> Any:
-        record_path(name, "eager", "the call was not compiled; the aten decomposition ran")
-        return decomposition(*args)
-
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, eager, "CompositeExplicitAutograd")
-    torch.library.register_fake(qualified, fake, lib=_library)
+    parsed = parse_schema(schema)
+    if parsed.name in OPS:
+        raise ValueError(f"operator {parsed.name!r} is defined twice; defined are: {', '.join(sorted(OPS))}")
+    op = VisionOp(parsed.name, family or parsed.name, tuple(parsed.arguments), decomposition, (), untraceable)
+    backward = None if gradient is None else Backward(parsed, gradient)
+    _define(op, schema, fake, fold)
     if autocast:
         rule = _in_lower_precision if autocast == "lower" else _in_float32
         for device in ("CPU", "CUDA"):
-            _library.impl(name, rule(op, device), f"Autocast{device}")
-    torch.library.register_vmap(qualified, transforms.vmap_rule(op, fold), lib=_library)
-    OPS[name] = op
+            _library.impl(op.name, rule(op, device), f"Autocast{device}")
+    if backward is not None:
+        _define_gradient(op, backward, fold)
     return op
+
+
+def _define(op: VisionOp, schema: str, fake: Callable[..., Any], fold: transforms.Fold | None) -> None:
+    def eager(*args: Any) -> Any:
+        record_path(op.name, "eager", "the call was not compiled; the aten decomposition ran")
+        return op.decomposition(*args)
+
+    qualified = f"{NAMESPACE}::{op.name}"
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(op.name, eager, "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified, fake, lib=_library)
+    torch.library.register_vmap(qualified, transforms.vmap_rule(op, fold), lib=_library)
+    OPS[op.name] = op
+
+
+def _define_gradient(op: VisionOp, backward: Backward, fold: transforms.Fold | None) -> None:
+    op_backward = VisionOp(
+        backward.name, op.family, backward.arguments, backward.decomposition, backward.of, backward.untraceable
+    )
+    _define(op_backward, backward.schema, backward.fake, fold)
+    GRADIENTS[op.name] = backward
+
+    gradients = functools.partial(backward.gradients, op_backward.overload)
+    kernel = transforms.autograd_kernel(op, backward.positions, backward.save, gradients)
+    _library.impl(op.name, kernel, "Autograd", with_keyset=True)
+
+    def forbidden(*_: Any) -> Any:
+        raise RuntimeError(f"{op.name}: double backward is not supported")
+
+    kernel = transforms.autograd_kernel(op_backward, (), lambda ctx, args, result: None, forbidden)
+    _library.impl(op_backward.name, kernel, "Autograd", with_keyset=True)
 
 
 def _autocast_key(device: str) -> torch._C.DispatchKeySet:
@@ -187,26 +238,9 @@ def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
     return pair
 
 
-def register_autograd(
-    op: VisionOp, backward: Callable[..., Any], *, setup_context: Callable[..., None] | None = None
-) -> None:
-    """Give an operator its gradient. The functions are as :func:`torch.library.register_autograd` takes them."""
-    kernel = transforms.autograd_kernel(op, backward, setup_context)
-    _library.impl(op.name, kernel, "Autograd", with_keyset=True)
-
-
 def register_no_gradient(op: VisionOp) -> None:
     """Have the results of an operator be constants to autograd, and :mod:`torch.func` be told that they are."""
     _library.impl(op.name, transforms.no_gradient_kernel(op), "Autograd", with_keyset=True)
-
-
-def forbid_double_backward(op: VisionOp, forward: str) -> None:
-    """Have the gradient of a backward operator be a clear error."""
-
-    def raise_error(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(f"{forward}: double backward is not supported")
-
-    register_autograd(op, raise_error)
 
 
 def serves_torchvision(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

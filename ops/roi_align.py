@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 
+from .gradients import Gradient
 from .regions import (
     MapSize,
     Pixels,
@@ -26,11 +27,9 @@ from .registry import (
     accumulate_dtype,
     check,
     define_op,
-    forbid_double_backward,
     is_proxy,
     not_scriptable,
     record_call,
-    register_autograd,
     serves_torchvision,
 )
 
@@ -149,11 +148,11 @@ class BackwardArguments(NamedTuple):
     grad: Tensor
     rois: Tensor
     levels: Tensor | None
-    level: int
-    spatial_scale: float
+    spatial_scales: Sequence[float]
     size: Sequence[Any]
     sampling_ratio: int
     aligned: bool
+    item: int
 
 
 def _axes(
@@ -217,100 +216,43 @@ def forward(*args: Any, pixels: type[Pixels] = Pixels) -> Tensor:
     return out.to(dtype).contiguous(memory_format=memory_format)
 
 
-_op = define_op(
-    "roi_align(Tensor[] inputs, Tensor rois, Tensor? levels, float[] spatial_scales, SymInt pooled_height, "
-    "SymInt pooled_width, int sampling_ratio, bool aligned) -> Tensor",
-    family="roi_align",
-    decomposition=forward,
-    fake=_fake,
-    autocast=False,  # the low precisions are computed in float32 as it is, and the boxes are never converted
-    untraceable=lambda *args: adaptive_grid(args[-2]),
-    fold=on_all_images(),
-)
-
-
-def _fake_backward(*args: Any) -> Tensor:
-    call = BackwardArguments(*args)
-    check_grad("roi_align", call.grad, call.rois, call.size)
-    return empty_regions(call.grad, call.size)
-
-
 def backward(*args: Any, pixels: type[Pixels] = Pixels) -> Tensor:
     """The gradient of one of the feature maps, by the regions that are on it; ``levels=None``: by all."""
     call = BackwardArguments(*args)
-    check_grad("roi_align", call.grad, call.rois, call.size)
     size = MapSize(*call.size)
     bins = call.grad.shape[2:]
-    dtype, memory_format = call.grad.dtype, suggest_memory_format(call.grad)
-    rois = call.rois.to(accumulate_dtype(dtype))
-    y, x, count = _axes(call, rois, call.spatial_scale, bins, size)
-    here = None if call.levels is None else call.levels == call.level
+    rois = call.rois.to(accumulate_dtype(call.grad.dtype))
+    y, x, count = _axes(call, rois, call.spatial_scales[call.item], bins, size)
+    here = None if call.levels is None else call.levels == call.item
     image = images_of("roi_align", rois, size.batch)
-    grad = pixels(image, size, bins).spread_to_samples(call.grad, y, x, count, here)
-    return grad.to(dtype).contiguous(memory_format=memory_format)
+    return pixels(image, size, bins).spread_to_samples(call.grad, y, x, count, here)
 
 
-_op_backward = define_op(
-    "roi_align_backward(Tensor grad, Tensor rois, Tensor? levels, int level, float spatial_scale, SymInt[] size, "
-    "int sampling_ratio, bool aligned) -> Tensor",
-    family="roi_align",
-    decomposition=backward,
-    fake=_fake_backward,
-    autocast=False,
-    untraceable=lambda *args: adaptive_grid(args[-2]),
-    fold=on_all_images(size=5),
+_op = define_op(
+    "roi_align(Tensor[] inputs, Tensor rois, Tensor? levels, float[] spatial_scales, SymInt pooled_height, "
+    "SymInt pooled_width, int sampling_ratio, bool aligned) -> Tensor",
+    family="regions",
+    decomposition=forward,
+    fake=_fake,
+    gradient=Gradient(
+        backward,
+        of="inputs",
+        takes="rois, levels, spatial_scales, inputs.shape, sampling_ratio, aligned",
+        check=check_grad,
+        untraceable=adaptive_grid,
+    ),
+    autocast=False,  # the low precisions are computed in float32 as it is, and the boxes are never converted
+    untraceable=adaptive_grid,
+    fold=on_all_images,
 )
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    maps, rois, levels, ctx.spatial_scales, _, _, ctx.sampling_ratio, ctx.aligned = inputs
-    ctx.sizes = [map.shape for map in maps]
-    ctx.save_for_backward(rois, levels)
-
-
-def _autograd(ctx, grad):
-    rois, levels = ctx.saved_tensors
-    grads = [
-        _op_backward(grad, rois, levels, level, spatial_scale, size, ctx.sampling_ratio, ctx.aligned)
-        if needed
-        else None
-        for level, (size, spatial_scale, needed) in enumerate(
-            zip(ctx.sizes, ctx.spatial_scales, ctx.needs_input_grad[0])
-        )
-    ]
-    return grads, None, None, None, None, None, None, None
-
-
-register_autograd(_op, _autograd, setup_context=_setup_context)
-forbid_double_backward(_op_backward, "roi_align")
-
-
 @serves_torchvision("roi_align")
-def _torchvision(
-    input: Tensor,
-    rois: Tensor,
-    spatial_scale: float,
-    pooled_height: int,
-    pooled_width: int,
-    sampling_ratio: int,
-    aligned: bool,
-) -> Tensor:
-    return _op([input], rois, None, [spatial_scale], pooled_height, pooled_width, sampling_ratio, aligned)
+def _torchvision(input: Tensor, rois: Tensor, spatial_scale: float, *options: Any) -> Tensor:
+    return _op([input], rois, None, [spatial_scale], *options)
 
 
 @serves_torchvision("_roi_align_backward")
-def _torchvision_backward(
-    grad: Tensor,
-    rois: Tensor,
-    spatial_scale: float,
-    pooled_height: int,
-    pooled_width: int,
-    batch_size: int,
-    channels: int,
-    height: int,
-    width: int,
-    sampling_ratio: int,
-    aligned: bool,
-) -> Tensor:
-    size = (batch_size, channels, height, width)
-    return _op_backward(grad, rois, None, 0, spatial_scale, size, sampling_ratio, aligned)
+def _torchvision_backward(grad: Tensor, rois: Tensor, spatial_scale: float, *sizes_and_options: Any) -> Tensor:
+    _, _, *size, sampling_ratio, aligned = sizes_and_options
+    return _op.backward(grad, rois, None, [spatial_scale], size, sampling_ratio, aligned, 0)

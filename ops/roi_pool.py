@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 
+from .gradients import Gradient
 from .regions import (
     Pixels,
     PooledAxis,
@@ -25,11 +26,9 @@ from .registry import (
     accumulate_dtype,
     check,
     define_op,
-    forbid_double_backward,
     is_proxy,
     not_scriptable,
     record_call,
-    register_autograd,
     serves_torchvision,
 )
 
@@ -124,91 +123,47 @@ def forward(
     return best.contiguous(memory_format=memory_format), argmax.contiguous(memory_format=memory_format)
 
 
-_op = define_op(
-    "roi_pool(Tensor input, Tensor rois, float spatial_scale, SymInt pooled_height, SymInt pooled_width) "
-    "-> (Tensor, Tensor)",
-    family="roi_pool",
-    decomposition=forward,
-    fake=_fake,
-    autocast=False,  # a maximum is the same in every precision
-    untraceable=pooled_bins,
-    fold=on_all_images(),
-)
-
-
-def _check_backward(grad: Tensor, rois: Tensor, argmax: Tensor, size: Sequence[Any]) -> None:
-    check_grad("roi_pool", grad, rois, size)
+def _check_backward(op: str, grad: Tensor, rois: Tensor, argmax: Tensor, size: Sequence[Any]) -> None:
+    check_grad(op, grad, rois, size)
     check(
-        "roi_pool",
+        op,
         argmax.dtype == torch.int32 and argmax.shape == grad.shape,
         f"argmax must be int32 of grad's shape {tuple(grad.shape)}, got {argmax.dtype} {tuple(argmax.shape)}",
     )
-    check("roi_pool", argmax.device == grad.device, f"argmax must be on {grad.device}, got {argmax.device}")
+    check(op, argmax.device == grad.device, f"argmax must be on {grad.device}, got {argmax.device}")
 
 
-def _fake_backward(grad: Tensor, rois: Tensor, argmax: Tensor, size: Sequence[Any]) -> Tensor:
-    _check_backward(grad, rois, argmax, size)
-    return empty_regions(grad, size)
-
-
-def _decomposition_backward(grad: Tensor, rois: Tensor, argmax: Tensor, size: Sequence[Any]) -> Tensor:
+def _backward(grad: Tensor, rois: Tensor, argmax: Tensor, size: Sequence[Any]) -> Tensor:
     """The gradient of the input; an ``argmax`` outside the plane has none."""
-    _check_backward(grad, rois, argmax, size)
     batch, channels, height, width = size
-    dtype, memory_format = grad.dtype, suggest_memory_format(grad)
     image = images_of("roi_pool", rois, batch)
     found = (argmax >= 0) & (argmax < height * width)
     plane = image[:, None, None, None] * channels + torch.arange(channels, device=grad.device)[:, None, None]
     index = (plane * (height * width) + argmax).where(found, 0)  # [K, C, PH, PW]
-    total = grad.new_zeros(batch * channels * height * width, dtype=accumulate_dtype(dtype))
+    total = grad.new_zeros(batch * channels * height * width, dtype=accumulate_dtype(grad.dtype))
     total = total.scatter_add(0, index.flatten(), grad.to(total.dtype).where(found, 0).flatten())
-    return total.reshape(batch, channels, height, width).to(dtype).contiguous(memory_format=memory_format)
+    return total.reshape(batch, channels, height, width)
 
 
-_op_backward = define_op(
-    "roi_pool_backward(Tensor grad, Tensor rois, Tensor argmax, SymInt[] size) -> Tensor",
-    family="roi_pool",
-    decomposition=_decomposition_backward,
-    fake=_fake_backward,
-    autocast=False,
-    fold=on_all_images(size=3),
+_op = define_op(
+    "roi_pool(Tensor input, Tensor rois, float spatial_scale, SymInt pooled_height, SymInt pooled_width) "
+    "-> (Tensor out, Tensor argmax)",
+    family="regions",
+    decomposition=forward,
+    fake=_fake,
+    gradient=Gradient(_backward, of="input", takes="rois, argmax, input.shape", check=_check_backward),
+    autocast=False,  # a maximum is the same in every precision
+    untraceable=pooled_bins,
+    fold=on_all_images,
 )
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    input, rois, *_ = inputs
-    _, argmax = output
-    ctx.size = input.shape
-    ctx.mark_non_differentiable(argmax)
-    ctx.save_for_backward(rois, argmax)
-
-
-def _autograd(ctx, grad, _):
-    return _op_backward(grad, *ctx.saved_tensors, ctx.size), None, None, None, None
-
-
-register_autograd(_op, _autograd, setup_context=_setup_context)
-forbid_double_backward(_op_backward, "roi_pool")
-
-
 @serves_torchvision("roi_pool")
-def _torchvision(
-    input: Tensor, rois: Tensor, spatial_scale: float, pooled_height: int, pooled_width: int
-) -> tuple[Tensor, Tensor]:
-    return _op(input, rois, spatial_scale, pooled_height, pooled_width)
+def _torchvision(*args: Any) -> tuple[Tensor, Tensor]:
+    return _op(*args)
 
 
 @serves_torchvision("_roi_pool_backward")
-def _torchvision_backward(
-    grad: Tensor,
-    rois: Tensor,
-    argmax: Tensor,
-    spatial_scale: float,
-    pooled_height: int,
-    pooled_width: int,
-    batch_size: int,
-    channels: int,
-    height: int,
-    width: int,
-) -> Tensor:
-    return _op_backward(grad, rois, argmax, (batch_size, channels, height, width))
+def _torchvision_backward(grad: Tensor, rois: Tensor, argmax: Tensor, *scale_and_sizes: Any) -> Tensor:
+    _, _, _, *size = scale_and_sizes
+    return _op.backward(grad, rois, argmax, size)

@@ -162,7 +162,6 @@ def _decomposition(
 _op = define_op(
     "soft_nms(Tensor boxes, Tensor scores, Tensor? classes, float iou_threshold, float sigma, float min_score, "
     "str method) -> (Tensor, Tensor)",
-    family="soft_nms",
     decomposition=_decomposition,
     fake=_fake,
     autocast=False,  # it computes in float32 at least

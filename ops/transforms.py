@@ -1,14 +1,14 @@
 """What autograd and the transforms of :mod:`torch.func` make of an operator: its gradient, and batches of calls.
 
 :func:`torch.library.register_autograd` registers a gradient that ``torch.func.grad`` and its like refuse, and that
-forward-mode differentiation passes by, so that tangents are lost without a word. :func:`autograd_kernel` takes the same
-functions, serves the former, and refuses the latter.
+forward-mode differentiation passes by, so that tangents are lost without a word. :func:`autograd_kernel` serves the
+former, and refuses the latter.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,37 +22,36 @@ if TYPE_CHECKING:
 
 
 def autograd_kernel(
-    op: VisionOp, backward: Callable[..., Any], setup_context: Callable[..., None] | None
+    op: VisionOp,
+    differentiable: Sequence[int],
+    save: Callable[[Any, Sequence[Any], Any], None],
+    gradients: Callable[[Any, Any, Sequence[bool]], Sequence[Any]],
 ) -> Callable[..., Any]:
     """What the dispatcher is to call under the key Autograd, with a key set, to give an operator its gradient.
 
     Args:
-        backward, setup_context: as :func:`torch.library.register_autograd` takes them.
+        differentiable: which arguments have one: tensors, None, or a list of tensors.
+        save: takes a context, the arguments and the result, and keeps in the former what the gradient needs.
+        gradients: from that context, the gradient of the first result, and which are wanted, the gradients of what is
+            differentiable: one for each argument, or for each tensor of the list.
     """
 
-    def forward(ctx: Any, keyset: torch._C.DispatchKeySet, args: Sequence[Any], *tensors: Tensor) -> Any:
-        # The tensors are those among the arguments: here for autograd to see.
+    def forward(ctx: Any, keyset: torch._C.DispatchKeySet, args: Sequence[Any], *tensors: Tensor | None) -> Any:
+        # The tensors are those among the arguments: here for autograd to see, the differentiable ones first.
         with torch._C._AutoDispatchBelowAutograd(), _differentiable_below():
             result = op.overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-        ctx.kinds = [len(arg) if _is_list(arg) else isinstance(arg, Tensor) for arg in args]
-        if setup_context is not None:
-            setup_context(ctx, args, result)
+        save(ctx, args, result)
         return result
 
-    def gradients(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        needed = ctx.needs_input_grad
-        ctx.needs_input_grad = _as_arguments(ctx.kinds, needed[2:])
-        try:
-            results = backward(ctx, *grads)
-        finally:
-            ctx.needs_input_grad = needed
-        results = results if isinstance(results, tuple) else (results,)
-        return None, None, *_of_tensors(ctx.kinds, results)
+    def backward(ctx: Any, grad: Any, *_: Any) -> tuple[Any, ...]:
+        _, _, *needed = ctx.needs_input_grad
+        results = gradients(ctx, grad, needed)
+        return None, None, *results, *[None] * (len(needed) - len(results))
 
     function: Any = type(
         op.name,
         (torch.autograd.Function,),
-        {"forward": staticmethod(forward), "backward": staticmethod(gradients)},
+        {"forward": staticmethod(forward), "backward": staticmethod(backward)},
     )
 
     def autograd(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
@@ -63,10 +62,12 @@ def autograd_kernel(
                 "supported; torch.func.vjp, grad and jacrev are"
             )
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            first = [tensor for i in differentiable for tensor in (args[i] if _is_list(args[i]) else [args[i]])]
+            others = [arg for i, arg in enumerate(args) if isinstance(arg, Tensor) and i not in differentiable]
             # The dispatcher calls this for each level of torch.func by itself. Function.apply, which would go through
             # all of them, is left out.
             with enable_single_level_autograd_function():
-                return super(torch.autograd.Function, function).apply(keyset, args, *tensors)
+                return super(torch.autograd.Function, function).apply(keyset, args, *first, *others)
         with torch._C._AutoDispatchBelowAutograd():
             return op.overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
@@ -101,29 +102,13 @@ def _differentiable_below() -> Iterator[None]:
 
 
 def _is_list(value: Any) -> bool:
-    """Whether it is a list of tensors."""
-    return isinstance(value, (list, tuple)) and any(isinstance(item, Tensor) for item in value)
+    return isinstance(value, (list, tuple))
 
 
-def _as_arguments(kinds: Sequence[int | bool], flags: Sequence[bool]) -> tuple[Any, ...]:
-    """One for each argument, from one for each tensor; a kind is whether an argument is a tensor, or how many."""
-    left = iter(flags)
-    return tuple(kind and next(left) if isinstance(kind, bool) else [next(left) for _ in range(kind)] for kind in kinds)
-
-
-def _of_tensors(kinds: Sequence[int | bool], values: Sequence[Any]) -> Iterator[Any]:
-    """One for each tensor, from one for each argument; of a list that is None, each is."""
-    for kind, value in zip(kinds, values, strict=True):
-        if not isinstance(kind, bool):
-            yield from [None] * kind if value is None else value
-        elif kind:
-            yield value
-
-
-# Computes a batch of an operator's calls as one call. It takes the operator, how many calls there are, the arguments,
-# and of each whether it differs from call to call: then calls are its first dimension, as they are of all results. It
-# is NotImplemented where there is no such call.
-Fold = Callable[["VisionOp", int, Sequence[Any], Sequence[bool]], Any]
+# Computes a batch of calls of an operator, or of its gradient, as one call. It takes the operator, how many calls there
+# are, the arguments by name, and of each whether it differs from call to call: then calls are its first dimension, as
+# they are of all results. It is NotImplemented where there is no such call.
+Fold = Callable[["VisionOp", int, Mapping[str, Any], Mapping[str, bool]], Any]
 
 
 def vmap_rule(op: VisionOp, fold: Fold | None) -> Callable[..., Any]:
@@ -138,7 +123,9 @@ def vmap_rule(op: VisionOp, fold: Fold | None) -> Callable[..., Any]:
             tree_map(lambda value, dim: _by_call(value, dim, count), arg, dims) if differs else arg
             for arg, dims, differs in zip(args, in_dims, differ, strict=True)
         )
-        results = NotImplemented if fold is None else fold(op, count, args, differ)
+        results = NotImplemented
+        if fold is not None:
+            results = fold(op, count, dict(zip(op.arguments, args)), dict(zip(op.arguments, differ)))
         if results is NotImplemented:
             results = _one_after_the_other(op, count, args, differ)
         return results, tree_map(lambda _: 0, results)
@@ -160,26 +147,35 @@ def _calls(arg: Tensor | Sequence[Tensor], count: int) -> list[Any]:
     return list(arg) if isinstance(arg, Tensor) else [[value[i] for value in arg] for i in range(count)]
 
 
-def as_one_batch(*images: int, unless: Callable[..., bool] = lambda *args: False) -> Fold:
-    """The fold of an operator that treats images by themselves: calls are further images.
+def as_one_batch(*images: str) -> Fold:
+    """The fold of an operator that treats images by themselves: calls are further images. So it is of its gradients,
+    unless images add up in one that is wanted.
 
     Args:
-        images: which arguments have images for their first dimension, as results have.
-        unless: from the operator's arguments, whether there is a result that images add up in.
+        images: the arguments that have images for their first dimension, as results have.
     """
 
-    def fold(op: VisionOp, count: int, args: Sequence[Any], differ: Sequence[bool]) -> Any:
-        if unless(*args) or any(differs and i not in images for i, differs in enumerate(differ)):
+    def fold(op: VisionOp, count: int, args: Mapping[str, Any], differ: Mapping[str, bool]) -> Any:
+        of_images = {"grad", *images}
+        wanted = args.get("wanted", [True] * len(op.gradient_of))
+        adding_up = any(want and name not in images for name, want in zip(op.gradient_of, wanted))
+        if adding_up or any(differs and name not in of_images for name, differs in differ.items()):
             return NotImplemented
-        results = op(
-            *(
-                flattened(arg, differs, count) if i in images and arg is not None else arg
-                for i, (arg, differs) in enumerate(zip(args, differ))
-            )
-        )
-        return tree_map(lambda result: unflattened(result, count), results)
+        folded = {
+            name: flattened(arg, differ[name], count) if name in of_images and arg is not None else arg
+            for name, arg in args.items()
+        }
+        if op.gradient_of and "size" in args:
+            folded["size"] = of_all_calls(args["size"], count)
+        return tree_map(lambda result: unflattened(result, count), op(*folded.values()))
 
     return fold
+
+
+def of_all_calls(size: Sequence[Any], count: int) -> list[Any]:
+    """The shape of what has the images of all calls."""
+    batch, *rest = size
+    return [count * batch, *rest]
 
 
 def flattened(value: Tensor, differs: bool, count: int) -> Tensor:

@@ -1,9 +1,14 @@
-"""Strides, paddings and dilations of convolutions."""
+"""Kernels, strides, paddings and dilations of convolutions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+
+
+def by_axis(**pairs: Sequence[Any]) -> dict[str, Any]:
+    """As the kernels' structs have them: ``stride=(1, 2)`` is ``stride_height=1, stride_width=2``."""
+    return {f"{name}_{axis}": n for name, pair in pairs.items() for axis, n in zip(("height", "width"), pair)}
 
 
 def constant_geometry(*pairs: Sequence[Any]) -> str | None:

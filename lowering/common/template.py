@@ -34,6 +34,7 @@ from ..inductor.codegen import (
 )
 from . import epilogue as epilogues
 
+_BCHW = "batch", "channels", "height", "width"
 _CPP = pathlib.Path(__file__).parent.parent / "cpp"
 
 
@@ -64,9 +65,38 @@ def pointer(kernel: CppTemplateKernel, node: ir.IRNode | None) -> str:
     return address
 
 
+def in_cpp(value: Any) -> str:
+    """A number or truth value in C++; what is C++ already stays as it is. See also :func:`double`."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def members(**values: Any) -> str:
+    """A value of a struct in C++, its members by name in the order of their declaration. What is left out is zero.
+
+    Of the many numbers that kernels take, two that are swapped would compile if they were told by their places.
+    """
+    return f"{{{', '.join(f'.{name} = {in_cpp(value)}' for name, value in values.items())}}}"
+
+
+def struct(name: str, *types: str, **values: Any) -> str:
+    """A value of one of the kernels' structs, with its template arguments, see :func:`members`."""
+    arguments = f"<{', '.join(types)}>" if types else ""
+    return f"inductor_vision::{name}{arguments}{members(**values)}"
+
+
+def sizes(kernel: CppTemplateKernel, node: ir.IRNode, *names: str) -> dict[str, str]:
+    """The size of a tensor's first dimensions in C++, by these names."""
+    return {name: kernel.size(node, d) for d, name in enumerate(names)}
+
+
+def strides(kernel: CppTemplateKernel, node: ir.IRNode, *names: str) -> dict[str, str]:
+    """The strides of a tensor's first dimensions in C++, by these names."""
+    return {name: kernel.stride(node, d) for d, name in enumerate(names)}
+
+
 def view(kernel: CppTemplateKernel, node: ir.IRNode) -> str:
     """A tensor of four dimensions as a View4d (cpp/base.h), or an Output4d."""
-    return f"{{{', '.join([pointer(kernel, node), *(kernel.stride(node, d) for d in range(4))])}}}"
+    return members(data=pointer(kernel, node), **strides(kernel, node, "image", "channel", "row", "column"))
 
 
 def size_in_cpp(kernel: CppTemplateKernel, size: Sequence[Any]) -> list[str]:
@@ -398,10 +428,15 @@ class BlocksTemplate(KernelTemplate):
             return "[](const auto&...) {}"
         values = _block_name(buffer)
         if function == "store_block":
-            format = str(self.channels_last).lower()
-            size = [kernel.size(buffer, d) for d in ((3, 1, 2) if self.channels_last else (1, 2, 3))]
-            fields = ", ".join([pointer(kernel, buffer), *size])
-            return f"inductor_vision::DenseStore<{format}, {DTYPE_TO_CPP[buffer.get_dtype()]}>{{{fields}}}"
+            physical = ("batch", "height", "width", "channels") if self.channels_last else _BCHW
+            size = sizes(kernel, buffer, *physical)
+            return struct(
+                "DenseStore",
+                in_cpp(self.channels_last),
+                DTYPE_TO_CPP[buffer.get_dtype()],
+                out=pointer(kernel, buffer),
+                **{name: size[name] for name in _BCHW[1:]},
+            )
         if self.channels_last:
             part = f"{kernel.size(buffer, 3)}, n_rows * n_columns, n_channels"  # distance in the output, rows, columns
         else:

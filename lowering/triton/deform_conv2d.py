@@ -8,6 +8,7 @@ group are a segment, and outputs take the place of channels.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,9 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...ops import deform_conv2d
-from ...ops.convolution import gradients_like
 from ...ops.deform_conv2d import Arguments
-from ...ops.registry import accumulate_dtype
+from ...ops.registry import GRADIENTS, accumulate_dtype
 from ..common.geometry import constant_geometry
 from ..common.registry import TritonProgram, triton_program_for
 from .kernels import (
@@ -541,11 +541,8 @@ def _forward(*args: Any) -> Tensor:
     return out
 
 
-def _backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    arguments, wanted = Arguments(*args[:-1]), args[-1]
-    deform_conv2d.check_backward(grad, arguments)
-    tensors = deform_conv2d.differentiable(arguments)
-    wanted = [want and tensor is not None for want, tensor in zip(wanted, tensors)]
+def _backward(grad: Tensor, *args: Any, wanted: Sequence[bool]) -> list[Tensor | None]:
+    arguments = Arguments(*args)
     call = _Call(arguments)
     grad = dense(grad)
     dtype = accumulate_dtype(call.input.dtype)
@@ -576,7 +573,7 @@ def _backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
         results[2] = _grad_weight(call, shared, dtype)
     if wanted[3]:
         results[3] = grad.to(dtype).sum((0, 2, 3))
-    return gradients_like(tensors, results, arguments.input)
+    return results
 
 
 def _grad_weight(call: _Call, shared: dict[str, Any], dtype: torch.dtype) -> Tensor:
@@ -592,5 +589,8 @@ def _grad_weight(call: _Call, shared: dict[str, Any], dtype: torch.dtype) -> Ten
 triton_program_for("deform_conv2d", TritonProgram(_forward, lambda *args: constant_geometry(*args[4:7])))
 triton_program_for(
     "deform_conv2d_backward",
-    TritonProgram(_backward, lambda grad, *args: constant_geometry(*args[4:7]) or refuse_if_deterministic()),
+    TritonProgram(
+        GRADIENTS["deform_conv2d"].completed(_backward),
+        lambda grad, *args: constant_geometry(*args[4:7]) or refuse_if_deterministic(),
+    ),
 )

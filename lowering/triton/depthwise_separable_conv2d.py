@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...ops import depthwise_separable_conv2d
 from ...ops.depthwise_separable_conv2d import Arguments, DepthwiseGradients
-from ...ops.registry import accumulate_dtype
+from ...ops.registry import GRADIENTS, accumulate_dtype
 from ..common.geometry import constant_geometry
 from ..common.registry import TritonProgram, triton_program_for
 from .kernels import (
@@ -284,7 +284,9 @@ def _depthwise_gradients(call: Arguments, grad_hidden: Tensor | None, wanted: De
     return DepthwiseGradients(grad_input, grad_weight, grad_bias, grad_slope, hidden)
 
 
-_backward = functools.partial(depthwise_separable_conv2d.gradients, depthwise=_depthwise_gradients)
+_backward = GRADIENTS["depthwise_separable_conv2d"].completed(
+    functools.partial(depthwise_separable_conv2d.gradients, depthwise=_depthwise_gradients)
+)
 
 _MOST_TAPS = 64  # each is a few nodes of the graph
 

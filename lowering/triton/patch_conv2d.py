@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...ops import patch_conv2d
 from ...ops.patch_conv2d import Arguments, arranged, memory_order
-from ...ops.registry import accumulate_dtype
+from ...ops.registry import GRADIENTS, accumulate_dtype
 from ..common.geometry import constant_geometry
 from ..common.registry import TritonProgram, triton_program_for
 from .kernels import (
@@ -259,16 +259,13 @@ def _forward(*args: Any) -> Tensor:
     return _convolved(input, filters_of(arguments.weight), arguments.bias, out, shared, arguments.groups, back=False)
 
 
-def _backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    arguments = Arguments(*args[:-1])
-    patch_conv2d.check_backward(grad, arguments)
-    wanted: Sequence[bool] = [want and tensor is not None for want, tensor in zip(args[-1], arguments.tensors)]
+def _backward(grad: Tensor, *args: Any, wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    arguments = Arguments(*args)
     input, weight, groups = _dense(arguments.input), arguments.weight, arguments.groups
     outputs, group_channels = map(int, weight.shape[:2])
     group_outputs = outputs // groups
     grad = _dense(grad)
-    empty = input.new_empty(0)
-    grad_input, grad_weight, grad_bias = empty, empty.clone(), empty.clone()
+    grad_input, grad_weight, grad_bias = None, None, None
     if wanted[0]:
         # [K, outputs of a group, input channels]
         filters = weight.unflatten(0, (groups, group_outputs)).flatten(3).permute(3, 1, 0, 2).flatten(2).contiguous()
@@ -277,10 +274,9 @@ def _backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
         grad_input = _convolved(grad, filters, None, out, shared, groups, back=True)
     if wanted[1]:
         grad_weight = _correlated(grad, input, _shared(arguments, group_channels, group_outputs), groups)
-        grad_weight = grad_weight.reshape(weight.shape).to(weight.dtype)
     if wanted[2]:
-        grad_bias = grad.to(accumulate_dtype(grad.dtype)).sum((0, 1, 3, 4)).to(grad.dtype)
-    return grad_input, grad_weight.contiguous(), grad_bias
+        grad_bias = grad.to(accumulate_dtype(grad.dtype)).sum((0, 1, 3, 4))
+    return grad_input, grad_weight, grad_bias
 
 
 def _correlated(grad: Tensor, input: Tensor, shared: dict[str, Any], groups: int) -> Tensor:
@@ -317,4 +313,7 @@ def _refusal(*args: Any) -> str | None:
 
 
 triton_program_for("patch_conv2d", TritonProgram(_forward, _refusal))
-triton_program_for("patch_conv2d_backward", TritonProgram(_backward, lambda grad, *args: _refusal(*args)))
+triton_program_for(
+    "patch_conv2d_backward",
+    TritonProgram(GRADIENTS["patch_conv2d"].completed(_backward), lambda grad, *args: _refusal(*args)),
+)

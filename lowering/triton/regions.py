@@ -18,8 +18,10 @@ import triton.language as tl
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
+from ...ops import ps_roi_align, ps_roi_pool, roi_align, roi_pool
 from ...ops.regions import MapSize, Pixels, PooledAxis, SampledAxis
-from ..common.registry import TritonProgram
+from ...ops.registry import GRADIENTS
+from ..common.registry import TritonProgram, triton_program_for
 from .kernels import (
     adding_block,
     dense,
@@ -340,11 +342,13 @@ class TritonPixels(Pixels):
         )
 
 
-def region_program(program: Any) -> TritonProgram:
-    """Of an operator that takes its loops from the keyword ``pixels``."""
-    return TritonProgram(functools.partial(program, pixels=TritonPixels))
+def _on_triton(program: Any) -> Any:
+    """A program that takes its loops from the keyword ``pixels``."""
+    return functools.partial(program, pixels=TritonPixels)
 
 
-def gradient_program(program: Any) -> TritonProgram:
-    """The same, of a gradient of the maps."""
-    return TritonProgram(functools.partial(program, pixels=TritonPixels), refuse_if_deterministic)
+for _name, _module in (("roi_align", roi_align), ("ps_roi_align", ps_roi_align), ("ps_roi_pool", ps_roi_pool)):
+    triton_program_for(_name, TritonProgram(_on_triton(_module.forward)))
+    _gradient = GRADIENTS[_name].completed(_on_triton(_module.backward))
+    triton_program_for(f"{_name}_backward", TritonProgram(_gradient, refuse_if_deterministic))
+triton_program_for("roi_pool", TritonProgram(_on_triton(roi_pool.forward)))  # its gradient has no loop

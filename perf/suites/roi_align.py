@@ -37,9 +37,9 @@ def _backward(shape: Shape) -> Problem:
         shape,
         (regions.gradient(shape, shape.channels), rois),
         result=size,
-        ours=lambda grad, rois: OPS["roi_align_backward"](grad, rois, None, 0, 1.0, size, samples, aligned),
+        ours=lambda grad, rois: OPS["roi_align_backward"](grad, rois, None, [1.0], size, samples, aligned, 0),
         decomposition=lambda grad, rois: OPS["roi_align_backward"].decomposition(
-            grad, rois, None, 0, 1.0, size, samples, aligned
+            grad, rois, None, [1.0], size, samples, aligned, 0
         ),
         torchvision=lambda grad, rois: torch.ops.torchvision._roi_align_backward(
             grad, rois, 1.0, bins, bins, *size, samples, aligned

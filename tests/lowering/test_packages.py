@@ -229,7 +229,7 @@ def on_regions_backward() -> Part:
     def function(x: Tensor, split: Tensor, rois: Tensor, argmax: Tensor, *grads: Tensor) -> list[Tensor]:
         sizes = [list(tensor.shape) for tensor in (x, split)]
         return [
-            OPS["roi_align_backward"](grads[0], rois, None, 0, 0.5, sizes[0], -1, True),
+            OPS["roi_align_backward"](grads[0], rois, None, [0.5], sizes[0], -1, True, 0),
             OPS["roi_pool_backward"](grads[1], rois, argmax, sizes[0]),
             OPS["ps_roi_align_backward"](grads[2], rois, 0.5, sizes[1], -1),
             OPS["ps_roi_pool_backward"](grads[3], rois, 0.5, sizes[1]),

@@ -234,7 +234,7 @@ def test_work_that_is_cut_into_blocks(monkeypatch):
              "channels_last_strided"]  # fmt: skip
     calls = [call for name in names for call in with_gradients(sample(name))]
     compiled = compute(calls)
-    assert compiled.source.count("PatchBlocking blocking{2048}") >= len(calls)
+    assert compiled.source.count("PatchBlocking{.group_bytes = 2048}") >= len(calls)
     assert_takes_templates(compiled, calls)
     assert_all_right(compiled, calls)
 

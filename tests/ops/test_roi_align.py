@@ -118,7 +118,7 @@ def test_low_precision_sums_in_float32():
     """400 ones: bfloat16 cannot count past 256."""
     ones = torch.ones(1, 1, 6, 6, dtype=torch.bfloat16)
     assert roi_align(ones, box(1, 1, 5, 5, torch.float32), 1, 1.0, 20).item() == 1
-    gradient = OP_BACKWARD(ones[..., :1, :1], box(1, 1, 1, 1, torch.float32), None, 0, 1.0, [1, 1, 2, 2], 20, True)
+    gradient = OP_BACKWARD(ones[..., :1, :1], box(1, 1, 1, 1, torch.float32), None, [1.0], [1, 1, 2, 2], 20, True, 0)
     assert gradient.flatten().tolist() == [0.25, 0.25, 0.25, 0.25]
 
 
@@ -216,7 +216,7 @@ def test_opcheck_with_levels(dtype):
     features = [feature.requires_grad_() for feature in s.features]
     torch.library.opcheck(OP, (features, *s.positional[1:]), test_utils=("test_schema", "test_faketensor"))
     size, options = list(s.features[1].shape), (s.case.sampling_ratio, s.case.aligned)
-    torch.library.opcheck(OP_BACKWARD, (s.gradient, s.rois, s.levels, 1, s.scales[1], size, *options))
+    torch.library.opcheck(OP_BACKWARD, (s.gradient, s.rois, s.levels, s.scales, size, *options, 1))
 
 
 # Export

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch._functorch.config
 from inductor_vision.paths import Path, recorded_paths
+from inductor_vision.tests.support.structs import assert_told_by_name
 from torch._dynamo.utils import counters
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor import config as inductor_config
@@ -77,12 +78,14 @@ def compile_and_run(
     compiled = torch.compile(fn, fullgraph=True, dynamic=dynamic)
     with caches_disabled(), inductor_config.patch(config or {}), recorded_paths() as paths:
         result, sources = run_and_get_code(run, compiled, *args)
+    source = "\n".join(sources)
+    assert_told_by_name(source)
     counts = counters["inductor"]
     return Compiled(
         compiled,
         result,
         list(paths),
-        "\n".join(sources),
+        source,
         templates=counts["cpp_templated_kernel_counter"],
         fused=counts["cpp_epilogue_fusion_counter"],
     )

@@ -87,7 +87,7 @@ class Sample:
         """The arguments in the order of the schema of the custom operator's backward."""
         scale, size = self.case.spatial_scale, list(self.input.shape)
         if self.op == "roi_align":
-            return (self.gradient, self.rois, None, 0, scale, size, *self._options)
+            return (self.gradient, self.rois, None, [scale], size, *self._options, 0)
         if self.op == "roi_pool":
             return (self.gradient, self.rois, self._argmax(), size)
         return (self.gradient, self.rois, scale, size, *self._options)

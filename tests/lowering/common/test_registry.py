@@ -48,7 +48,7 @@ def test_a_template_is_for_an_operator_that_exists():
 def test_an_operator_is_defined_once():
     before = OPS["deform_conv2d"]
     with pytest.raises(ValueError, match=r"'deform_conv2d' is defined twice; defined are: .*deform_conv2d"):
-        define_op("deform_conv2d(Tensor x) -> Tensor", family="other", decomposition=torch.relu, fake=torch.relu)
+        define_op("deform_conv2d(Tensor x) -> Tensor", decomposition=torch.relu, fake=torch.relu)
     assert OPS["deform_conv2d"] is before
 
 
@@ -69,9 +69,7 @@ def new_op(monkeypatch) -> Iterator[VisionOp]:
 
     with torch.library._scoped_library(NAMESPACE, "FRAGMENT") as library:
         monkeypatch.setattr(ops_registry, "_library", library)
-        op = define_op(
-            "doubled_tanh(Tensor x) -> Tensor", family="doubled_tanh", decomposition=doubled_tanh, fake=torch.empty_like
-        )
+        op = define_op("doubled_tanh(Tensor x) -> Tensor", decomposition=doubled_tanh, fake=torch.empty_like)
         overload = op.overload
         installer.install()
         yield op
@@ -115,7 +113,6 @@ def looping_op(monkeypatch) -> Iterator[VisionOp]:
         monkeypatch.setattr(ops_registry, "_library", library)
         op = define_op(
             "repeated_tanh(Tensor x, Tensor times) -> Tensor",
-            family="repeated_tanh",
             decomposition=repeated_tanh,
             fake=lambda x, times: torch.empty_like(x),
             untraceable=lambda x, times: "it loops" if x.dim() > 1 else None,

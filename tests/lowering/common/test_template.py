@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from inductor_vision import DeformConv2d, deform_conv2d, roi_align
-from inductor_vision.lowering.common.template import splice_header
+from inductor_vision.lowering.common.template import members, splice_header, struct
 from inductor_vision.tests.support.compare import assert_close
 from inductor_vision.tests.support.compiled import Compiled, compile_and_run
 from inductor_vision.tests.support.deform_conv2d import Case, Sample, oracle, sample
+from inductor_vision.tests.support.structs import assert_told_by_name, emitted
 from torch import Tensor, nn
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 
@@ -26,6 +27,19 @@ def test_a_header_comes_with_what_it_includes_each_once():
     for header in ("BASE", "GEMM", "DEFORM_CONV2D"):
         assert len(re.findall(f"^#define INDUCTOR_VISION_{header}_H$", source, flags=re.MULTILINE)) == 1
     assert source.index("#define INDUCTOR_VISION_BASE_H") < source.index("#define INDUCTOR_VISION_GEMM_H")
+
+
+def test_a_struct_has_all_of_its_members_by_name():
+    text = struct("Boxes", "float", data="boxes", row=5, column="s", count="n", levels="nullptr")
+    assert text == (
+        "inductor_vision::Boxes<float>{.data = boxes, .row = 5, .column = s, .count = n, .levels = nullptr}"
+    )
+    assert struct("Bins", height=True, width=members(a=1)) == "inductor_vision::Bins{.height = true, .width = {.a = 1}}"
+    assert_told_by_name(f"kernel({text}, {text});")
+    assert len(emitted(f"kernel({text}, {text});")) == 2
+    for wrong in (text.replace("row", "column", 1), text.replace(".levels = nullptr", ""), text.replace(".row = ", "")):
+        with pytest.raises(AssertionError, match="of Boxes"):  # what every kernel is asked that a test compiles
+            assert_told_by_name(wrong)
 
 
 def arguments(**changes: Any) -> Sample:

@@ -64,6 +64,6 @@ def test_levels(device: torch.device):
     arguments = (maps, s.rois, levels, [0.5, 0.25], 2, 3, 0, True)
     assert_close(run_program("roi_align", arguments, device), OPS["roi_align"].decomposition(*arguments), torch.float32)
     for level, map in enumerate(maps):
-        arguments = (s.gradient, s.rois, levels, level, 0.5, list(map.shape), 0, True)
+        arguments = (s.gradient, s.rois, levels, [0.5, 0.5], list(map.shape), 0, True, level)
         expected = OPS["roi_align_backward"].decomposition(*arguments)
         assert_close(run_program("roi_align_backward", arguments, device), expected, torch.float32)
