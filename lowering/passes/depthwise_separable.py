@@ -196,7 +196,7 @@ def _test_tensors(pair: Pair) -> str | None:
     if value_of(pair.depthwise.input).dim() != 4:
         return "its input has no batch"
     if pair.slope is not None and (slopes := tuple(value_of(pair.slope).shape)) != (1,):
-        return f"its activation has slopes of shape {slopes}, where the kernel takes one for all channels, of shape (1,)"
+        return f"its activation has slopes of shape {slopes}; the kernel takes one for all channels, of shape (1,)"
     return None
 
 
