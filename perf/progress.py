@@ -18,7 +18,7 @@ class Progress:
         self._prefix = ""
 
     def part(self, name: str) -> Progress:
-        """The same line, for one part of the work."""
+        """This line, for one part of the work."""
         part = copy.copy(self)
         part._prefix = f"{name} "
         return part

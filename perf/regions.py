@@ -109,7 +109,7 @@ def _is_doubtful(lengths: Tensor, bins: int) -> Tensor:
 
 
 def gradient(shape: Shape, channels: int) -> Tensor:
-    """Of the result of an operator that makes so many channels."""
+    """Shape of the result of an operator that makes so many channels."""
     generator = torch.Generator().manual_seed(1)
     return torch.randn(shape.boxes, channels, shape.bins, shape.bins, generator=generator).to(shape.dtype)
 

@@ -66,7 +66,7 @@ def room(name: str) -> str:
 
 
 def rooms() -> dict[str, set[str]]:
-    """Of all but benchmarks, whose command stands beside what its suites are made of."""
+    """All packages but benchmarks, whose command stands beside what its suites are made of."""
     edges: dict[str, set[str]] = {}
     for name, others in IMPORTS.items():
         if name.startswith("perf"):
@@ -103,7 +103,7 @@ def test_the_operators_know_nothing_of_their_lowerings():
 
 
 def test_every_folder_is_installed():
-    """Of what a wheel has of them, a module that is forgotten is missed only where it is imported from there."""
+    """A module that a wheel lacks is missed only where it is imported from there."""
     (listed,) = re.findall(r"^packages = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
     folders = {name for name, path in SOURCES.items() if path.name == "__init__.py"}
     assert {f"inductor_vision.{name}".rstrip(".") for name in folders} == set(re.findall(r'"([\w.]+)"', listed))

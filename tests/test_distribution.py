@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pathlib
-import re
 import shutil
 import subprocess
 import sys
@@ -24,13 +23,6 @@ def files_of_the_package() -> set[str]:
     tops = [path for path in ROOT.iterdir() if path.name not in NOT_INSTALLED and not path.name.startswith(".")]
     found = [file for top in tops for file in (top.rglob("*") if top.is_dir() else [top])]
     return {f"{PACKAGE}/{file.relative_to(ROOT)}" for file in found if file.suffix in (".py", ".h", ".typed")}
-
-
-def test_every_folder_of_modules_is_declared() -> None:
-    (declared,) = re.findall(r"^packages = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
-    folders = {file.rpartition("/")[0].replace("/", ".") for file in files_of_the_package() if file.endswith(".py")}
-    assert f"{PACKAGE}.lowering.triton" in folders
-    assert sorted(re.findall(r'"(.*?)"', declared)) == sorted(folders)
 
 
 def run(*command: str | os.PathLike[str], **environment: str) -> None:

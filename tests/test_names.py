@@ -67,7 +67,7 @@ def test_packages_are_imported_in_the_root_as_elsewhere():
 
 
 def test_what_would_be_found_instead(tmp_path):
-    """Of the program of the test above."""
+    """The program of the test above fails where there is such a module."""
     (tmp_path / "accelerate.py").touch()
     with pytest.raises(AssertionError, match="accelerate is"):
         run_python(IMPORT_IN_THE_ROOT, str(tmp_path), *WELL_KNOWN)

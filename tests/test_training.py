@@ -65,7 +65,7 @@ def loss_under_autocast(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def frozen_in_part() -> nn.Module:
-    """Of the first deformable layer the weight learns, of the second what predicts its offsets and masks."""
+    """The weight of the first deformable layer learns, and what predicts offsets and masks of the second."""
     model = Classifier()
     for frozen in (model.stem, model.grouped.predict, model.depthwise.sample):
         frozen.requires_grad_(False)

@@ -20,7 +20,7 @@ SOURCES = (("ops", "*.py"), ("integrations", "*.py"), ("lowering", "*.py"), ("lo
 
 
 def source_digest() -> str:
-    """Of all these sources: a changed kernel must not be answered from a cache."""
+    """Digest of all these sources: a changed kernel must not be answered from a cache."""
     digest = hashlib.sha256()
     for path in source_files():
         digest.update(path.relative_to(_PACKAGE).as_posix().encode())

@@ -6,7 +6,7 @@ import torch
 
 
 def cache_bytes() -> int:
-    """Of the second-level cache of one core, on which it depends how kernels cut their work into blocks."""
+    """Size of the second-level cache of one core, which determines how kernels cut their work into blocks."""
     return torch.cpu.get_capabilities().get("l2_cache_size", 0) or 512 << 10
 
 

@@ -173,7 +173,7 @@ def statistics_of(node: Node) -> list[Node] | None:
 
 
 def _constant(node: Node) -> Tensor | None:
-    """Of an exported program, which has its parameters as attributes."""
+    """The value in an exported program, which has its parameters as attributes."""
     if node.op != "get_attr" or node.graph.owning_module is None:
         return None
     value = operator.attrgetter(str(node.target))(node.graph.owning_module)
@@ -239,7 +239,7 @@ _RELU6 = ("hardtanh", {"min_val": 0, "max_val": 6})
 
 
 def _special_case(name: str, parameters: dict[str, Any], special: dict[str, Any]) -> str | None:
-    """Of aten's operators, what has a name of its own in torch, or in our table; ``special`` are other arguments."""
+    """An aten operator by its name in torch, or in our table; ``special`` are other arguments."""
     if (name, special) == ("gelu", {"approximate": "tanh"}):
         return "gelu_tanh"
     alpha = parameters.get("alpha")

@@ -52,7 +52,7 @@ def changed_by(node: Node, memory: set[int]) -> set[int]:
 
 
 def _may_change_operands(node: Node) -> bool:
-    """Of an operator that is given graphs, as a checkpoint is: whether one of these changes what it is given."""
+    """Whether an operator that takes graphs, as a checkpoint does, is given one that changes its arguments."""
     subgraphs = [value for value in map(value_of, node.all_input_nodes) if isinstance(value, GraphModule)]
     for subgraph in subgraphs:
         inputs = subgraph.graph.find_nodes(op="placeholder")

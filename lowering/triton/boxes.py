@@ -19,7 +19,7 @@ _BITS = 32  # of a word
 
 @kernel
 def first_best(value, place, best, best_place):
-    """Of each lane the better of two values and its place: NaN is, then the greater, then the first."""
+    """The better of two values in each lane, and its place: NaN, then the greater, then the first."""
     is_nan = value != value
     best_is_nan = best != best
     better = (is_nan & (best == best)) | ((value > best) & (best == best))

@@ -514,7 +514,7 @@ class _Call:
 
     @property
     def output_blocks(self) -> int:
-        """Of outputs, of all groups or segments."""
+        """Number of outputs, of all groups or segments."""
         parts = self.segments if self.depthwise else self.groups
         return parts * triton.cdiv(self.part_outputs, self.block_outputs)
 

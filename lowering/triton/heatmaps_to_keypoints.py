@@ -18,7 +18,7 @@ from .kernels import dense, kernel, launch, positions
 
 @kernel
 def cubic_weights(t):
-    """Of the two pixels before a point and the two after it, where t is how far it lies from the second."""
+    """Weights of the two pixels before a point and the two after it; t is its distance from the second."""
     a = -0.75
     u = 1 - t
     before = ((a * (t + 1) - 5 * a) * (t + 1) + 8 * a) * (t + 1) - 4 * a

@@ -60,7 +60,7 @@ def launch(function: JITFunction, grid: Grid, outputs: dict[str, Tensor], **argu
 
 
 def dense(tensor: Tensor) -> Tensor:
-    """The same, without gaps or repetition in memory, channels_last if it was."""
+    """The tensor without gaps or repetition in memory, channels_last if it was."""
     return tensor.contiguous(memory_format=suggest_memory_format(tensor))
 
 
@@ -135,7 +135,7 @@ def wait_for_stores(GPU: tl.constexpr):
 
 @kernel
 def block_of_pixels(first, BLOCK: tl.constexpr, pixels, image_pixels, width):
-    """Of a block of the pixels of all images: which exist, in which image they are, and their row and column."""
+    """Which pixels of a block of the pixels of all images exist, their image, row and column."""
     pixel = first + tl.arange(0, BLOCK)
     exists = pixel < pixels
     pixel = tl.where(exists, pixel, 0)

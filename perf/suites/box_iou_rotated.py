@@ -21,7 +21,7 @@ from ..spec import Contender, Job, Prepared, Suite
 
 @dataclasses.dataclass(frozen=True)
 class Overlaps(Problem):
-    """Of so many boxes with as many; the threshold means nothing."""
+    """Overlaps of so many boxes with as many; the threshold means nothing."""
 
     threshold: float = 0.0
     rotated: bool = True

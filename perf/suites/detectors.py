@@ -271,7 +271,7 @@ def _kernels_named() -> Iterator[None]:
 
 
 def _shares(call: Callable[[], Any], pattern: str) -> dict[str, float]:
-    """Of the time of a call, that of the events whose names match; the operator is the first group."""
+    """Share of a call's time in the events whose names match; the operator is the first group."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         start = time.perf_counter()
         for _ in range(_PROFILED_CALLS):

@@ -120,7 +120,7 @@ def _prepare(job: Job, kind: str) -> Prepared:
 
 
 def _reference(inputs: Any) -> Sequence[Tensor]:
-    """The same step in float64, by the decomposition."""
+    """The step in float64, by the decomposition."""
     if isinstance(inputs, Arguments):
         return _layer(deform_conv2d, map_tensors(inputs, Tensor.double))()
     return _network(inputs, DeformConv2d, compiled=False, dtype=torch.float64)()

@@ -194,7 +194,7 @@ def every_variant():
 
 
 class First(nn.Module):
-    """Of what the model returns, the tensor."""
+    """The tensor in what the model returns."""
 
     def __init__(self, model):
         super().__init__()

@@ -178,7 +178,7 @@ def test_narrow_or_no_vectors(simdlen, bits):
 
 
 def test_every_number_of_threads_gives_the_same_bits(monkeypatch):
-    """Of images that are done in several phases."""
+    """Gradients of images that are done in several phases."""
 
     def few_pixels(convolution, kind):
         return dataclasses.replace(blocking(convolution, kind), pixels=60, phase_bytes=1 << 18)

@@ -376,8 +376,8 @@ def test_gradients_of_the_last_convolutions_bias_alone_take_no_kernel():
 
 @pytest.mark.slow
 def test_every_number_of_threads_gives_the_same_gradients():
-    """Of the depthwise convolution. The others are products of matrices, whose sums are aten's to cut; what the kernel
-    gets from one has sums of 6 terms, which it does not."""
+    """The gradients of the depthwise convolution, that is. The others are products of matrices, whose sums aten cuts;
+    what the kernel gets from one has sums of 6 terms, which aten does not cut."""
     calls = [
         Backward(sample(Case(batch=batch, channels=48, size=(37, 41), first="silu", layout=layout), dtype))
         for batch, layout, dtype in ((3, "contiguous", FP32), (1, "channels_last", FP32), (2, "channels_last", BF16))

@@ -461,7 +461,7 @@ def assert_same_step(gradients: Sequence[Tensor], expected: Sequence[Tensor]) ->
 
 
 def test_gradients_are_fused_with_what_else_reaches_their_map():
-    """Of a map that both regions and a convolution read; the next convolution wants the sum channels_last."""
+    """The gradient of a map that regions and a convolution read; the next convolution wants the sum channels_last."""
     network, call = Head(), (torch.randn(2, 3, 32, 40), boxes_in(40, 7, 9))
     compiled = compile_and_run(network, network, *call, run=step)
     assert taken(compiled) == sorted([("roi_align", "template")] + [("roi_align_backward", "template")] * 2)
@@ -616,7 +616,7 @@ def call_static(arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
 
 
 def static_arguments(bad: int | None = None) -> list[tuple[Any, ...]]:
-    """Of all operators; the one at ``bad`` has a box that names no image."""
+    """Calls of all operators; the one at ``bad`` has a box that names no image."""
     arguments = []
     for i, (op, backward) in enumerate(STATIC):
         s = sample(op, "plain")

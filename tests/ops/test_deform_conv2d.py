@@ -36,7 +36,7 @@ DTYPES = (torch.float32, torch.float64)
 
 @cache
 def oracles_result(name: str) -> Tensor:
-    """Of the sample in float64; kept, since the oracle is slow."""
+    """The oracle's result for the sample in float64; kept, since the oracle is slow."""
     return call(oracle, sample(name, torch.float64))
 
 

@@ -26,7 +26,7 @@ def numbers(*shape: int) -> Tensor:
 
 
 def tv_boxes(boxes: Tensor) -> Tensor:
-    """The same as torchvision's transforms have them."""
+    """The boxes as torchvision's transforms have them."""
     return BoundingBoxes(boxes, format="XYXY", canvas_size=(64, 64))
 
 

@@ -43,7 +43,7 @@ def call(s: PyramidSample) -> Tensor:
 
 
 def as_module(s: PyramidSample, library: Any) -> Tensor:
-    """The same call with torchvision's interface."""
+    """The call with torchvision's interface."""
     case = s.case
     names = [f"level {level}" for level in case.levels]
     module = library.MultiScaleRoIAlign(

@@ -132,7 +132,7 @@ def test_the_gradient_of_a_box_inside_adds_up(ratio):
 
 @pytest.mark.parametrize("size", [1e9, 1e30, 3e38])
 def test_a_grid_of_any_size_ends(size):
-    """Of 1e9 samples only those in the map are taken; their mean is next to nothing."""
+    """Only those of 1e9 samples that lie in the map are taken; their mean is next to nothing."""
     input = torch.ones(1, 2, 5, 6)
     for corners in ((-size, -size, size, size), (-size, 1, 5, 3), (0, 0, size, size), (-size, -size, 4, 4)):
         out = roi_align(input, box(*corners, torch.float32), 2, 1.0, -1)

@@ -143,7 +143,7 @@ every_call = pytest.mark.parametrize("op", DIFFERENTIABLE)
 
 
 def loss(call: Call, rest: dict[str, Tensor], name: str) -> Callable[[Tensor], Tensor]:
-    """Of one of a call's tensors: no two of its results weigh the same."""
+    """Weights for one of a call's results: no two of its elements weigh the same."""
 
     def of(tensor: Tensor) -> Tensor:
         result = call.function(**{**rest, name: tensor})

@@ -41,7 +41,7 @@ def test_gradients_of_peers_agree_with_the_reference(contender):
 
 
 def test_the_limit_multiplies_what_is_outside_the_padding():
-    """Of 4 x 4 patches and a 3 x 3 kernel, 100 of 144 products of a channel."""
+    """For 4 x 4 patches and a 3 x 3 kernel these are 100 of 144 products of a channel."""
     inputs = forward.build(Shape(7, 4, 18, 16))
     (limit,) = (contender for contender in forward.SUITE.contenders if contender.role == "limit")
     output = limit.prepare(job(inputs)).output

@@ -96,7 +96,7 @@ CALLS = [Boxes(count, kind) for kind in KINDS for count in (1, 2, 90)] + [Boxes(
 
 @dataclasses.dataclass(frozen=True)
 class RotatedBoxes(Boxes):
-    """The same boxes, (x, y, width, height, angle), turned: "tied" ones by right angles, so that they stay so."""
+    """The boxes as (x, y, width, height, angle), turned: "tied" ones by right angles, so that they stay so."""
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         boxes, scores, classes = dataclasses.replace(self, dtype=torch.float32).upright()
@@ -147,7 +147,7 @@ def _greedy(
 
 @functools.lru_cache(maxsize=100_000)  # the same pairs meet at several thresholds
 def rotated_iou_oracle(a: tuple[float, ...], b: tuple[float, ...]) -> float:
-    """Of (x, y, width, height, angle): a's polygon, clipped at one edge of b after the other."""
+    """Overlap of boxes (x, y, width, height, angle): a's polygon, clipped at one edge of b after the other."""
     areas = [box[2] * box[3] for box in (a, b)]
     if not all(math.isfinite(number) for number in (*a, *b)) or min(areas) <= 0:
         return 0.0
@@ -182,7 +182,7 @@ def _polygon(box: Sequence[float], origin: Sequence[float]) -> list[tuple[float,
 
 
 def _iou(a: np.ndarray, b: np.ndarray, real: type) -> np.ndarray:
-    """Of boxes [..., 4] that are broadcast, in the arithmetic of torchvision's kernel."""
+    """Overlaps of boxes [..., 4] that are broadcast, in the arithmetic of torchvision's kernel."""
 
     def greater(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return np.where(x < y, y, x)

@@ -75,21 +75,21 @@ class Sample:
 
     @property
     def wanted(self) -> list[bool]:
-        """Of which tensors there is a gradient, as the operator of the gradients wants it."""
+        """Which tensors have a gradient, in the form that the operator of the gradients takes."""
         return [name in self.tensors for name in self.names]
 
     def replace(self, **tensors: Tensor) -> Sample:
-        """The same call on other tensors."""
+        """This call on other tensors."""
         args = tuple(tensors.get(name, tensor) for name, tensor in zip(self.names, self.args))
         kwargs = {name: tensors.get(name, value) for name, value in self.kwargs.items()}
         return dataclasses.replace(self, args=args, kwargs=kwargs)
 
     def to(self, dtype: torch.dtype) -> Sample:
-        """The same values, or their nearest, in another dtype; strides are kept."""
+        """This call in another dtype, rounded to it; strides are kept."""
         return self.replace(**{name: tensor.to(dtype) for name, tensor in self.tensors.items()})
 
     def requiring_grad(self, *names: str) -> Sample:
-        """The same call on leaves; the named ones, or all, require a gradient."""
+        """This call on leaves; the named ones, or all, require a gradient."""
         wanted = names or tuple(self.tensors)
         return self.replace(
             **{name: tensor.detach().requires_grad_(name in wanted) for name, tensor in self.tensors.items()}

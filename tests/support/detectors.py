@@ -129,7 +129,7 @@ def _mobilenet() -> nn.Module:
 
 
 def _heads(norm: Callable[[int], nn.Module]) -> dict[str, Any]:
-    """Of a Faster R-CNN and of a Mask R-CNN, with a norm behind each convolution."""
+    """Heads of a Faster R-CNN and of a Mask R-CNN, with a norm behind each convolution."""
     from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
     from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
     from torchvision.ops import MultiScaleRoIAlign

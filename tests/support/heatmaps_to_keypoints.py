@@ -165,7 +165,7 @@ def _side(begin: Tensor, end: Tensor) -> tuple[int, float]:
 
 
 def oracle(maps: Tensor, rois: Tensor) -> Iterator[tuple[int, int, np.ndarray, list[float], list[float]]]:
-    """Of each map its box and keypoint, what it is resized to, and the coordinates of the columns and rows of that."""
+    """For each map: box and keypoint, the size that it is resized to, and the coordinates of its columns and rows."""
     for k, (x1, y1, x2, y2) in enumerate(rois):
         (width, column), (height, row) = _side(x1, x2), _side(y1, y2)
         xs = [x1.item() + (i + 0.5) * column for i in range(width)]

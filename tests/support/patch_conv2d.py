@@ -79,7 +79,7 @@ class Case:
 
     @property
     def out_shape(self) -> tuple[int, ...]:
-        """Of the operator's result, which always has a batch."""
+        """Shape of the operator's result, which always has a batch."""
         return (1 if self.batch is None else self.batch, self.patches, self.out_channels, *self.out_size)
 
 

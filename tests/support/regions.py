@@ -117,15 +117,15 @@ class Sample:
         return torch.from_numpy((c * self.case.bins[0] + p) * self.case.bins[1] + q)
 
     def replace(self, **tensors: Tensor) -> Sample:
-        """The same call on other tensors."""
+        """This call on other tensors."""
         return dataclasses.replace(self, **tensors)
 
     def keep(self, regions: Tensor) -> Sample:
-        """The same call on some of the regions."""
+        """This call on some of the regions."""
         return self.replace(rois=self.rois[regions], gradient=self.gradient[regions])
 
     def to_double(self) -> Sample:
-        """The same values in float64."""
+        """This call in float64."""
         return self.replace(input=self.input.double(), rois=self.rois.double(), gradient=self.gradient.double())
 
 
@@ -439,7 +439,7 @@ def _neighbours(real: Any, point: Any, length: int) -> list[tuple[int, Any]]:
 def _sampled_bins(
     input: Tensor, rois: Tensor, bins: Sequence[int], spatial_scale: float, ratio: int, shift: float, at_least: float
 ) -> Iterator[tuple[int, int, int, int, list[tuple[int, int, float]], float]]:
-    """Of each bin: region, image, row and column of the bin; rows, columns and weights of pixels; number of samples."""
+    """For each bin: region, image, its row and column; rows, columns and weights of pixels; number of samples."""
     real, x, regions = _unpack(input, rois)
     height, width = x.shape[2:]
     for k, (image, corners) in enumerate(regions):
@@ -478,7 +478,7 @@ def _pixels(real: Any, begin: Any, end: Any, bins: int, inclusive: bool, limit: 
 def _pooled_bins(
     input: Tensor, rois: Tensor, bins: Sequence[int], spatial_scale: float, inclusive: bool, limits: Sequence[int]
 ) -> Iterator[tuple[int, int, int, int, list[tuple[int, int]]]]:
-    """Of each bin: region, image, row and column of the bin; rows and columns of its pixels."""
+    """For each bin: region, image, its row and column; rows and columns of its pixels."""
     real, _, regions = _unpack(input, rois)
     for k, (image, corners) in enumerate(regions):
         x1, y1, x2, y2 = corners * real(spatial_scale)
@@ -802,7 +802,7 @@ PYRAMIDS = {
 
 
 def _by_level(s: PyramidSample) -> Iterator[tuple[int, Tensor, tuple[Any, ...]]]:
-    """Of each map: its regions, and the arguments of roi_align's oracle for them."""
+    """For each map: its regions, and the arguments of roi_align's oracle for them."""
     for level, (feature, scale) in enumerate(zip(s.features, s.scales)):
         here = s.levels == level
         yield level, here, (feature, s.rois[here], s.case.bins, scale, s.case.sampling_ratio, s.case.aligned)

@@ -116,7 +116,7 @@ def reference(model: nn.Module, batches: Sequence[Batch]) -> list[Step]:
 
 
 def assert_same_tensors(actual: Named, expected: Named, tolerance: float) -> None:
-    """The same names, and errors within the tolerance, relative to the largest element of each tensor."""
+    """Names are equal, and errors within the tolerance, relative to the largest element of each tensor."""
     assert actual.keys() == expected.keys()
     errors = {name: relative_error(actual[name], expected[name]) for name in expected}
     wrong = {name: error for name, error in errors.items() if not error <= tolerance}

@@ -152,7 +152,7 @@ def _interpreter() -> Any:
 
 
 class _Utils:
-    """Of a driver: there is nothing to load."""
+    """The driver loads nothing."""
 
     def load_binary(self, *args: Any) -> tuple[None, None, int, int, int]:
         return None, None, 0, 0, 1024

@@ -27,7 +27,7 @@ def key_of_a_graph() -> bytes:
 
 
 def test_every_source_is_in_the_digest():
-    """Of folders that are new, too: who adds one need not think of it."""
+    """Also those of new folders: whoever adds one need not think of it."""
     folders = [PACKAGE / name for name in ("ops", "integrations", "lowering")]
     sources = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".h")]
     assert {"common", "cpp", "inductor", "passes", "triton", "workarounds"} <= {path.parent.name for path in sources}

@@ -32,8 +32,8 @@ extern "C" void exported() {}
 
 
 def test_libraries_share_nothing(kept, tmp_path):
-    """Of what two libraries in a process both export, the dynamic linker may let the second have the first one's, which
-    was compiled for other vector instructions, or is of another release."""
+    """If two libraries in a process export the same symbol, the dynamic linker may give the second one the first one's,
+    which was compiled for other vector instructions, or is of another release."""
     source = tmp_path / "exporting.cpp"
     source.write_text("\n".join([*map(splice_header, NAMES), EXPORTED]))
     library = build(kept, source, CAPABILITIES["no vector instructions"], "-O0", "-shared", "-fPIC")

@@ -319,7 +319,7 @@ def test_norms_in_float32_of_a_model_in_bfloat16():
 @pytest.mark.parametrize("image", ["contiguous", "channels_last"])
 @torch.no_grad()
 def test_memory_formats(image, weights):
-    """Of convolutions the result is channels_last if input or weight is; what views follow may depend on it."""
+    """A convolution's result is channels_last if input or weight is; what views follow may depend on it."""
     formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
     model = block(nn.ReLU6()).to(memory_format=formats[weights])
     assert_fused(model, torch.randn(IMAGE).contiguous(memory_format=formats[image]))
@@ -397,7 +397,7 @@ def test_a_classifier_in_training_mode(torchvision_python):
 
 
 class TheirPass(CustomGraphPass):
-    """Of a user, who counts."""
+    """A user's pass, which counts graphs."""
 
     def __init__(self) -> None:
         self.graphs = 0

@@ -187,7 +187,7 @@ BOTH_WEIGHTS = frozenset({"depthwise_weight", "pointwise_weight"})
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_layers_do_not_save_may_change(change):
-    """Of biases they have the gradient without the values."""
+    """They have the gradient of biases without the values."""
     kind = "fused" if change == "nothing" else "left alone"
     assert assert_same(Program(change, "shift", "after", BOTH_WEIGHTS)) == ("computes", [kind])
 

@@ -50,7 +50,7 @@ def test_a_last_norm_in_training_mode_stays():
 
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_other_uses_of_the_intermediate_result(which):
-    """Of the convolution's, the norm's or the activation's result."""
+    """The result of the convolution, the norm or the activation is used elsewhere."""
     layers = block(nn.ReLU6())
 
     def run(x: Tensor) -> tuple[Tensor, Tensor]:
