@@ -36,9 +36,9 @@ def _accept(op: str, **arguments: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Gradient:
-    """The gradient of an operator's first result; of further ones, which are integers, there is none.
+    """The gradient of an operator's first result; further results are integers, and have none.
 
-    It is an operator too. Of ``op(Tensor input, Tensor weight, Tensor? bias, int stride) -> Tensor`` it is::
+    It is an operator too. For ``op(Tensor input, Tensor weight, Tensor? bias, int stride) -> Tensor`` it is::
 
         op_backward(Tensor grad, Tensor input, Tensor weight, Tensor? bias, int stride, bool[3] wanted)
             -> (Tensor, Tensor, Tensor)

@@ -42,12 +42,12 @@ class Shape:
         return ", ".join([sizes, *kernel, *self.unusual("stride", "dilation"), *more, *dtype])
 
     def unusual(self, *names: str) -> list[str]:
-        """Of these attributes, those that are not 1."""
+        """Those of these attributes that are not 1."""
         return [f"{name.replace('_', ' ')} {getattr(self, name)}" for name in names if getattr(self, name) != 1]
 
 
 class Problem(NamedTuple):
-    """Of the suites of gradients: that of the result, and what the operator was called with.
+    """A problem of the suites of gradients: the result's gradient, and what the operator was called with.
 
     Attributes:
         step: whether the forward pass is timed too.
@@ -146,7 +146,7 @@ def ours(layer: Layer, channels_last: Callable[[Any], Any]) -> tuple[Contender, 
 
 
 def stock(name: str, layer: Layer, channels_last: Callable[[Any], Any]) -> tuple[Contender, ...]:
-    """The same as PyTorch's own layers compute it: eager and compiled, in both memory formats."""
+    """PyTorch's own layers on the same problem: eager and compiled, in both memory formats."""
     last = dataclasses.replace(layer, change=channels_last)
     return (
         Contender(name, "peer", layer.eager),

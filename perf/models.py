@@ -127,7 +127,7 @@ def _export(model: nn.Module, input: Tensor, path: Path, names: Sequence[str]) -
 
 
 def _fingerprint(model: nn.Module, input: Tensor) -> str:
-    """Of weights, input, the code of this package and the versions of others: whatever an ONNX file depends on."""
+    """A digest of weights, input, this package's code and the versions of others: all that an ONNX file depends on."""
     digest = hashlib.sha256()
     for package in _PACKAGES:
         digest.update(f"{package} {importlib.metadata.version(package)}\n".encode())

@@ -140,7 +140,7 @@ def _markdown_times(cases: Sequence[CaseResult]) -> str:
 
 
 def _markdown_details(cases: Sequence[CaseResult]) -> str:
-    """Of contenders the share of their time in operators, where somebody looked at it, and the memory."""
+    """The contenders' share of time in operators, if it was measured, and their memory."""
     has_shares = any(row.shares for case in cases for row in case.rows)
     known = {row.contender for case in cases for row in case.rows if row.shares or row.memory is not None}
     names = [name for name in _columns(cases) if name in known]

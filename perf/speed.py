@@ -71,7 +71,7 @@ class _Group:
 
 
 def digest(results: dict[str, list[Report]]) -> str:
-    """Of all that is drawn; the picture holds that of what it was drawn from."""
+    """A digest of all that is drawn; the picture holds the one of what it was drawn from."""
     drawn = [[dataclasses.asdict(group) for group in _groups(rows, results)] for rows in (_MODELS, _OPERATORS)]
     return hashlib.sha256(json.dumps([drawn, _machines(results)]).encode()).hexdigest()
 
@@ -199,7 +199,7 @@ def _peers(case: CaseResult, ours: Row) -> dict[str, float]:
 
 
 def _case(results: dict[str, list[Report]], suite: str, name: str) -> CaseResult | None:
-    """Of the latest run of the suite."""
+    """The case in the latest run of the suite."""
     report = _latest(results, suite)
     return next((case for case in report.cases if case.case == name), None) if report else None
 

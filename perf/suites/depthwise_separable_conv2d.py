@@ -66,7 +66,7 @@ def one_operator(*arguments: Any) -> Tensor:
 
 
 def two_convolutions(*arguments: Any) -> Tensor:
-    """The same as models have it."""
+    """The layers as models have them."""
     input, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, _, *geometry, name = arguments
     hidden = F.conv2d(input, depthwise_weight, depthwise_bias, *geometry, groups=input.shape[1])
     activation = parse_activation(name)

@@ -75,7 +75,7 @@ def test_gradients_agree_with_the_reference(contender, step, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.usefixtures("unoptimized")
 def test_compiled_gradients_can_be_asked_for_again():
-    """Of which all of the suite's times are."""
+    """All of the suite's times are of gradients that were asked for before."""
     (contender,) = (contender for contender in backward.SUITE.contenders if contender.name == "ours-channels-last")
     problem = backward._build(Shape(6, 5, 9, batch=3, stride=2, activation="silu"), False)
     prepared = contender.prepare(job(problem))

@@ -66,7 +66,7 @@ def test_descriptions():
 @pytest.mark.slow
 @pytest.mark.usefixtures("unoptimized")
 def test_compiled_gradients_can_be_asked_for_again():
-    """Of which all of the suite's times are."""
+    """All of the suite's times are of gradients that were asked for before."""
     (contender,) = (contender for contender in backward.SUITE.contenders if contender.name == "ours-channels-last")
     problem = backward._build(Shape(7, 4, 5, 6))
     prepared = contender.prepare(job(problem))
