@@ -108,9 +108,9 @@ def draw(results: dict[str, list[Report]], path: Path) -> None:
     handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in (_OUR_COLOR, *_COLORS)]
     names = ["inductor_vision", *_PEERS]
     figure.legend(handles, names, loc="upper right", ncols=2, frameon=False, fontsize=9.5)
-    note = f"Median times in float32. {'; '.join(_machines(results))}. All of it: docs/benchmarks.md"
+    note = f"Median times in float32. {'; '.join(_machines(results))}.\nAll of it: docs/benchmarks.md"
     figure.text(0.01, 0.07 * inch, note, fontsize=7, color="0.4")
-    figure.tight_layout(rect=(0, 0.2 * inch, 1, 1 - 0.62 * inch), w_pad=2)
+    figure.tight_layout(rect=(0, 0.34 * inch, 1, 1 - 0.62 * inch), w_pad=2)
     figure.savefig(path, dpi=110, metadata={_DIGEST: digest(results), "Software": None})
     plt.close(figure)
 
