@@ -94,7 +94,7 @@ def test_what_follows_is_named(name):
 @torch.no_grad()
 def test_a_slope_for_each_channel():
     model, x = Activated(nn.PReLU(8)).eval(), torch.randn(IMAGE)
-    why = "its activation has slopes of shape (8,), where the kernel takes one for all channels, of shape (1,)"
+    why = "its activation has slopes of shape (8,); the kernel takes one for all channels, of shape (1,)"
     assert_left(model, x, why=why)
     number = torch.tensor(0.25)
     assert_left(Activated(lambda x: torch.prelu(x, number)).eval(), x, why=why.replace("(8,)", "()"))
