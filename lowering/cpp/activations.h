@@ -10,7 +10,7 @@
 
 #include "base.h"
 
-namespace inductor_vision __attribute__((visibility("hidden"))) {
+namespace [[gnu::visibility("hidden")]] inductor_vision {
 
 template <typename acc_t>
 struct ValueAndGradient {

@@ -6,7 +6,7 @@
 
 #include "base.h"
 
-namespace inductor_vision __attribute__((visibility("hidden"))) {
+namespace [[gnu::visibility("hidden")]] inductor_vision {
 
 // What meets a place of the result: tap number `tap` of the kernel, and the place of the input that it looks at.
 struct AxisTap {

@@ -25,7 +25,7 @@
 #include <type_traits>
 #include <utility>
 
-namespace inductor_vision __attribute__((visibility("hidden"))) {
+namespace [[gnu::visibility("hidden")]] inductor_vision {
 
 using at::vec::Vectorized;
 using c10::ForcedUnroll;

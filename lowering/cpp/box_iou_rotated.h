@@ -6,7 +6,7 @@
 
 #include "rotated.h"
 
-namespace inductor_vision __attribute__((visibility("hidden"))) {
+namespace [[gnu::visibility("hidden")]] inductor_vision {
 
 // Rows of (x, y, width, height, angle).
 template <typename box_t>

@@ -10,7 +10,7 @@
 
 #include "base.h"
 
-namespace inductor_vision __attribute__((visibility("hidden"))) {
+namespace [[gnu::visibility("hidden")]] inductor_vision {
 
 // N boxes, rows of numbers, with a score each, and the class that each is of; null: all are of one.
 template <typename box_t, typename score_t>

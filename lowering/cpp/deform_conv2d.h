@@ -23,7 +23,7 @@
 #include "base.h"
 #include "gemm.h"
 
-namespace inductor_vision __attribute__((visibility("hidden"))) {
+namespace [[gnu::visibility("hidden")]] inductor_vision {
 
 template <typename scalar_t>
 struct DeformConv2d {

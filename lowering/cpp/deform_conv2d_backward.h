@@ -25,7 +25,7 @@
 
 #include "deform_conv2d.h"
 
-namespace inductor_vision __attribute__((visibility("hidden"))) {
+namespace [[gnu::visibility("hidden")]] inductor_vision {
 
 // A [B, channels, height, width] tensor that is written.
 template <typename scalar_t>

@@ -7,7 +7,7 @@
 #include "axis.h"
 #include "base.h"
 
-namespace inductor_vision __attribute__((visibility("hidden"))) {
+namespace [[gnu::visibility("hidden")]] inductor_vision {
 
 // Where a tap finds the first of some pixels, and its weights; of channel 0.
 template <typename value_t>

@@ -26,7 +26,7 @@
 #include "depthwise.h"
 #include "gemm.h"
 
-namespace inductor_vision __attribute__((visibility("hidden"))) {
+namespace [[gnu::visibility("hidden")]] inductor_vision {
 
 template <typename scalar_t>
 struct DepthwiseSeparableConv2d {

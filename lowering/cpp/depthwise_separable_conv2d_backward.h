@@ -24,7 +24,7 @@
 
 #include "depthwise_separable_conv2d.h"
 
-namespace inductor_vision __attribute__((visibility("hidden"))) {
+namespace [[gnu::visibility("hidden")]] inductor_vision {
 
 // Beside the operation itself, whose pointwise half is not looked at; channels are hidden ones in the order [M][C].
 // Results are null where they are not wanted.

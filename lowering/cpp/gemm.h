@@ -16,7 +16,7 @@
 
 #include "base.h"
 
-namespace inductor_vision __attribute__((visibility("hidden"))) {
+namespace [[gnu::visibility("hidden")]] inductor_vision {
 
 // Output columns in a panel: 16 floats or 8 doubles.
 template <typename acc_t>

@@ -14,7 +14,7 @@
 
 #include "base.h"
 
-namespace inductor_vision __attribute__((visibility("hidden"))) {
+namespace [[gnu::visibility("hidden")]] inductor_vision {
 
 // The four source pixels of a pixel of the result, and what each counts.
 //

@@ -11,7 +11,7 @@
 
 #include "boxes.h"
 
-namespace inductor_vision __attribute__((visibility("hidden"))) {
+namespace [[gnu::visibility("hidden")]] inductor_vision {
 
 // Sets the bits of suppressed[j], begin <= j < end, where proper box i of `a` overlaps proper box j of `b` by more than
 // the threshold.

@@ -5,7 +5,7 @@
 #include "nms.h"
 #include "rotated.h"
 
-namespace inductor_vision __attribute__((visibility("hidden"))) {
+namespace [[gnu::visibility("hidden")]] inductor_vision {
 
 inline double overlap(const RotatedBoxArrays& a, int64_t i, const RotatedBoxArrays& b, int64_t j) {
   double result = 0;

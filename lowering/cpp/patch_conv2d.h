@@ -27,7 +27,7 @@
 #include "base.h"
 #include "gemm.h"
 
-namespace inductor_vision __attribute__((visibility("hidden"))) {
+namespace [[gnu::visibility("hidden")]] inductor_vision {
 
 // [B, N, channels, height, width] with any strides, in elements.
 template <typename scalar_t>

@@ -16,7 +16,7 @@
 
 #include "patch_conv2d.h"
 
-namespace inductor_vision __attribute__((visibility("hidden"))) {
+namespace [[gnu::visibility("hidden")]] inductor_vision {
 
 // Beside the operation itself, of which `bias` is not looked at.
 template <typename scalar_t>

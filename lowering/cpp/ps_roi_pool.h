@@ -13,7 +13,7 @@
 #include "region_sampling.h"
 #include "regions.h"
 
-namespace inductor_vision __attribute__((visibility("hidden"))) {
+namespace [[gnu::visibility("hidden")]] inductor_vision {
 
 // kChannelsLast: of the output that `store` is for, see OutputBlock.
 template <bool kChannelsLast, typename scalar_t, typename box_t, typename Store>

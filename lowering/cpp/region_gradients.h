@@ -8,7 +8,7 @@
 #include "base.h"
 #include "regions.h"
 
-namespace inductor_vision __attribute__((visibility("hidden"))) {
+namespace [[gnu::visibility("hidden")]] inductor_vision {
 
 // The maps that gradients are of: one level.
 struct GradMaps {

@@ -10,7 +10,7 @@
 #include "base.h"
 #include "regions.h"
 
-namespace inductor_vision __attribute__((visibility("hidden"))) {
+namespace [[gnu::visibility("hidden")]] inductor_vision {
 
 // One level of a pyramid.
 template <typename scalar_t>

@@ -10,7 +10,7 @@
 #include "base.h"
 #include "regions.h"
 
-namespace inductor_vision __attribute__((visibility("hidden"))) {
+namespace [[gnu::visibility("hidden")]] inductor_vision {
 
 // Where the bins of a region sample an axis of a map: `count` points in each, evenly spread.
 //

@@ -16,7 +16,7 @@
 
 #include "base.h"
 
-namespace inductor_vision __attribute__((visibility("hidden"))) {
+namespace [[gnu::visibility("hidden")]] inductor_vision {
 
 // [K, 5], and the level that each region is on; null: all on the first.
 template <typename box_t>

@@ -13,7 +13,7 @@
 #include "region_sampling.h"
 #include "regions.h"
 
-namespace inductor_vision __attribute__((visibility("hidden"))) {
+namespace [[gnu::visibility("hidden")]] inductor_vision {
 
 // Bins [p][q] of `count` channels into out[(p * PW + q) * kChunk], for U vectors of channels.
 template <int U, typename scalar_t, typename acc_t>

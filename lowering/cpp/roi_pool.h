@@ -15,7 +15,7 @@
 #include "region_sampling.h"
 #include "regions.h"
 
-namespace inductor_vision __attribute__((visibility("hidden"))) {
+namespace [[gnu::visibility("hidden")]] inductor_vision {
 
 // An index in the bits of a floating number of the same size: it moves through vectors with the values.
 template <typename acc_t>

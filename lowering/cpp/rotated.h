@@ -14,7 +14,7 @@
 
 #include "boxes.h"
 
-namespace inductor_vision __attribute__((visibility("hidden"))) {
+namespace [[gnu::visibility("hidden")]] inductor_vision {
 
 struct RotatedBoxArrays {
   using value_t = double;

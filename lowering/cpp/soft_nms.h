@@ -11,7 +11,7 @@
 
 #include "boxes.h"
 
-namespace inductor_vision __attribute__((visibility("hidden"))) {
+namespace [[gnu::visibility("hidden")]] inductor_vision {
 
 struct SoftRule {
   bool gaussian;  // weight(x) = exp(-x * x / sigma); otherwise 1 - x where x > threshold, else 1

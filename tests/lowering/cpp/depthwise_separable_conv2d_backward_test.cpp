@@ -239,8 +239,7 @@ int main(int argc, char** argv) {
   const int random_calls = argc > 1 ? std::atoi(argv[1]) : 40;
   Figures figures;
   // Of each type few, because each is a kernel to compile.
-  check_type<float, Identity, Relu, Relu6, Prelu, Hardsigmoid, Hardswish, Silu, Gelu>(
-      "float", random_calls, figures);
+  check_type<float, Identity, Relu, Relu6, Prelu, Hardsigmoid, Hardswish, Silu, Gelu>("float", random_calls, figures);
   check_type<double, Silu>("double", random_calls, figures);
   check_type<at::BFloat16, Silu>("bf16", random_calls, figures);
   check_type<at::Half, Identity>("fp16", random_calls, figures);

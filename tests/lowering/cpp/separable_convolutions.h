@@ -200,7 +200,7 @@ FUNCTION(Hardtanh, true, x != x ? x : std::clamp(x, -0.5, 2.0), x <= -0.5 || x >
 FUNCTION(Elu, true, x <= 0 ? 0.7 * std::expm1(x) : x, x <= 0 ? 0.7 * grad * std::exp(x) : grad)
 FUNCTION(
     Selu, true, kSeluScale*(x <= 0 ? kSeluAlpha * std::expm1(x) : x),
-    grad* kSeluScale*(x <= 0 ? kSeluAlpha * std::exp(x) : 1))
+    grad * kSeluScale * (x <= 0 ? kSeluAlpha * std::exp(x) : 1))
 FUNCTION(Celu, false, x <= 0 ? 0.7 * std::expm1(x / 0.7) : x, x <= 0 ? grad * std::exp(x / 0.7) : grad)
 FUNCTION(
     Softplus, true, 1.5 * x > 3 ? x : std::log1p(std::exp(1.5 * x)) / 1.5, 1.5 * x > 3 ? grad : grad * sigmoid(1.5 * x))
@@ -217,7 +217,7 @@ FUNCTION(
     Gelu, false, x * 0.5 * (1 + std::erf(x * std::sqrt(0.5))),
     grad * (0.5 * (1 + std::erf(x * std::sqrt(0.5))) + x * (std::exp(-0.5 * x * x) / std::sqrt(8 * std::atan(1)))))
 FUNCTION(
-    GeluTanh, false, x * 0.5 * (1 + tanh_of_cube(x)), grad*(0.5 * (1 + tanh_of_cube(x)) + 0.5 * x * slope_of_cube(x)))
+    GeluTanh, false, x * 0.5 * (1 + tanh_of_cube(x)), grad * (0.5 * (1 + tanh_of_cube(x)) + 0.5 * x * slope_of_cube(x)))
 #undef FUNCTION
 
 template <typename scalar_t>
