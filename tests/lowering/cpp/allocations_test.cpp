@@ -256,8 +256,8 @@ void run_separable() {
     depthwise_separable_conv2d<false>(
         op, Relu{}, SeparableBlocking{24}, DenseStore<false, float>{out.data(), kOut, kHeight, kWidth});
   });
-  const SeparableGradients<float> gradients{grad.view().data, false,        grad_input.data(), grad_weight.data(),
-                                            grad_bias.data(), hidden.data()};
+  const SeparableGradients<float> gradients{grad.view().data, false,   grad_input.data(), grad_weight.data(),
+                                            grad_bias.data(), nullptr, hidden.data()};
   run_out_of_memory("depthwise_separable_conv2d_backward", [&] {
     depthwise_separable_conv2d_backward(op, Relu{}, gradients, SeparableBackwardBlocking{4096});
   });
