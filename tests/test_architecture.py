@@ -21,7 +21,7 @@ NOT_INSTALLED = ("tests", "examples", "docs")
 
 def sources() -> dict[str, pathlib.Path]:
     """The package's modules by their names, "" being the package itself."""
-    files = {path.relative_to(ROOT) for path in ROOT.rglob("*.py")}
+    files = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
     ours = [path for path in files if path.parts[0] not in NOT_INSTALLED and not path.parts[0].startswith(".")]
     packages = [path for path in ours if all((ROOT / folder / "__init__.py").exists() for folder in path.parents)]
     return {".".join(path.with_suffix("").parts).removesuffix("__init__").rstrip("."): ROOT / path for path in packages}
