@@ -87,6 +87,7 @@ def depthwise_separable_conv2d(
     Raises:
         ValueError: an activation is not in the list, only one of ``"prelu"`` and ``slope`` is given, or ``padding`` is
             a string.
+        TypeError: ``slope`` is a number.
         RuntimeError: shapes, dtypes or devices are not compatible. The message says what was expected.
     """
     if is_proxy(input, depthwise_weight, pointwise_weight):
@@ -96,6 +97,8 @@ def depthwise_separable_conv2d(
         raise ValueError(f"slope must be given with depthwise_activation={PRELU!r}, and only then, got {given}")
     if slope is None:
         _check_activation("depthwise_activation", depthwise_activation)
+    elif not isinstance(slope, Tensor):
+        raise TypeError(f"slope must be a tensor of shape [1], got {slope!r}")
     last = _check_activation("pointwise_activation", pointwise_activation)
     unbatched = input.dim() == 3
     arguments = Arguments(

@@ -439,6 +439,8 @@ def test_a_slope_goes_with_prelu():
         depthwise_separable_conv2d(*s.args, depthwise_activation="prelu")
     with pytest.raises(ValueError, match=f"{message}one with depthwise_activation='relu'"):
         depthwise_separable_conv2d(*s.args, depthwise_activation="relu", slope=torch.zeros(1))
+    with pytest.raises(TypeError, match=r"slope must be a tensor of shape \[1\], got 0.3"):
+        depthwise_separable_conv2d(*s.args, depthwise_activation="prelu", slope=0.3)
     for wrong in (
         lambda: depthwise_separable_conv2d(*s.args, pointwise_activation="prelu"),
         lambda: DepthwiseSeparableConv2d(4, 4, 3, depthwise_activation="prelu"),

@@ -457,7 +457,6 @@ def calls(compiled_paths: list[Any]) -> list[str]:
     return [path.kind for path in compiled_paths if path.op == NAME]
 
 
-@pytest.mark.slow
 def test_compiled(switched_on):
     """The operator is in the graph that Inductor compiles; frozen, batch norms leave no trace."""
     model, x = nn.Sequential(block(nn.ReLU6(), stride=2), nn.Hardswish()).eval(), torch.randn(IMAGE)
