@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_functional
-from torch._inductor import config, ir, sizevars
+from torch._inductor import config, ir
 from torch._inductor.codecache import CppCodeCache
 from torch._inductor.codegen.cpp import CppScheduling, get_export_declaration
 from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel, parse_expr_with_index_symbols
 from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
-from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.cpu_vec_isa import VecISA, pick_vec_isa, valid_vec_isa_list
 from torch._inductor.lowering import lowerings
@@ -22,7 +21,6 @@ __all__ = [
     "CppCodeCache",
     "CppScheduling",
     "CppTemplateKernel",
-    "CppWrapperCpu",
     "Placeholder",
     "V",
     "VecISA",
@@ -36,7 +34,6 @@ __all__ = [
     "ops",
     "parse_expr_with_index_symbols",
     "pick_vec_isa",
-    "sizevars",
     "statically_known_true",
     "triton_kernel_wrapper_functional",
     "valid_vec_isa_list",

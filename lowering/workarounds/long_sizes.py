@@ -40,7 +40,7 @@ def _with_sizes_hidden(function: Callable[..., sympy.Expr]) -> Callable[..., sym
 @contextlib.contextmanager
 def sizes_as_symbols() -> Iterator[None]:
     """Within this context Inductor compiles what has such sizes several times as fast."""
-    from ..inductor.codegen import sizevars
+    from ..inductor.packaging import sizevars
 
     with contextlib.ExitStack() as stack:
         for name in ("stride_at", "simplify_index_in_vec_range"):

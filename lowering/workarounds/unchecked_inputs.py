@@ -28,7 +28,7 @@ def inputs_checked() -> Iterator[None]:
     Raises:
         RuntimeError: Inductor generates them otherwise than the releases of torch that this is tested with.
     """
-    from ..inductor.codegen import CppWrapperCpu
+    from ..inductor.packaging import CppWrapperCpu
 
     original = getattr(CppWrapperCpu, "generate_input_output_runtime_checks", None)
     if original is None:
