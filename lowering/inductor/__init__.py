@@ -4,7 +4,8 @@ No other module of the operators' and their lowerings imports such parts. ``tabl
 entered into, and that are there when Inductor's own lowerings have just been defined, in the middle of the import of
 Inductor; ``codegen.py`` has what code is generated with, which cannot be imported by then, and ``packaging.py`` what
 is worked around while a package is compiled. What does not load costs all of the installation if it is in
-``tables.py``, templates, call by call, if it is in ``codegen.py``, and ``export_detector`` if it is in ``packaging.py``.
+``tables.py``, templates, call by call, if it is in ``codegen.py``, and ``export_detector`` if it is in
+``packaging.py``.
 
 All need Inductor's lowerings, which are imported here, so that those who wait for them (``installation/hook.py``) can
 import ``tables.py`` in turn.
