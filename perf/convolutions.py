@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -97,9 +98,14 @@ def reference(operator: str, arguments: Any) -> Tensor:
 def reference_gradients(operator: str, problem: Problem) -> list[Tensor]:
     """All of them: the decomposition in float64."""
     arguments = map_tensors(problem.arguments, Tensor.double)
-    wanted = [True] * len(arguments.tensors)
-    gradients = OPS[f"{operator}_backward"].decomposition(problem.grad.double(), *arguments, wanted)
-    return [gradient for gradient, tensor in zip(gradients, arguments.tensors) if tensor is not None]
+    tensors = _differentiable(arguments)
+    gradients = OPS[operator].backward.decomposition(problem.grad.double(), *arguments, [True] * len(tensors))
+    return [gradient for gradient, tensor in zip(gradients, tensors) if tensor is not None]
+
+
+def _differentiable(arguments: Any) -> list[Tensor | None]:
+    """What has a gradient: the tensors before all else."""
+    return list(itertools.takewhile(lambda value: value is None or isinstance(value, Tensor), arguments))
 
 
 def as_it_is(arguments: Any) -> Any:
@@ -165,7 +171,7 @@ def gradients(
 ) -> Prepared:
     """By autograd, of a result that was computed before or, in a step, is computed each time."""
     grad, arguments, step = change(job.inputs)
-    leaves = [tensor for tensor in arguments.tensors if tensor is not None]
+    leaves = [tensor for tensor in _differentiable(arguments) if tensor is not None]
     call = functools.partial(_with_leaves, function, arguments)
     return backends.gradients(call, leaves, grad, compile=compiled, step=step)
 
