@@ -49,8 +49,9 @@ class Gradient:
 
     Attributes:
         decomposition: an aten program that takes the arguments of ``op_backward`` in their order, ``wanted`` by name,
-            and returns the gradients, in place of those that are not wanted anything. An argument that is None never
-            wants one. Each is converted to its argument's dtype and, where there are several, reshaped to its shape.
+            and returns the gradients, none a view of an argument, in place of those that are not wanted anything. An
+            argument that is None never wants one. Each is converted to its argument's dtype and, where there are
+            several, reshaped to its shape.
         of: names of the arguments that have a gradient.
         takes: what autograd keeps, and ``op_backward`` takes after ``grad``: names of arguments and of results, and
             ``input.shape`` for the shape of an argument that is not kept, which becomes ``SymInt[] size``. None means
