@@ -7,6 +7,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 
@@ -53,6 +54,16 @@ def test_no_file_is_forgotten(wheels: dict[str, pathlib.Path], source: str) -> N
     with zipfile.ZipFile(wheels[source]) as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert names == expected
+
+
+@pytest.mark.slow
+def test_the_sdist_has_what_is_tested(wheels: dict[str, pathlib.Path]) -> None:
+    """Besides the package: documents, examples, results of benchmarks, and tests."""
+    (sdist,) = wheels["sdist"].parent.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    files = [file for top in ("docs", "examples", "perf", "tests") for file in (ROOT / top).rglob("*.*")]
+    assert {str(file.relative_to(ROOT)) for file in files if file.is_file() and file.suffix != ".pyc"} <= names
 
 
 USE = """
