@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .common.registry import Template, serve_all, template_for
-from .common.template import KernelTemplate, pointer, sizes, struct, view
+from .common.template import KernelTemplate, pointer, sizes, strides, struct, view
 from .inductor.codegen import DTYPE_TO_CPP, CppTemplateKernel, ir
 
 
@@ -30,7 +30,8 @@ class HeatmapsToKeypointsTemplate(KernelTemplate):
             dtype = DTYPE_TO_CPP[maps.get_dtype()]
             size = sizes(kernel, maps, "count", "channels", "height", "width")
             images = struct("Images", dtype, view=view(kernel, maps), **size)
-            boxes = ", ".join([pointer(kernel, rois), kernel.stride(rois, 0), kernel.stride(rois, 1)])
+            rows = strides(kernel, rois, "row", "column")
+            boxes = struct("HeatmapBoxes", DTYPE_TO_CPP[rois.get_dtype()], data=pointer(kernel, rois), **rows)
             return [f"inductor_vision::heatmaps_to_keypoints({images}, {boxes}, {pointer(kernel, buffer)});"]
 
         return self.source(kernel, buffer, {"out": buffer}, body)

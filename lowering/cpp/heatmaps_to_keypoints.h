@@ -149,16 +149,24 @@ class HeatmapSearch {
   Scratch<acc_t> rows_;
 };
 
-// `boxes`: K rows (x1, y1, x2, y2).  `out`: [K, N, 3] of x, y and the map's value there.
+// K rows (x1, y1, x2, y2).
+template <typename box_t>
+struct HeatmapBoxes {
+  const box_t* data;
+  int64_t row, column;  // distances
+
+  template <typename acc_t>
+  BoxSide<acc_t> side(int64_t k, int64_t axis) const {
+    const box_t* box = data + k * row;
+    return BoxSide<acc_t>(static_cast<acc_t>(box[axis * column]), static_cast<acc_t>(box[(axis + 2) * column]));
+  }
+};
+
+// `out`: [K, N, 3] of x, y and the map's value there.
 template <typename map_t, typename box_t>
-inline void heatmaps_to_keypoints(
-    const Images<map_t>& maps, const box_t* boxes, int64_t box_distance, int64_t coordinate_distance, float* out) {
+inline void heatmaps_to_keypoints(const Images<map_t>& maps, const HeatmapBoxes<box_t>& boxes, float* out) {
   using acc_t = accumulate_t<box_t>;
-  const auto side = [&](int64_t k, int64_t axis) {
-    const box_t* box = boxes + k * box_distance;
-    return BoxSide<acc_t>(
-        static_cast<acc_t>(box[axis * coordinate_distance]), static_cast<acc_t>(box[(axis + 2) * coordinate_distance]));
-  };
+  const auto side = [&](int64_t k, int64_t axis) { return boxes.template side<acc_t>(k, axis); };
   for (int64_t k = 0; k < maps.count; ++k) {
     const int64_t columns = side(k, 0).pixels, rows = side(k, 1).pixels;
     if (columns == 0 || rows == 0 || columns * rows >= kTooManyPixels) {

@@ -125,7 +125,7 @@ void run_boxes() {
   const float sides[] = {0, 0, 9, 8, 1, 2, 20, 30, 3, 3, 5, 7};
   std::vector<float> keypoints(3 * 2 * 3);
   run_out_of_memory("heatmaps_to_keypoints", [&] {
-    heatmaps_to_keypoints(Images<float>{maps.view(), 3, 2, 5, 6}, sides, 4, 1, keypoints.data());
+    heatmaps_to_keypoints(Images<float>{maps.view(), 3, 2, 5, 6}, HeatmapBoxes<float>{sides, 4, 1}, keypoints.data());
   });
 }
 

@@ -21,6 +21,7 @@ using harness::Layout;
 using harness::Random;
 using harness::Tensor;
 using inductor_vision::accumulate_t;
+using inductor_vision::HeatmapBoxes;
 using inductor_vision::Images;
 
 enum class Kind {
@@ -176,7 +177,8 @@ class Check {
     std::fill_n(out.get(), size, -7.0f);
     const Images<map_t> maps{maps_.view(), call_.count, call_.keypoints, call_.height, call_.width};
     const auto& boxes = boxes_.view();
-    inductor_vision::heatmaps_to_keypoints(maps, boxes.data, boxes.row, boxes.column, out.get());
+    const HeatmapBoxes<box_t> by_row{boxes.data, boxes.row, boxes.column};
+    inductor_vision::heatmaps_to_keypoints(maps, by_row, out.get());
     return {out.get(), out.get() + size};
   }
 
