@@ -109,7 +109,7 @@ def _nms(boxes, scores, classes, iou_threshold):
 
 
 def _moved_apart(op, boxes, classes):
-    """By how much the boxes of each class are moved, [N, 1], so that none meets one of another class."""
+    """The distance, [N, 1], that each box is moved by, so that none meets one of another class."""
     from onnxscript import FLOAT
 
     zero = op.Constant(value_floats=[0.0])  # there may be no boxes

@@ -55,7 +55,7 @@ class Separable:
 
     @property
     def arguments(self) -> list[Any]:
-        """As the internal operator takes it."""
+        """The arguments that tell the internal operator all of this."""
         return [getattr(self, field.name) for field in dataclasses.fields(self)]
 
     def declare(

@@ -61,12 +61,12 @@ class PatchConvolution:
 
     @property
     def geometry(self) -> tuple[Sequence[int], ...]:
-        """As the operator takes it."""
+        """Stride, padding and dilation, as the operator takes them."""
         return self.stride, self.padding, self.dilation
 
     @property
     def arguments(self) -> list[Any]:
-        """As internal operators take it."""
+        """The arguments that tell internal operators all of this."""
         return [getattr(self, field.name) for field in dataclasses.fields(self)]
 
     def declare(

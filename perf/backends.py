@@ -259,7 +259,7 @@ def compiled(
 def gradients(
     function: Callable[..., Tensor], leaves: Sequence[Tensor], grad: Tensor, *, compile: bool, step: bool = False
 ) -> Prepared:
-    """By autograd, those of a function of ``leaves``, with ``grad`` that of its result.
+    """Have autograd compute the gradients of a function of ``leaves``, with ``grad`` that of its result.
 
     Args:
         step: the result is computed each time, and not once beforehand.

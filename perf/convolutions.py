@@ -43,7 +43,7 @@ class Shape:
         return ", ".join([sizes, *kernel, *self.unusual("stride", "dilation"), *more, *dtype])
 
     def unusual(self, *names: str) -> list[str]:
-        """Those of these attributes that are not 1."""
+        """Describe those of these attributes that are not 1."""
         return [f"{name.replace('_', ' ')} {getattr(self, name)}" for name in names if getattr(self, name) != 1]
 
 
@@ -73,19 +73,19 @@ def case(
 
 
 def map_tensors(arguments: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """With all tensors changed."""
+    """Change all tensors."""
     return arguments._make(change(value) if isinstance(value, Tensor) else value for value in arguments)
 
 
 def channels_last(arguments: Any, *names: str) -> Any:
-    """With these tensors in that memory format."""
+    """Put these tensors into that memory format."""
     return arguments._replace(
         **{name: getattr(arguments, name).contiguous(memory_format=torch.channels_last) for name in names}
     )
 
 
 def with_gradient(arguments: Any, shape: Sequence[int], step: bool = False) -> Problem:
-    """And that of a result of this shape; the same values at every call."""
+    """Add the gradient of a result of this shape; the same values at every call."""
     grad = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
     return Problem(grad.to(arguments.input.dtype), arguments, step)
 
@@ -169,7 +169,7 @@ def gradients(
     compiled: bool = True,
     change: Callable[[Problem], Problem] = as_it_is,
 ) -> Prepared:
-    """By autograd, of a result that was computed before or, in a step, is computed each time."""
+    """Have autograd compute the gradients of a result that was computed before or, in a step, is computed each time."""
     grad, arguments, step = change(job.inputs)
     leaves = [tensor for tensor in _differentiable(arguments) if tensor is not None]
     call = functools.partial(_with_leaves, function, arguments)
@@ -183,7 +183,7 @@ def _with_leaves(function: Callable[..., Tensor], arguments: Any, *leaves: Tenso
 def stock_gradients(
     name: str, function: Callable[..., Tensor], channels_last: Callable[[Problem], Problem]
 ) -> tuple[Contender, ...]:
-    """Those of PyTorch's own layers, as in :func:`stock`."""
+    """The gradients of PyTorch's own layers, as in :func:`stock`."""
     eager, compiled = (functools.partial(gradients, function=function, compiled=which) for which in (False, True))
     last = {"change": channels_last}
     return (
@@ -212,14 +212,14 @@ def openvino_geometry(arguments: Any) -> list[list[int]]:
 
 
 def openvino_constant(tensor: Tensor) -> Any:
-    """In float32: a model's precision says what it is computed in."""
+    """A constant in float32: a model's precision says what it is computed in."""
     from openvino import opset8
 
     return opset8.constant(tensor.float().numpy())
 
 
 def openvino_biased(convolution: Any, bias: Tensor) -> Any:
-    """With a bias for each channel."""
+    """Add a bias for each channel."""
     from openvino import opset8
 
     return opset8.add(convolution, openvino_constant(bias[:, None, None]))

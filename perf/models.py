@@ -51,7 +51,7 @@ class OnnxModel:
     names: Sequence[str] = ()
 
     def with_results(self, prepared: Prepared) -> Prepared:
-        """As the model returns them."""
+        """Give results the form in which the model returns them."""
         results = dict(zip(self.names, prepared.output)) if self.names else prepared.output[0]
         return dataclasses.replace(prepared, output=results)
 

@@ -58,8 +58,8 @@ def read_results(folder: Path) -> dict[str, list[Report]]:
 
 
 def write_results(report: Report, folder: Path) -> list[Path]:
-    """A file for each suite of a run, condensed. What is in it and was not measured again stays, if it was measured in
-    the same way."""
+    """Write a file for each suite of a run, condensed. Cases in it that were not measured again stay, if they were
+    measured in the same way; one that was is replaced with all of its contenders."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for suite in dict.fromkeys(case.suite for case in report.cases):

@@ -123,7 +123,7 @@ class Report:
         return dataclasses.replace(self, cases=tuple(map(_condensed, self.cases)))
 
     def write(self, path: Path) -> None:
-        """As JSON, a line for each row, without what is empty."""
+        """Write JSON, a line for each row, without what is empty."""
         data = _without_empty(dataclasses.asdict(self))
         cases = []
         for case in data.pop("cases"):

@@ -129,7 +129,7 @@ def with_table(readme: str, results: dict[str, list[Report]]) -> str:
 
 
 def table(results: dict[str, list[Report]]) -> str:
-    """As Markdown: what the picture shows, of fewer things."""
+    """The table in Markdown: what the picture shows, of fewer things."""
     lines = [["", "this package", *_PEERS], ["---", *["--:"] * (1 + len(_PEERS))]]
     for group in _groups(_TABLE, results):
         ratios = (multiple(group.peers[peer]) if peer in group.peers else "-" for peer in _PEERS)

@@ -43,7 +43,7 @@ def _reads_where_it_writes(node: ir.IRNode, fused: set[str]) -> bool:
 
 
 def _reindexer(buffer: ir.Buffer, node: ir.ComputedBuffer) -> Reindexer | None:
-    """From a place in the buffer to the index of a dense node that has as many elements; None if it is not dense."""
+    """Map a place in the buffer to the index of a node that has as many elements; None if the node is not dense."""
     same = V.graph.sizevars.statically_known_equals
     order = _dense_order(node.get_size(), node.get_stride())
     if order is None or not same(node.get_layout().offset, 0) or not same(node.get_numel(), buffer.get_numel()):

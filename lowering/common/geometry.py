@@ -7,7 +7,7 @@ from typing import Any
 
 
 def by_axis(**pairs: Sequence[Any]) -> dict[str, Any]:
-    """As the kernels' structs have them: ``stride=(1, 2)`` is ``stride_height=1, stride_width=2``."""
+    """Name pairs as the kernels' structs do: ``stride=(1, 2)`` is ``stride_height=1, stride_width=2``."""
     return {f"{name}_{axis}": n for name, pair in pairs.items() for axis, n in zip(("height", "width"), pair)}
 
 

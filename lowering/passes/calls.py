@@ -148,7 +148,7 @@ class NormCall:
 
     @property
     def parameters(self) -> dict[str, Node]:
-        """By name; epsilon where it is a node."""
+        """The nodes among its parameters, by name; epsilon may be one."""
         names = "running_mean", "running_var", "weight", "bias", "eps"
         return {name: node for name in names if isinstance(node := getattr(self, name), Node)}
 
@@ -219,7 +219,7 @@ def activation_of(node: Node) -> Activation | None:
 
 
 def _activation_name(node: Node) -> str | None:
-    """With numbers, of what has no tensor for a parameter."""
+    """The name of an activation with its parameters, which are numbers; None if there is none, or one is a tensor."""
     name = _ACTIVATIONS.get(node.target)
     if name is None or len(node.all_input_nodes) != 1:  # with `out`, a tensor that others may read
         return None

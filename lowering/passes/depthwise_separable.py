@@ -208,7 +208,7 @@ def _test_geometry(pair: Pair) -> str | None:
 
 
 def _padding(convolution: ConvolutionCall) -> tuple[Any, ...] | None:
-    """In numbers; None if the sides differ."""
+    """The padding in numbers; None if the sides differ."""
     if convolution.padding == "valid":
         return (0, 0)
     if convolution.padding != "same":

@@ -91,7 +91,7 @@ def suppress_greedily(
     iou_threshold: float,
     iou: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """As :func:`inductor_vision.ops.boxes.suppress_greedily`.
+    """Compute :func:`inductor_vision.ops.boxes.suppress_greedily`.
 
     Args:
         iou: of boxes ``[W, 32, columns]`` with others ``[N, 1, 1, columns]``, the former the better: ``[N, W, 32]``.

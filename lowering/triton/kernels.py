@@ -121,7 +121,7 @@ def positions(numbers, WIDE: tl.constexpr):
 
 @kernel
 def quotient(a, b):
-    """As a processor rounds it, which a GPU's division in float32 does not by itself."""
+    """Divide and round as a processor does, which a GPU's division in float32 does not by itself."""
     return tl.div_rn(a, b) if a.dtype == tl.float32 else a / b
 
 

@@ -28,7 +28,7 @@ class Problem:
     size: int = 224
 
     def model(self) -> nn.Module:
-        """With random weights, the same in every process; batch norms have the statistics of some images."""
+        """The model with random weights, the same in every process; batch norms have the statistics of some images."""
         from torchvision import models
 
         torch.manual_seed(0)
@@ -45,7 +45,7 @@ class Problem:
 
 
 def _reference(problem: Problem) -> Tensor:
-    """In float64."""
+    """The model in float64."""
     with torch.no_grad():
         return copy.deepcopy(problem.model()).double()(problem.images().double())
 

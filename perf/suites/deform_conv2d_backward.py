@@ -58,7 +58,7 @@ def _compiled(
 
 
 def _channels_last(problem: Problem) -> Problem:
-    """As in a channels_last model: images, their gradients and the weight; not offsets and masks."""
+    """Put images, their gradients and the weight into channels_last, as such models do; not offsets and masks."""
     grad = problem.grad.contiguous(memory_format=torch.channels_last)
     return problem._replace(grad=grad, arguments=convolutions.channels_last(problem.arguments, "input", "weight"))
 

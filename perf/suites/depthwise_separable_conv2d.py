@@ -55,7 +55,7 @@ def build(shape: Shape) -> Arguments:
 
 
 def channels_last(arguments: Arguments) -> Arguments:
-    """As in a channels_last model, whose weights here are the same: they have one channel or one pixel."""
+    """Put the image into channels_last; weights of one channel or one pixel are so as they are."""
     return convolutions.channels_last(arguments, "input")
 
 

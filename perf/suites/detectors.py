@@ -130,7 +130,7 @@ def _scaling(model: nn.Module) -> Iterator[None]:
 
 
 def _threshold(scores: Tensor, fewest: int, most: int) -> float:
-    """In the widest gap between scores, best first, that leaves neither too few detections nor too many.
+    """A score in the widest gap between scores, best first, that leaves neither too few detections nor too many.
 
     Candidates below a threshold have no influence on what is detected above it.
     """
@@ -237,7 +237,7 @@ def _packaged(job: Job, bfloat16: bool = False) -> Prepared:
 
 
 def _exported(job: Job) -> OnnxModel:
-    """As it is after ``accelerate_torchvision()``: what ``torch.onnx.export`` alone cannot export."""
+    """Export the model after ``accelerate_torchvision()``: ``torch.onnx.export`` alone cannot."""
     problem = job.inputs
     with torch.no_grad():
         names = list(problem.detector(problem.image))

@@ -51,12 +51,12 @@ def build(shape: Shape) -> Arguments:
 
 
 def in_order(order: tuple[int, ...], arguments: Arguments) -> Arguments:
-    """With the patches in this order in memory."""
+    """Put the patches into this order in memory."""
     return arguments._replace(input=arranged(arguments.input, order))
 
 
 def as_channels_last_models(arguments: Arguments) -> Arguments:
-    """With the patches as a channels_last batch of images, and the weight in that memory format too."""
+    """Lay out the patches as a channels_last batch of images, and the weight in that memory format too."""
     return convolutions.channels_last(in_order(CHANNELS_LAST, arguments), "weight")
 
 
