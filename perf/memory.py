@@ -52,11 +52,14 @@ def restart_keeping_memory(module: str, arguments: list[str]) -> None:
     """Run a module's command again in this process's place, told to keep memory, as are processes that it starts.
 
     Raises:
-        UserError: this C library cannot be told.
+        UserError: this C library cannot be told, or this process was told something else.
     """
     if platform.libc_ver()[0] != "glibc":
         raise UserError("--memory kept: only glibc's malloc can be told to, which this Python does not use")
-    os.execve(sys.executable, [sys.executable, "-m", module, *arguments], {**os.environ, **KEEPING})
+    environment = {**os.environ, **KEEPING}
+    if setting(environment) != KEPT:  # it would start itself again and again
+        raise UserError(f"--memory kept: this process was started with {setting()}")
+    os.execve(sys.executable, [sys.executable, "-m", module, *arguments], environment)
 
 
 def extra_memory(call: Callable[[], Any], lean: Callable[[], Callable[[], Any]] | None = None) -> int:

@@ -177,6 +177,16 @@ def test_kept_memory_is_not_mapped_again(command, monkeypatch):
     assert faults({name: value for name, value in environment.items() if name not in memory.KEEPING}) > 1000
 
 
+@pytest.mark.skipif(memory.platform.libc_ver()[0] != "glibc", reason="this C library cannot be told to keep memory")
+@pytest.mark.parametrize("variable", ["LD_PRELOAD", "MALLOC_PERTURB_"])
+def test_other_settings_of_malloc_are_an_error(command, monkeypatch, variable):
+    """It does not start itself again, which would not end."""
+    monkeypatch.setattr(os, "execve", lambda *arguments: pytest.fail("started again"))
+    monkeypatch.setenv(variable, "1")
+    status, _, error = command(*run_arguments("--memory", "kept"))
+    assert status == 2 and f"--memory kept: this process was started with {variable}=1" in error
+
+
 PAGE_FAULTS = """
 import ctypes, resource
 
