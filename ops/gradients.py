@@ -117,16 +117,21 @@ class Backward:
     def __init__(self, schema: Schema, gradient: Gradient) -> None:
         """
         Raises:
-            ValueError: there is no argument, or result, of a name in the declaration, or the gradient cannot know what
-                shape an argument has.
+            ValueError: there is no argument, or result, of a name in the declaration, an argument that is to have a
+                gradient is no tensor, or the gradient cannot know what shape it has.
         """
         names = list(schema.arguments)
         self._op, self._gradient = schema.name, gradient
         self.of = tuple(gradient.of.split(", "))
         takes = names if gradient.takes is None else gradient.takes.split(", ")
+        known = (*names, *schema.results, *(f"{name}.shape" for name in names))
         for name in (*self.of, *takes):
-            if name.partition(".")[0] not in (*names, *schema.results):
+            if name not in (names if name in self.of else known):
                 raise ValueError(f"{schema.name}: nothing is called {name!r}; there are {', '.join(names)}")
+        for name in self.of:
+            kind = schema.arguments[name]
+            if not kind.startswith("Tensor"):
+                raise ValueError(f"{schema.name}: {name!r} is no tensor but {kind}: it has no gradient")
         self.positions = tuple(map(names.index, self.of))
         self._several = len(self.of) > 1
         self._of_list = schema.arguments[self.of[0]] == "Tensor[]"
@@ -145,10 +150,10 @@ class Backward:
         self._size = self._names.index("size") if f"{self.of[0]}.shape" in takes else None
         if (None in self._tensors or self._of_list) and (self._several or self._size is None):
             raise ValueError(f"{schema.name}: the gradient must take {gradient.of} or, if it is one, its shape")
-        if self._several:
-            arguments["wanted"] = f"bool[{len(self.of)}]"
-        elif self._of_list:
-            arguments["item"] = "int"
+        which = {"wanted": f"bool[{len(self.of)}]"} if self._several else {"item": "int"} if self._of_list else {}
+        for name in which.keys() & arguments.keys():
+            raise ValueError(f"{schema.name}: the gradient has an argument {name!r} of its own")
+        arguments |= which
         self.name, self.arguments = f"{schema.name}_backward", tuple(arguments)
         self.decomposition, self.untraceable = self.completed(gradient.decomposition), gradient.untraceable
         results = ", ".join(["Tensor"] * len(self.of))

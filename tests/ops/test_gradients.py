@@ -153,6 +153,10 @@ WRONG = {
     "unknown argument": ("f(Tensor x) -> Tensor", {"of": "y"}, "f: nothing is called 'y'; there are x"),
     "unknown value": ("f(Tensor x) -> Tensor", {"of": "x", "takes": "x, y"}, "f: nothing is called 'y'; there are x"),
     "twice": ("f(Tensor x) -> Tensor", {"of": "x", "takes": "x, x"}, "f: the gradient is to take 'x' twice"),
+    "a result": ("f(Tensor x) -> (Tensor out, Tensor where)", {"of": "out"}, "f: nothing is called 'out'; there are x"),
+    "no property": ("f(Tensor x) -> Tensor", {"of": "x", "takes": "x.dtype"}, "f: nothing is called 'x.dtype'"),
+    "a number": ("f(Tensor x, int n) -> Tensor", {"of": "n"}, "f: 'n' is no tensor but int: it has no gradient"),
+    "taken": ("f(Tensor x, Tensor y, int wanted) -> Tensor", {"of": "x, y"}, "an argument 'wanted' of its own"),
     "no shape": ("f(Tensor x, int n) -> Tensor", {"of": "x", "takes": "n"}, "f: the gradient must take x or"),
     "one of two": (
         "f(Tensor x, Tensor y) -> Tensor", {"of": "x, y", "takes": "x, y.shape"}, "f: the gradient must take x, y or"
