@@ -126,15 +126,20 @@ def markdown(report: Report, *, all_memory: bool = False) -> str:
 
 
 def _markdown_times(cases: Sequence[CaseResult]) -> str:
-    """A column for each contender: the time of the one that stands for this package, multiples of it for the others."""
+    """A column for each contender: the time of the one that stands for this package, multiples of it for the others;
+    and its memory and times of compilation, if they were measured."""
     names, bases = _columns(cases), [case.base() for case in cases]
     has_memory = any(base and base.memory is not None for base in bases)
-    head = [cases[0].suite, *names, *(["extra memory"] if has_memory else [])]
+    compiles = any(base and base.compile_cold is not None for base in bases)
+    more = [*(["extra memory"] if has_memory else []), *(["compile cold", "warm"] if compiles else [])]
+    head = [cases[0].suite, *names, *more]
     lines = [head, ["---", *["--:"] * (len(head) - 1)]]
     for case, base in zip(cases, bases):
         rows = {row.contender: row for row in case.rows}
         cells = [_time_or_ratio(rows.get(name), base) for name in names]
         cells += [_megabytes(base.memory if base else None)] if has_memory else []
+        times = (base.compile_cold, base.compile_warm) if base else (None, None)
+        cells += map(_seconds, times) if compiles else []
         lines.append([f"{case.case}: {case.description}", *cells])
     return _markdown_table(lines)
 

@@ -236,6 +236,19 @@ def test_markdown(command, tmp_path):
     assert "- fake, absent: skipped: peer_library is not installed" in lines
 
 
+def test_markdown_has_times_of_compilation_if_they_were_measured(command, tmp_path):
+    [case] = a_report().cases
+    us, *others = case.rows
+    us = dataclasses.replace(us, compile_cold=12.34, compile_warm=0.5)
+    path = tmp_path / "report.json"
+    nobody = dataclasses.replace(case, case="nobody", rows=(Row("us", "ours", "wrong", reason="it is"),))
+    dataclasses.replace(a_report(), cases=(dataclasses.replace(case, rows=(us, *others)), nobody)).write(path)
+    lines = command("show", path, "--markdown")[1].splitlines()
+    assert lines[2] == "| fake | us | them | bound | extra memory | compile cold | warm |"
+    assert lines[4] == "| small: the small one | 2.00 ms | 10.0 | 0.80 | 3.0 MB | 12.3 s | 0.5 s |"
+    assert lines[5] == "| nobody: the small one | WRONG | - | - | - | - | - |"
+
+
 def test_markdown_of_cases_with_other_contenders(command, tmp_path):
     """A column for each contender of any case; who stands for this package may differ."""
     [case] = a_report().cases
