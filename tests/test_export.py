@@ -102,7 +102,6 @@ from collections import Counter
 from inductor_vision import accelerate_torchvision, export_detector, fuse_depthwise_separable
 from inductor_vision.paths import recorded_paths
 from inductor_vision.perf.suites.detectors import detections_error  # in any order of equal scores
-from inductor_vision.tests.support.compiled import trace_and_run
 from inductor_vision.tests.support.detectors import spread
 from torch import nn
 from torch._inductor import config
@@ -128,30 +127,21 @@ with torch.no_grad():
     getattr(detector, "roi_heads", detector).score_thresh = 0.4
     (stock,) = detector(images[:1])
 assert len(stock["boxes"]) > 4
-if path:
-    with config.patch({"aot_inductor.debug_compile": True}), recorded_paths() as paths:
-        export_detector(detector, images[0], path, any_size=False)
-    ours = torch._inductor.aoti_load_package(path)(images[0])
-else:
-    with torch.no_grad():
-        traced = trace_and_run(detector, images[:1])
-    (ours,), paths = traced.result, traced.paths
+with config.patch({"aot_inductor.debug_compile": True}), recorded_paths() as paths:
+    export_detector(detector, images[0], path, any_size=False)
 pairs = Counter(path.kind for path in paths if path.op == "depthwise_separable_conv2d")
-assert pairs["fused"] > 0 and pairs["template"] == (pairs["fused"] if path else 0), pairs
+assert pairs["fused"] == pairs["template"] > 0, pairs
 assert pairs.keys() <= {"fused", "left alone", "template"}, pairs
-error = detections_error(ours, stock)
+error = detections_error(torch._inductor.aoti_load_package(path)(images[0]), stock)
 assert error < 1e-4, error
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "package"), [("ssdlite320_mobilenet_v3_large", ""), ("fasterrcnn_mobilenet_v3_large_fpn", "detector.pt2")]
-)
-def test_stock_models_of_depthwise_separable_pairs(torchvision_python, tmp_path, name, package):
-    """Operators on pairs, regions and boxes in one package; the pairs of all of a process are fused. The other model is
-    traced, not compiled."""
-    run_python(DETECTS_WITH_FUSED_PAIRS, name, str(tmp_path / package) if package else "")
+@pytest.mark.parametrize("name", ["ssdlite320_mobilenet_v3_large", "fasterrcnn_mobilenet_v3_large_fpn"])
+def test_stock_models_of_depthwise_separable_pairs(torchvision_python, tmp_path, name):
+    """Operators on pairs, regions and boxes in one package; the pairs of all of a process are fused."""
+    run_python(DETECTS_WITH_FUSED_PAIRS, name, str(tmp_path / "detector.pt2"))
 
 
 def test_model_that_decides_by_size(tmp_path):
