@@ -6,6 +6,7 @@ from .integrations.convolutions import fuse_depthwise_separable as fuse_depthwis
 from .integrations.onnx import onnx_translation_table as onnx_translation_table
 from .integrations.torchvision import accelerate_torchvision as accelerate_torchvision
 from .lowering.installation.installer import install_when_inductor_is_imported
+from .memory import keep_memory as keep_memory
 from .ops.box_iou_rotated import box_iou_rotated as box_iou_rotated
 from .ops.deform_conv2d import DeformConv2d as DeformConv2d, deform_conv2d as deform_conv2d
 from .ops.depthwise_separable_conv2d import (

@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import importlib.metadata
 import json
+import mmap
 import os
 import pathlib
 import platform
@@ -383,11 +384,35 @@ def check_runtimes() -> Check:
     return Check("runtimes", "ok", found)
 
 
+def measure_fresh_page(megabytes: int = 16, rounds: int = 4) -> float:
+    """Seconds that the first use of a page costs more than the next: the best of ``rounds``."""
+    pages, best = (megabytes << 20) // mmap.PAGESIZE, [float("inf")] * 2
+    for _ in range(rounds):
+        with mmap.mmap(-1, megabytes << 20) as block:  # such as malloc makes for a large block
+            for use in (0, 1):
+                start = time.perf_counter()
+                for position in range(0, len(block), mmap.PAGESIZE):
+                    block[position] = 1
+                best[use] = min(best[use], time.perf_counter() - start)
+    return max(0.0, best[0] - best[1]) / pages
+
+
+def check_memory() -> Check:
+    """What it costs that memory which a model has freed goes back to the system."""
+    seconds = measure_fresh_page()
+    hundred = 1e3 * seconds * ((100 << 20) // mmap.PAGESIZE)
+    found = f"a fresh page costs {1e6 * seconds:.2f} us, {hundred:.0f} ms in 100 MB"
+    if sys.platform.startswith("linux"):
+        found += "; inductor_vision.keep_memory() saves that from the second call of a model on"
+    return Check("memory", "ok", found)
+
+
 def examine() -> Iterator[Check]:
     """All checks, each as soon as it is done."""
     yield check_versions()
     yield check_processor()
     yield check_bf16()
+    yield check_memory()
     operators = check_operators()
     yield operators
     if operators.status == "fail":

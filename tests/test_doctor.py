@@ -300,3 +300,8 @@ def test_exit_status_and_lines(monkeypatch, capsys, checks, status, last):
     for check in checks:
         assert check.found in output and check.remedy in output
     assert output.splitlines()[-1] == last
+
+
+def test_a_fresh_page_costs_something():
+    assert 0 < doctor.measure_fresh_page() < 1e-3
+    assert "keep_memory" in doctor.check_memory().found

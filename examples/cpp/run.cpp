@@ -14,12 +14,28 @@
 #include <string>
 #include <vector>
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <c10/core/InferenceMode.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 
 namespace {
+
+// What a call of the model has freed serves the next call: otherwise glibc gives large blocks back to the kernel, which
+// fills each page with zeros when it is used again. Other allocators keep memory by themselves, or cannot be told.
+// inductor_vision.keep_memory() does the same in Python.
+void keep_memory() {
+#ifdef __GLIBC__
+  mallopt(M_MMAP_MAX, 0);         // no block is mapped by itself
+  mallopt(M_TRIM_THRESHOLD, -1);  // the heap never shrinks
+  mallopt(M_TOP_PAD, 64 << 20);
+  mallopt(M_ARENA_MAX, 1);  // all threads share that heap
+#endif
+}
 
 constexpr const char* kUsage =
     R"(usage: run MODEL.pt2 [--shape 1x3x224x224] [--input FILE] [--output FOLDER] [--threads T] [--runs R]
@@ -175,6 +191,7 @@ int main(int argc, char** argv) {
     return 0;
   }
   setenv("AOTI_RUNTIME_CHECK_INPUTS", "1", 0);  // a package checks shapes and types only when told to
+  keep_memory();
   try {
     run(parse_arguments(words));
     return 0;
