@@ -8,7 +8,7 @@ import pytest
 from inductor_vision import keep_memory, memory
 from inductor_vision.tests.support.compiled import run_python
 
-# Page faults of four calls that each make and free 2 blocks of 40 MB, after a call that has touched the memory.
+# Page faults of four calls that each make and free 2 blocks of 40 MB, after some that have touched the memory.
 FAULTS = """
 import resource, sys, threading
 import torch
@@ -24,7 +24,7 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 def measure():
-    for _ in range(2):
+    for _ in range(8):  # the heap takes a few calls to find its form
         call()
     before = faults()
     for _ in range(4):
@@ -52,7 +52,7 @@ def run(*arguments: str) -> list[tuple[str, int]]:
 def test_memory_is_used_again():
     for kept, faults in run("keep"):
         assert kept == "True"
-        assert faults < PAGES // 4
+        assert faults < PAGES // 10
     assert all(faults > PAGES // 2 for _, faults in run()), "nothing needs to be kept here"
 
 
