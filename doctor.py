@@ -27,6 +27,7 @@ from unittest import mock
 
 import torch
 
+from .memory import why_not_glibc
 from .ops.deform_conv2d import DeformConv2d
 from .paths import recorded_paths
 from .version import NEWEST_TORCH, OLDEST_TORCH, __version__, tested_torch
@@ -402,7 +403,7 @@ def check_memory() -> Check:
     seconds = measure_fresh_page()
     hundred = 1e3 * seconds * ((100 << 20) // mmap.PAGESIZE)
     found = f"a fresh page costs {1e6 * seconds:.2f} us, {hundred:.0f} ms in 100 MB"
-    if sys.platform.startswith("linux"):
+    if why_not_glibc() is None:
         found += "; inductor_vision.keep_memory() saves that from the second call of a model on"
     return Check("memory", "ok", found)
 

@@ -27,7 +27,7 @@ def keep_memory() -> bool:
         Whether it has an effect. It has none, and a warning says why, where ``malloc`` is not glibc's: on macOS,
         Windows and musl, and under a preloaded jemalloc or tcmalloc, most of which keep memory by themselves.
     """
-    reason = _why_not_glibc()
+    reason = why_not_glibc()
     if reason is None:
         mallopt = ctypes.CDLL(None).mallopt
         settings = {
@@ -54,7 +54,7 @@ class _SymbolInfo(ctypes.Structure):
     )
 
 
-def _why_not_glibc() -> str | None:
+def why_not_glibc() -> str | None:
     """Why malloc is not glibc's; None if it is."""
     if not sys.platform.startswith("linux"):
         return f"malloc of {sys.platform} has no such settings"

@@ -39,7 +39,7 @@ thread.join()
 
 PAGES = 4 * 2 * (40 << 20) // 4096
 
-needs_glibc = pytest.mark.skipif(memory._why_not_glibc() is not None, reason="malloc is not glibc's")
+needs_glibc = pytest.mark.skipif(memory.why_not_glibc() is not None, reason="malloc is not glibc's")
 
 
 def run(*arguments: str) -> list[tuple[str, int]]:

@@ -24,6 +24,7 @@ from inductor_vision.perf import interleaving, machine
 from inductor_vision.perf.progress import Progress
 from inductor_vision.perf.results import Spread
 from inductor_vision.perf.spec import Prepared, UserError
+from inductor_vision.tests.support.machine import MACHINE
 from torch import nn
 
 MODELS = """
@@ -326,16 +327,6 @@ def test_a_run_from_the_command_line(models, tmp_path):
     }  # fmt: skip
     pytest.importorskip("matplotlib")
     assert (tmp_path / "advice.png").read_bytes().startswith(b"\x89PNG")
-
-
-MACHINE = {
-    "cpu": "a processor",
-    "vector_instructions": "AVX2",
-    "cores": 4,
-    "compiler": "a compiler",
-    "date": "2020-02-02T02:02:02+00:00",
-    "versions": {"torch": "2.13.0"},
-}
 
 
 def measured(name, median, status="ok", rounds=9):

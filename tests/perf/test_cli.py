@@ -12,15 +12,7 @@ from inductor_vision.perf import __main__ as cli, interleaving, machine, memory
 from inductor_vision.perf.results import CaseResult, Report, Row, Spread
 from inductor_vision.perf.spec import Case, Contender, Prepared, Suite, Unavailable
 from inductor_vision.perf.suites import load_suites
-
-MACHINE = {
-    "cpu": "a processor",
-    "vector_instructions": "AVX2",
-    "cores": 4,
-    "compiler": "a compiler",
-    "date": "2020-02-02T02:02:02+00:00",
-    "versions": {"torch": "2.13.0"},
-}
+from inductor_vision.tests.support.machine import MACHINE
 
 
 def doubles(factor):

@@ -8,6 +8,7 @@ from inductor_vision.perf import __main__ as cli, machine, page, runner, speed
 from inductor_vision.perf.results import CaseResult, Report, Row, Spread
 from inductor_vision.perf.spec import UserError
 from inductor_vision.perf.suites import load_suites
+from inductor_vision.tests.support.machine import MACHINE
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 WRITE_THEM = "python -m inductor_vision.perf report"
@@ -42,16 +43,6 @@ def test_results_are_of_cases_and_contenders_that_exist(kept):
                 assert case.case in suites[name].case_names()
                 assert {row.contender for row in case.rows} <= set(suites[name].contender_names())
                 assert report.faults() == []
-
-
-MACHINE = {
-    "cpu": "a processor",
-    "vector_instructions": "AVX2",
-    "cores": 4,
-    "compiler": "a compiler",
-    "date": "2020-02-02T02:02:02+00:00",
-    "versions": {"torch": "2.13.0"},
-}
 
 
 def a_report(suite, case, **more):
