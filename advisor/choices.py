@@ -9,6 +9,7 @@ from typing import Any
 
 import inductor_vision
 import torch
+import torch._inductor.config
 from torch import Tensor, nn
 
 from ..perf.backends import Holding
@@ -216,5 +217,6 @@ def _deform(input: Tensor, weight: Tensor, offset: Tensor, mask: Tensor, bias: T
 def _compiled(function: Callable[..., Any], arguments: Sequence[Any], constant: Sequence[int]) -> Prepared:
     module = Holding(function, arguments, constant)
     torch._dynamo.reset()  # else the layers together exceed its limit of recompilations
-    program = torch.compile(module.eval(), fullgraph=True, dynamic=False, options={"freezing": True})
-    return _called(program, module.inputs_among(arguments))
+    program = torch.compile(module.eval(), fullgraph=True, dynamic=False)
+    with torch._inductor.config.patch(freezing=True):
+        return _called(program, module.inputs_among(arguments))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch._inductor.config
 from torch import Tensor, nn
 
 from ..perf.isolated import prepare_in_own_process
@@ -180,7 +181,7 @@ def build(variant: Variant, program: Program) -> Callable[[], list[Tensor]]:
     run: Callable[..., Any] = model
     if variant.compiler:
         _change_compiler(variant.compiler)
-        run = torch.compile(model, options={"freezing": True} if FREEZING in variant.compiler else None)
+        run = torch.compile(model)
 
     def call() -> list[Tensor]:
         with torch.no_grad(), _precision(variant.dtype):
@@ -205,6 +206,8 @@ def _change_compiler(compiler: Sequence[str]) -> None:
         inductor_vision.accelerate_torchvision()
     if FUSE in compiler:
         inductor_vision.fuse_depthwise_separable()
+    if FREEZING in compiler:
+        torch._inductor.config.freezing = True
 
 
 @contextlib.contextmanager
@@ -254,8 +257,9 @@ def _code_of_model(variant: Variant) -> list[str]:
     lines += ["model = model.float()"] if variant.dtype == FLOAT32 else []
     lines += [f"model = model.to(memory_format={LAYOUTS[variant.layout]})"] if variant.layout else []
     if variant.compiler:
-        options = ', options={"freezing": True}' if FREEZING in variant.compiler else ""
-        lines.append(f"model = torch.compile(model{options})")
+        if FREEZING in variant.compiler:
+            lines += ["import torch._inductor.config", "torch._inductor.config.freezing = True"]
+        lines.append("model = torch.compile(model)")
     return lines
 
 

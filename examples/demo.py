@@ -120,12 +120,12 @@ def build_sides(model: nn.Module, image: Tensor, package: pathlib.Path) -> list[
     with progress("eager: first run"), recorded_paths() as eager_paths:
         model(image)
 
-    compiled = torch.compile(model, options={"freezing": True})  # weights are constants, as in a package
-    # An answer from Inductor's cache would tell no paths.
+    compiled = torch.compile(model)
+    # Weights are constants, as in a package. An answer from Inductor's cache would tell no paths.
     with (
         progress("torch.compile: compiling"),
         recorded_paths() as compiled_paths,
-        torch._inductor.config.patch(force_disable_caches=True),
+        torch._inductor.config.patch(freezing=True, force_disable_caches=True),
     ):
         compiled(image)
 

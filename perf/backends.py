@@ -239,20 +239,26 @@ def compiled(
 ) -> Prepared:
     """``torch.compile`` for inference, the module's parameters being constants to the compiler under ``freezing``.
 
+    That is asked for by the configuration: as an option of ``torch.compile`` it comes too late for Dynamo, which has
+    made inputs of parameters by then.
+
     Falling back to eager mode, for whatever reason, is an error: it would be timed as compiled code. Without
     ``fullgraph``, parts may.
     """
     import torch._dynamo
+    import torch._inductor.config
 
-    options = {"freezing": freezing}
-    program = _compile(placed(module).eval(), options, fullgraph=fullgraph, dynamic=dynamic)
+    program = _compile(placed(module).eval(), {"freezing": freezing}, fullgraph=fullgraph, dynamic=dynamic)
     arguments = placed(arguments)
 
     def call() -> Any:
         with torch.no_grad():
             return program(*arguments)
 
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=fullgraph):
+    with (
+        torch._dynamo.config.patch(fail_on_recompile_limit_hit=fullgraph),
+        torch._inductor.config.patch(freezing=freezing),
+    ):
         return prepared(call)
 
 

@@ -197,8 +197,8 @@ total = doctor.compile_sum()
 doctor.compile_sum = lambda: total
 print(doctor.check_values(doctor.Kernel(*total, 0, "template", "", [])).status, *doctor.loaded_openmp_runtimes())
 """
-    # Inductor keeps precompiled headers beside its cache, in the folder of temporary files, and knows them by their text.
-    # clang++ refuses one of an older installation of the same torch at the same path.
+    # Inductor keeps precompiled headers in the folder of temporary files, and knows them by their text. clang++ refuses
+    # one that an older installation of the same torch made at the same path.
     environment = {"CXX": "clang++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TMPDIR": str(tmp_path)}
     status, *runtimes = run_python(program, **environment).split()
     if len(runtimes) == 1:

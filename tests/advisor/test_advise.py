@@ -255,6 +255,8 @@ def test_what_compiles_runs_in_a_process_of_its_own_on_the_same_weights(models, 
     prepared = variants.way(variant, program, target, threads=1).prepare()
     torch.testing.assert_close(prepared.output, program.run(), rtol=1e-4, atol=1e-5)
     assert 0 < prepared.seconds() < 10
+    lines = variants.code(variant, target.inputs)
+    assert lines.index("torch._inductor.config.freezing = True") < lines.index("model = torch.compile(model)")
 
 
 def value(number, seconds=0.0):

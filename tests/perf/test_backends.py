@@ -5,12 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from inductor_vision.advisor import replace
 from inductor_vision.paths import recorded_paths
+from inductor_vision.perf import backends
 from inductor_vision.perf.spec import Case, Job, Suite
 from inductor_vision.perf.suites import box_iou_rotated, patch_conv2d, patch_conv2d_backward
 from inductor_vision.perf.verify import relative_error
 from inductor_vision.tests.support.compiled import caches_disabled
+from inductor_vision.tests.support.oldest_torch import with_oldest_torch
 from inductor_vision.tests.support.triton import active, launched_kernels
+from torch import nn
 from torch._inductor import config
 
 SMALL = {
@@ -20,6 +25,40 @@ SMALL = {
         lambda: patch_conv2d_backward._build(patch_conv2d.Shape(8, 4, 3, 5)),
     ),
 }
+
+
+def sees_its_weight_change(call, layer: nn.Linear) -> bool:
+    before = call().clone()
+    with torch.no_grad():
+        layer.weight.add_(1)
+    return not torch.equal(call(), before)
+
+
+@pytest.mark.parametrize("freezing", [True, False])
+def test_frozen_weights_are_constants(freezing: bool):
+    layer = nn.Linear(3, 4)
+    prepared = backends.compiled(layer, [torch.rand(2, 3)], freezing=freezing)
+    assert sees_its_weight_change(prepared.call, layer) is not freezing
+
+
+def test_advisors_layers_are_frozen():
+    class Layer(nn.Linear):  # those of torch itself are not compiled alone
+        def forward(self, input):
+            return super().forward(input)
+
+    layer, x = Layer(3, 4), torch.rand(2, 3)
+    with config.patch(freezing=False), torch.no_grad():
+        compiled = replace.compiled(layer)
+        assert not sees_its_weight_change(lambda: compiled(x), layer)
+
+
+@with_oldest_torch
+def test_as_an_option_freezing_comes_too_late():
+    """Where this fails, torch.compile(options={"freezing": True}) does what the documents set the configuration for."""
+    layer, x = nn.Linear(3, 4), torch.rand(2, 3)
+    program = torch.compile(layer, options={"freezing": True})
+    with torch.no_grad():
+        assert sees_its_weight_change(lambda: program(x), layer)
 
 
 @pytest.mark.parametrize("name", SMALL)
