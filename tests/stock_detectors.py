@@ -31,10 +31,11 @@ def model(request) -> tuple[nn.Module, Tensor]:
     return hand_made_detector(request.param), torch.rand(3, 90, 120)
 
 
-def test_is_one_graph(model):
+@pytest.mark.parametrize("freezing", [True, False])
+def test_is_one_graph(model, freezing):
     detector, image = model
     with torch.no_grad():
-        compiled = compile_and_run(detector, [image])
+        compiled = compile_and_run(detector, [image], config={"freezing": freezing})
         assert set(compiled.kinds) == {"template"}
         assert_right(compiled.result[0], detector, image)
 
