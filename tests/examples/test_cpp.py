@@ -10,7 +10,9 @@ import sys
 import numpy as np
 import pytest
 import torch
+from inductor_vision import package_target
 from inductor_vision.tests.support.detectors import assert_same_detections, small_detector
+from inductor_vision.tests.support.machine_code import OF_NO_PROCESSOR, only_for_x86_64
 
 BUILD = pathlib.Path(__file__).parents[2] / "examples" / "cpp" / "build.sh"
 
@@ -107,6 +109,22 @@ def test_input_that_the_model_does_not_take(program, exported):
     result = run(program, exported[1], "--shape", "1x4x224x224")
     assert result.returncode == 1
     assert "expected: 3, but got: 4" in result.stderr
+
+
+@only_for_x86_64
+def test_package_for_another_processor(program, tmp_path):
+    package = tmp_path / "relu.pt2"
+    exported = torch.export.export(torch.nn.ReLU(), (torch.rand(5),))
+    with package_target():
+        torch._inductor.aoti_compile_and_package(
+            exported, package_path=str(package), inductor_configs=OF_NO_PROCESSOR.copy()
+        )
+    result = run(program, package, "--shape", "5")
+    assert result.returncode == 1
+    assert re.match(
+        r"run: the model failed: this package was compiled for bdver4; the processor at hand lacks( \w+)* xop",
+        result.stderr,
+    )
 
 
 def test_help(program):
