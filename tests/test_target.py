@@ -22,7 +22,6 @@ from torch._inductor import config, cpu_vec_isa
 
 pytestmark = only_for_x86_64
 
-# On the processor at hand, what is compiled for the levels runs if it has AVX-512.
 NEEDS_AVX512 = pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="this CPU has no AVX-512")
 
 
@@ -58,10 +57,9 @@ def make(model: nn.Module, call: tuple[Tensor, ...], path: pathlib.Path, target:
 @pytest.mark.parametrize(
     ("target", "optimized"),
     [
-        pytest.param("x86-64-v3", False, id="x86-64-v3, not optimized"),
-        pytest.param("x86-64-v2", True, id="x86-64-v2", marks=pytest.mark.slow),
-        pytest.param("x86-64-v3", True, id="x86-64-v3", marks=pytest.mark.slow),
-        pytest.param("x86-64-v4", True, id="x86-64-v4", marks=[pytest.mark.slow, NEEDS_AVX512]),
+        ("x86-64-v3", False),
+        pytest.param("x86-64-v2", True, marks=pytest.mark.slow),
+        pytest.param("x86-64-v4", True, marks=[pytest.mark.slow, NEEDS_AVX512]),
     ],
 )
 def test_package_for_a_level(target, optimized, tmp_path):

@@ -131,7 +131,7 @@ INDUCTOR_VISION_ANY_PROCESSOR inline const char* why_not_on_this_processor(const
 #endif
   };
 #undef INDUCTOR_VISION_LACKS
-  static char message[1024];  // all names take half of it; Inductor cuts the name of the processor
+  static char message[1024];  // all names take half of it, `compiled_for` some hundred bytes
   char* end = message;
   bool complete = true;
   const char* words[] = {"this package was compiled for ", compiled_for, "; the processor at hand lacks"};

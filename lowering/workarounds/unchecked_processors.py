@@ -71,10 +71,10 @@ def processor_checked() -> Iterator[None]:
 
 
 def _compiled_for() -> str:
-    """The kind of processors, in words."""
+    """The kind of processors, in not too many words (cpp/processor.h)."""
     from ..inductor.tables import config
 
     if config.cpp.march:
-        return config.cpp.march
+        return config.cpp.march[:100]
     name = torch.cpu.get_capabilities().get("cpu_name", "")[:100]
     return f"the processor that it was made on, {name}" if name else "the processor that it was made on"
