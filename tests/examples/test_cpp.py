@@ -127,6 +127,26 @@ def test_package_for_another_processor(program, tmp_path):
     )
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("qemu-x86_64"), reason="qemu-user is not installed")
+@pytest.mark.usefixtures("unoptimized")
+def test_on_other_processors(program, export_example, tmp_path):
+    model, package, image = export_example.Model().eval(), tmp_path / "model.pt2", torch.rand(1, 3, 12, 10)
+    export_example.export(model, package, target="x86-64-v3")
+    for processor in ("Haswell", "Nehalem"):
+        emulator = tmp_path / processor
+        emulator.write_text(f'#!/bin/sh\nexec qemu-x86_64 -cpu {processor} {program} "$@"\n')
+        emulator.chmod(0o755)
+    outputs, _ = run_on(tmp_path / "Haswell", package, image, tmp_path, threads=1)
+    with torch.no_grad():
+        expected = model(image)
+    torch.testing.assert_close(outputs["output0"].view(expected.shape), expected, rtol=1e-5, atol=1e-5)
+    result = run(tmp_path / "Nehalem", package, "--shape", "1x3x12x10")
+    assert (
+        result.returncode == 1 and "compiled for x86-64-v3; the processor at hand lacks avx avx2 fma" in result.stderr
+    )
+
+
 def test_help(program):
     result = run(program, "--help")
     assert result.returncode == 0 and "--threads" in result.stdout
