@@ -51,7 +51,8 @@ def assert_made_for(target: str, package: pathlib.Path) -> None:
         code = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         library = archive.read(name)
     known = re.findall(r'_LACKS\("(.+?)"\)', (HEADERS / "processor.h").read_text())
-    assert {feature for feature in known if f"\0 {feature}\0".encode() in library} == _FEATURES[target]
+    looked_for = {feature for feature in known if f"\0 {feature}\0".encode() in library}
+    assert looked_for == _FEATURES[target], looked_for
     assert re.search(_VECTORS[target], code), f"no {_VECTORS[target]}"
     _assert_lacks(_MISSING[target], code)
     # What runs before the processor was looked at is for any: constructors, and the function that all loaders call.
