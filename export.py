@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .integrations.torchvision import accelerate_torchvision
 from .lowering.installation.installer import require_lowerings
 from .lowering.workarounds.tracing import install_for_tracing
+from .target import check_target, package_target
 
 _LARGEST_SIDE = 1 << 16  # of an image, in pixels
 _LARGEST_RATIO = 10  # of its sides
@@ -49,6 +50,7 @@ def export_detector(
     *,
     any_size: bool = True,
     labels: Sequence[str] = (),
+    target: str | None = None,
 ) -> pathlib.Path:
     """Compile a detector into an AOTInductor package that takes an image and returns its detections.
 
@@ -71,6 +73,8 @@ def export_detector(
             the other; False if all have the size of ``example_image``, which compiles faster. Not every model allows
             True: one whose ``max_size`` is so small that a feature map may become a single pixel does not.
         labels: names of the classes; they are put into the package's metadata under "labels", separated by commas.
+        target: the machines that the package is for, as :func:`inductor_vision.package_target` takes it; None: such as
+            this one.
 
     Returns:
         ``path``.
@@ -78,7 +82,7 @@ def export_detector(
     Raises:
         ValueError: the file's name does not end with ".pt2", the model is in training mode, the image is not
             ``[C, H, W]``, a label contains a comma, the model does not return detections, or ``any_size`` is True and
-            the model does not allow it.
+            the model does not allow it; or ``target`` is not known.
         RuntimeError: kernels cannot be compiled with the installed torch.
     """
     path = pathlib.Path(path)
@@ -90,6 +94,7 @@ def export_detector(
         raise ValueError(f"export_detector: example_image must be [C, H, W], got {tuple(example_image.shape)}")
     if any("," in label for label in labels):
         raise ValueError(f"export_detector: labels must not have commas, got {list(labels)}")
+    check_target("export_detector", target)
     example_image = example_image.contiguous()
     require_lowerings("export_detector")
     if importlib.util.find_spec("torchvision") is not None:
@@ -102,12 +107,9 @@ def export_detector(
     with torch.no_grad():
         names = _names(OneImage(model)(example_image))  # also lets stock poolers find out their scales
         exported = _export_any_size(model, example_image) if any_size else _export(OneImage(model), example_image)
-        options = {
-            "cpp.dynamic_threads": True,
-            "aot_inductor.metadata": {"outputs": ",".join(names), "labels": ",".join(labels)},
-        }
+        options = {"aot_inductor.metadata": {"outputs": ",".join(names), "labels": ",".join(labels)}}
         path.parent.mkdir(parents=True, exist_ok=True)
-        with sizes_as_symbols(), inputs_checked():
+        with package_target(target), sizes_as_symbols(), inputs_checked():
             torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=options)
     return path
 

@@ -1,8 +1,9 @@
 """Export a small model with a deformable convolution to a package that runs without Python and without this library.
 
-    python examples/export.py [--out out/model.pt2] [--check]
+    python examples/export.py [--out out/model.pt2] [--target x86-64-v3] [--check]
 
-One package serves every batch and image size. ``--check`` runs it at two sizes and compares with the model.
+One package serves every batch and image size. ``--target`` says for which processors, by default such as this one.
+``--check`` runs it at two sizes and compares with the model.
 """
 
 from __future__ import annotations
@@ -12,12 +13,11 @@ import pathlib
 import warnings
 
 import torch
-from inductor_vision import DeformConv2d
+from inductor_vision import DeformConv2d, package_target
 from torch import Tensor, nn
 from torch.export import Dim
 
 OPTIONS = {
-    "cpp.dynamic_threads": True,  # Inductor's own kernels would otherwise keep to this machine's number of cores
     "aot_inductor.check_lowerbound": False,  # the check of inputs that run.cpp asks for would otherwise refuse batch 1
 }
 
@@ -38,15 +38,16 @@ class Model(nn.Module):
         return torch.relu(self.norm(self.convolve(image, offset, mask.sigmoid())))
 
 
-def export(model: nn.Module, path: pathlib.Path, channels: int = 3) -> None:
-    """Compile the model into a package at ``path``; batch, height and width stay variable."""
+def export(model: nn.Module, path: pathlib.Path, channels: int = 3, target: str | None = None) -> None:
+    """Compile the model into a package at ``path`` for a kind of processors; batch, height and width stay variable."""
     # Sizes differ from one another and from 0 and 1, which torch.export would take for constants.
     example = torch.randn(2, channels, 48, 64)
     dynamic_shapes = ({0: Dim("batch", min=1, max=1024), 2: Dim("height", min=2), 3: Dim("width", min=2)},)
     with torch.no_grad():
         exported = torch.export.export(model.eval(), (example,), dynamic_shapes=dynamic_shapes)
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=OPTIONS)
+        with package_target(target):
+            torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=OPTIONS)
 
 
 def check(model: nn.Module, path: pathlib.Path) -> None:
@@ -63,12 +64,13 @@ def check(model: nn.Module, path: pathlib.Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/model.pt2"), help="(%(default)s)")
+    parser.add_argument("--target", help="see inductor_vision.package_target (default: processors like this one)")
     parser.add_argument("--check", action="store_true", help="run the package and compare")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     model = Model()
     print("exporting and compiling ...", flush=True)
-    export(model, arguments.out)
+    export(model, arguments.out, target=arguments.target)
     print(f"wrote {arguments.out} ({arguments.out.stat().st_size / 1e6:.1f} MB)")
     if arguments.check:
         check(model, arguments.out)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import platform
+
 import pytest
 import torch
 from inductor_vision import accelerate_torchvision, export_detector
 from inductor_vision.export import _export_any_size
 from inductor_vision.tests.support.compiled import run_alone, run_python
 from inductor_vision.tests.support.detectors import agreement, assert_same_detections, small_detector
+from inductor_vision.tests.support.machine_code import assert_made_for
 from torch import Tensor, nn
 
 SIZES = [(90, 120), (120, 90), (60, 60), (333, 500), (700, 1000), (50, 400), (300, 30), (2, 2)]
@@ -144,12 +147,15 @@ def test_stock_models_of_depthwise_separable_pairs(torchvision_python, tmp_path,
     run_python(DETECTS_WITH_FUSED_PAIRS, name, str(tmp_path / "detector.pt2"))
 
 
-def test_model_that_decides_by_size(tmp_path):
+def test_model_that_decides_by_size_and_target(tmp_path):
     detector, image = Bright().eval(), torch.rand(40, 50, 3).permute(2, 0, 1)  # in whichever order pixels lie
     with pytest.raises(ValueError, match=r"any height and width; with any_size=False .* 40 x 50 pixels"):
         export_detector(detector, image, tmp_path / "bright.pt2")
     assert not list(tmp_path.iterdir())
-    path = export_detector(detector, image, str(tmp_path / "folder" / "bright.pt2"), any_size=False)
+    target = "x86-64-v3" if platform.machine() == "x86_64" else None
+    path = export_detector(detector, image, str(tmp_path / "folder" / "bright.pt2"), any_size=False, target=target)
+    if target is not None:
+        assert_made_for(target, path)
     package = torch._inductor.aoti_load_package(str(path))
     image = torch.rand(3, 40, 50)
     ours, (eager,) = package(image), detector([image])
@@ -169,6 +175,7 @@ class Wrong(nn.Module):
         ({"model": Bright()}, r"the model is in training mode; call its eval\(\) first"),
         ({"example_image": torch.rand(1, 3, 40, 50)}, r"example_image must be \[C, H, W\], got \(1, 3, 40, 50\)"),
         ({"labels": ["cat", "cup, bowl"]}, r"labels must not have commas, got \['cat', 'cup, bowl'\]"),
+        ({"target": "armv8-a"}, r"^export_detector: target must be one of x86-64-v2, .*, got 'armv8-a'"),
         ({"model": Wrong().eval()}, r"must return a dictionary of tensors for each image, got Tensor"),
     ],
 )

@@ -11,7 +11,7 @@ import torch.compiler.config
 
 from ...ops.registry import NAMESPACE
 from ...version import __version__
-from .machine import cache_bytes, instructions
+from .machine import cache_bytes_here, instructions_here
 
 _PACKAGE = pathlib.Path(__file__).parents[2]
 
@@ -33,7 +33,8 @@ def source_files() -> list[pathlib.Path]:
     return [path for folder, pattern in SOURCES for path in sorted((_PACKAGE / folder).rglob(pattern))]
 
 
-TAG = f"{NAMESPACE}-{__version__}-{source_digest()}-{instructions()}-{cache_bytes()}"
+# What else code is generated for is among Inductor's settings, which are in its keys.
+TAG = f"{NAMESPACE}-{__version__}-{source_digest()}-{instructions_here()}-{cache_bytes_here()}"
 
 
 def tag_caches(tag: str = TAG) -> None:

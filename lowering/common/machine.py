@@ -1,16 +1,52 @@
-"""What of the machine at hand decides the code that is generated."""
+"""What of the machine that code is generated for decides that code: the machine at hand, or what Inductor is told."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import torch
 
 
+@dataclasses.dataclass(frozen=True)
+class Level:
+    """A level of x86-64: many processors, and what compilers may count on in all of them.
+
+    Attributes:
+        vector_bits: of the vectors that at::vec has for it; 0 where it has none.
+        cache_bytes: the second-level cache that is usual for a core.
+    """
+
+    vector_bits: int
+    cache_bytes: int
+
+
+# By the names that compilers have for them.
+LEVELS = {
+    "x86-64-v2": Level(0, 256 << 10),
+    "x86-64-v3": Level(256, 512 << 10),
+    "x86-64-v4": Level(512, 1 << 20),
+}
+
+
+def level() -> Level | None:
+    """The level that Inductor is told to compile for (``cpp.march``); None: something else, or the machine at hand."""
+    from ..inductor.tables import config
+
+    return LEVELS.get(config.cpp.march)
+
+
 def cache_bytes() -> int:
     """Size of the second-level cache of one core, which determines how kernels cut their work into blocks."""
+    other = level()
+    return cache_bytes_here() if other is None else other.cache_bytes
+
+
+def cache_bytes_here() -> int:
+    """That of the machine at hand."""
     return torch.cpu.get_capabilities().get("l2_cache_size", 0) or 512 << 10
 
 
-def instructions() -> str:
-    """The vector instructions, on which it depends how weights are packed."""
+def instructions_here() -> str:
+    """The vector instructions of the machine at hand, on which it depends how weights are packed."""
     bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
     return torch.backends.cpu.get_cpu_capability() + (" bf16" if bf16 else "")

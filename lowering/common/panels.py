@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...ops.registry import accumulate_dtype
 from ..inductor.codegen import pick_vec_isa, valid_vec_isa_list
+from .machine import level
 
 MAX_DEPTH = 256  # kMaxDepth in cpp/gemm.h
 PANEL_BYTES = 64  # kPanel in cpp/gemm.h
@@ -14,6 +15,8 @@ PANEL_BYTES = 64  # kPanel in cpp/gemm.h
 
 def bf16_dot_products() -> bool:
     """Whether the kernel is compiled with INDUCTOR_VISION_BF16_DOT (cpp/gemm.h)."""
+    if level() is not None:
+        return False  # no level has them
     isa = pick_vec_isa()
     # The flags of the set that is picked may leave them out beside others, but g++ compiles for all that the CPU has
     # (-march=native); a valid set that has them says that CPU and compiler do.

@@ -26,7 +26,7 @@ from ...ops.convolution import FLOAT_DTYPES
 from ...ops.depthwise_separable_conv2d import IDENTITY
 from ...ops.registry import OPS
 from ...paths import record_path
-from ..common.machine import cache_bytes
+from ..common.machine import cache_bytes, level
 from ..common.registry import refusal
 from ..inductor.tables import custom_graph_pass
 from .calls import (
@@ -325,7 +325,9 @@ _TILE = 96  # pixels, see Separable.blocking
 
 
 def _multiplied_dtypes() -> list[torch.dtype]:
-    """The low precisions that this processor multiplies."""
+    """The low precisions that processors multiply that code is generated for."""
+    if level() is not None:
+        return []  # no level has such instructions
     capabilities = torch.cpu.get_capabilities()
     return [dtype for dtype, names in _LOW_PRECISION_PRODUCTS.items() if any(map(capabilities.get, names))]
 
@@ -346,7 +348,7 @@ def _test_gain(pair: Pair) -> str | None:
     input, out = value_of(pair.depthwise.input), value_of(pair.pointwise.node)
     weight, cache = value_of(pair.pointwise.weight), cache_bytes()
     if out.dtype in _multiplied_dtypes():
-        return f"this processor multiplies {out.dtype} by itself, which oneDNN makes use of"
+        return f"the processor multiplies {out.dtype} by itself, which oneDNN makes use of"
     sizes = [size for size in map(_likely, (*input.shape, *out.shape)) if size is not None]
     if len(sizes) < 8:
         return None

@@ -10,7 +10,9 @@ import sys
 import numpy as np
 import pytest
 import torch
+from inductor_vision import package_target
 from inductor_vision.tests.support.detectors import assert_same_detections, small_detector
+from inductor_vision.tests.support.machine_code import OF_NO_PROCESSOR, only_for_x86_64
 
 BUILD = pathlib.Path(__file__).parents[2] / "examples" / "cpp" / "build.sh"
 
@@ -107,6 +109,41 @@ def test_input_that_the_model_does_not_take(program, exported):
     result = run(program, exported[1], "--shape", "1x4x224x224")
     assert result.returncode == 1
     assert "expected: 3, but got: 4" in result.stderr
+
+
+@only_for_x86_64
+def test_package_for_another_processor(program, tmp_path):
+    package = tmp_path / "relu.pt2"
+    exported = torch.export.export(torch.nn.ReLU(), (torch.rand(5),))
+    with package_target():
+        torch._inductor.aoti_compile_and_package(
+            exported, package_path=str(package), inductor_configs=OF_NO_PROCESSOR.copy()
+        )
+    result = run(program, package, "--shape", "5")
+    assert result.returncode == 1
+    assert re.match(
+        r"run: the model failed: this package was compiled for bdver4; the processor at hand lacks( \w+)* xop",
+        result.stderr,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("qemu-x86_64"), reason="qemu-user is not installed")
+@pytest.mark.usefixtures("unoptimized")
+def test_on_other_processors(program, export_example, tmp_path):
+    model, package, image = export_example.Model().eval(), tmp_path / "model.pt2", torch.rand(1, 3, 12, 10)
+    export_example.export(model, package, target="x86-64-v3")
+    for processor in ("Haswell", "Nehalem"):
+        emulator = tmp_path / processor
+        emulator.write_text(f'#!/bin/sh\nexec qemu-x86_64 -cpu {processor} {program} "$@"\n')
+        emulator.chmod(0o755)
+    outputs, _ = run_on(tmp_path / "Haswell", package, image, tmp_path, threads=1)
+    with torch.no_grad():
+        expected = model(image)
+    torch.testing.assert_close(outputs["output0"].view(expected.shape), expected, rtol=1e-5, atol=1e-5)
+    result = run(tmp_path / "Nehalem", package, "--shape", "1x3x12x10")
+    assert result.returncode == 1
+    assert "this package was compiled for x86-64-v3; the processor at hand lacks avx avx2 fma" in result.stderr
 
 
 def test_help(program):

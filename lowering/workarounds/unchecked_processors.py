@@ -1,0 +1,80 @@
+"""AOTInductor packages run on whatever processor there is.
+
+The fault, seen in torch 2.13 to 2.15: where a package is loaded nobody looks whether the processor has the instructions
+that it was compiled with, and the process ends at the first that is missing.
+
+The way around: the function that whoever loads a package calls first is one of ours. It asks the processor, and either
+calls Inductor's or is an error. It is in the package itself, so all are protected who load it, in Python or C++, with
+or without this package.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from ...version import tested_torch
+from ..common.template import splice_header
+
+# Before and behind what Inductor writes, whose own function gets another name. The error is an exception, as this
+# function otherwise has only a code for it, and its callers do not ask for the last error.
+_BEFORE = """
+#include <torch/csrc/inductor/aoti_runtime/interface.h>
+#define AOTInductorModelContainerCreateWithDevice inductor_create
+extern "C" [[gnu::visibility("hidden")]] AOTIRuntimeError inductor_create(
+    AOTInductorModelContainerHandle*, size_t, const char*, const char*);
+"""
+_BEHIND = """
+#undef AOTInductorModelContainerCreateWithDevice
+
+PROCESSOR_H
+
+extern "C" AOTI_API INDUCTOR_VISION_ANY_PROCESSOR AOTIRuntimeError AOTInductorModelContainerCreateWithDevice(
+    AOTInductorModelContainerHandle* container, size_t models, const char* device, const char* cubins) {
+  if (const char* why_not = inductor_vision::why_not_on_this_processor(COMPILED_FOR)) {
+    throw std::runtime_error(why_not);
+  }
+  return inductor_create(container, models, device, cubins);
+}
+"""
+
+
+@contextlib.contextmanager
+def processor_checked() -> Iterator[None]:
+    """Within this context what is packaged refuses to be loaded where the processor lacks what it is compiled for.
+
+    Raises:
+        RuntimeError: Inductor generates packages otherwise than the releases of torch that this is tested with.
+    """
+    from ..inductor.packaging import CppWrapperCpu
+
+    original = getattr(CppWrapperCpu, "_write_aoti_interface_header", None)
+    if original is None:
+        raise RuntimeError(
+            "a package that looks at the processor cannot be made: CppWrapperCpu has no _write_aoti_interface_header "
+            f"(this is torch {torch.__version__}; {tested_torch()})"
+        )
+
+    def write(wrapper: Any) -> None:
+        wrapper.header.splice_aot(_BEFORE)
+        original(wrapper)
+        behind = _BEHIND.replace("PROCESSOR_H", splice_header("processor.h"))
+        wrapper.header.splice_aot(behind.replace("COMPILED_FOR", json.dumps(_compiled_for())))
+
+    with patch.object(CppWrapperCpu, "_write_aoti_interface_header", write):
+        yield
+
+
+def _compiled_for() -> str:
+    """The kind of processors, in not too many words (cpp/processor.h)."""
+    from ..inductor.tables import config
+
+    if config.cpp.march:
+        return config.cpp.march[:100]
+    name = torch.cpu.get_capabilities().get("cpu_name", "")[:100]
+    return f"the processor that it was made on, {name}" if name else "the processor that it was made on"
