@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_output_options(show)
 
     report = commands.add_parser(
-        "report", help="write docs/benchmarks.md, docs/speed.png and the README's table from what is in perf/results"
+        "report", help="write docs/benchmarks.md, docs/speed.png and the README's tables from what is in perf/results"
     )
     report.set_defaults(command=_report)
     report.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="default: perf/results")

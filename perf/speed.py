@@ -1,4 +1,4 @@
-"""The picture ``docs/speed.png`` and the README's table: how much longer others take for models and operators."""
+"""The picture ``docs/speed.png`` and the README's tables: how much longer others take for models and operators."""
 
 from __future__ import annotations
 
@@ -34,10 +34,16 @@ _OPERATORS = (
     ("patch_conv2d", "patch_conv2d", "8x8"),
     ("depthwise_separable_conv2d", "depthwise_separable_conv2d", "224-b1"),
 )
-# What is in the README's table.
-_TABLE = (
-    ("Faster R-CNN, ResNet-50 FPN, 480 x 640", "detectors", "fasterrcnn_resnet50_fpn"),
-    ("MobileNetV2, 224 x 224", "classifiers", "mobilenet_v2-b1"),
+# What is in the README's tables: whole models, in two precisions, and operators.
+_TABLE_OF_MODELS = (
+    ("Faster R-CNN, ResNet-50 FPN", "detectors", "fasterrcnn_resnet50_fpn"),
+    ("Mask R-CNN, ResNet-50 FPN", "detectors", "maskrcnn_resnet50_fpn"),
+    ("RetinaNet, ResNet-50 FPN", "detectors", "retinanet_resnet50_fpn"),
+    ("SSD300, VGG-16", "detectors", "ssd300_vgg16"),
+    ("ResNet-50", "classifiers", "resnet50-b1"),
+    ("MobileNetV2", "classifiers", "mobilenet_v2-b1"),
+)
+_TABLE_OF_OPERATORS = (
     ("`deform_conv2d`, 256 channels, 64 x 64", "deform_conv2d", "s64-b1"),
     ("its gradients", "deform_conv2d_backward", "s64-b1"),
     ("`roi_align`, 1000 boxes on 256 channels, 100 x 136", "roi_align", "p3-k1000"),
@@ -46,14 +52,43 @@ _TABLE = (
     ("`patch_conv2d`, 5120 patches of 8 x 8", "patch_conv2d", "8x8"),
 )
 _BEGIN = "<!-- Written by `python -m inductor_vision.perf report`. -->\n"
-_END = "<!-- The end of the table. -->\n"
-# Who stands for this package: in float32, as users compile it.
-_OURS = ("ours-frozen", "ours-compiled")
-# Whom another bar is of, by the names of contenders: PyTorch's own way has another one in each kind of suite.
-_PEERS = {
-    "torchvision, PyTorch (eager)": ("torchvision", "stock", "eager", "conv2d", "convolutions"),
-    "ONNX Runtime": ("onnxruntime",),
-    "OpenVINO": ("openvino",),
+_END = "<!-- The end of the tables. -->\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Columns:
+    """Who is compared, by the names of contenders, the first of which that was measured counts.
+
+    Attributes:
+        ours: this package, as users compile it; times are multiples of this one's.
+        others: by title.
+    """
+
+    ours: tuple[str, ...]
+    others: dict[str, tuple[str, ...]]
+
+
+# PyTorch's own way has another name in each kind of suite.
+_EAGER, _ONNX_RUNTIME, _OPENVINO = "torchvision, PyTorch (eager)", "ONNX Runtime", "OpenVINO"
+_FLOAT32 = _Columns(
+    ("ours-frozen", "ours-compiled"),
+    {
+        _EAGER: ("torchvision", "stock", "eager", "conv2d", "convolutions"),
+        _ONNX_RUNTIME: ("onnxruntime",),
+        _OPENVINO: ("openvino",),
+    },
+)
+_MODELS_IN = {
+    "float32": _Columns(_FLOAT32.ours, {"as a package": ("ours-aoti",), **_FLOAT32.others}),
+    "bfloat16": _Columns(
+        ("ours-bf16",),
+        {
+            "as a package": ("ours-aoti-bf16",),
+            _EAGER: (),
+            _ONNX_RUNTIME: (),
+            _OPENVINO: ("openvino-default",),
+        },
+    ),
 }
 _COLORS = ("#f79646", "#8c96a6", "#9467bd")
 _OUR_COLOR = "#2171b5"
@@ -106,7 +141,7 @@ def draw(results: dict[str, list[Report]], path: Path) -> None:
     )
     figure.text(0.01, 1 - 0.34 * inch, "Shorter is faster. In blue its own time.", va="top", fontsize=9.5, color="0.3")
     handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in (_OUR_COLOR, *_COLORS)]
-    names = ["inductor_vision", *_PEERS]
+    names = ["inductor_vision", *_FLOAT32.others]
     figure.legend(handles, names, loc="upper right", ncols=2, frameon=False, fontsize=9.5)
     note = f"Median times in float32. {'; '.join(_machines(results))}.\nAll of it: docs/benchmarks.md"
     figure.text(0.01, 0.07 * inch, note, fontsize=7, color="0.4")
@@ -116,7 +151,7 @@ def draw(results: dict[str, list[Report]], path: Path) -> None:
 
 
 def with_table(readme: str, results: dict[str, list[Report]]) -> str:
-    """The README with its table as the results have it.
+    """The README with its tables as the results have it.
 
     Raises:
         UserError: there is no place for it.
@@ -124,23 +159,40 @@ def with_table(readme: str, results: dict[str, list[Report]]) -> str:
     before, begin, rest = readme.partition(_BEGIN)
     _, end, after = rest.partition(_END)
     if not begin or not end:
-        raise UserError(f"the README has no place for the table, which is between {_BEGIN.strip()} and {_END.strip()}")
-    return f"{before}{begin}{table(results)}{end}{after}"
+        raise UserError(f"the README has no place for tables, which are between {_BEGIN.strip()} and {_END.strip()}")
+    return f"{before}{begin}{tables(results)}{end}{after}"
 
 
-def table(results: dict[str, list[Report]]) -> str:
-    """The table in Markdown: what the picture shows, of fewer things."""
-    lines = [["", "this package", *_PEERS], ["---", *["--:"] * (1 + len(_PEERS))]]
-    for group in _groups(_TABLE, results):
-        ratios = (multiple(group.peers[peer]) if peer in group.peers else "-" for peer in _PEERS)
-        lines.append([group.title, f"{group.milliseconds} ms", *ratios])
+def tables(results: dict[str, list[Report]]) -> str:
+    """The tables in Markdown: models, in one precision after the other, and operators."""
+    models = [
+        [f"{group.title}, {precision}", *_cells(group, columns)]
+        for case in _TABLE_OF_MODELS
+        for precision, columns in _MODELS_IN.items()
+        for group in _groups([case], results, columns)
+    ]
+    operators = [[group.title, *_cells(group, _FLOAT32)] for group in _groups(_TABLE_OF_OPERATORS, results)]
+    return "\n".join(
+        _markdown(["", "this package", *columns.others], rows)
+        for rows, columns in ((models, _MODELS_IN["float32"]), (operators, _FLOAT32))
+        if rows
+    )
+
+
+def _cells(group: _Group, columns: _Columns) -> list[str]:
+    others = (multiple(group.peers[title]) if title in group.peers else "-" for title in columns.others)
+    return [f"{group.milliseconds} ms", *others]
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _draw_panel(axis: Any, title: str, groups: Sequence[_Group]) -> None:
     from matplotlib.ticker import LogLocator, NullLocator
 
-    colors = dict(zip(_PEERS, _COLORS))
+    colors = dict(zip(_FLOAT32.others, _COLORS))
     highest = max([1.0, *(ratio for group in groups for ratio in group.peers.values())])
     y, ticks = 0.0, []
     for group in groups:
@@ -176,25 +228,27 @@ def _times(ratio: float) -> str:
     return f"{significant(ratio) if ratio >= 10 else f'{ratio:.1f}' if ratio >= 2 else f'{ratio:.2f}'}x"
 
 
-def _groups(rows: Sequence[tuple[str, str, str]], results: dict[str, list[Report]]) -> list[_Group]:
+def _groups(
+    rows: Sequence[tuple[str, str, str]], results: dict[str, list[Report]], columns: _Columns = _FLOAT32
+) -> list[_Group]:
     groups = []
     for title, suite, name in rows:
         case = _case(results, suite, name)
-        ours = next((row for row in case.rows if row.contender in _OURS and row.seconds), None) if case else None
+        ours = next((row for row in case.rows if row.contender in columns.ours and row.seconds), None) if case else None
         if case and ours and ours.seconds:
-            groups.append(_Group(title, ms(ours.seconds.median), _peers(case, ours)))
+            groups.append(_Group(title, ms(ours.seconds.median), _others(case, ours, columns)))
     return groups
 
 
-def _peers(case: CaseResult, ours: Row) -> dict[str, float]:
+def _others(case: CaseResult, ours: Row, columns: _Columns) -> dict[str, float]:
     """The multiples that are known."""
-    timed = {row.contender: row.against(ours) for row in case.rows if row.role != "ours" and row.is_timed}
+    timed = {row.contender: row.against(ours) for row in case.rows if row is not ours and row.is_timed}
     known = {name: ratio for name, ratio in timed.items() if ratio is not None}
     found = {}
-    for peer, names in _PEERS.items():
+    for title, names in columns.others.items():
         name = next((name for name in names if name in known), None)
         if name is not None:
-            found[peer] = float(significant(known[name]))
+            found[title] = float(significant(known[name]))
     return found
 
 

@@ -27,7 +27,7 @@ def test_the_picture_is_what_the_results_give(kept):
     assert speed.drawn_from(DOCS / "speed.png") == speed.digest(kept), WRITE_THEM
 
 
-def test_the_table_of_the_readme_is_what_the_results_give(kept):
+def test_the_tables_of_the_readme_are_what_the_results_give(kept):
     readme = (DOCS.parent / "README.md").read_text()
     assert readme == speed.with_table(readme, kept), WRITE_THEM
 
@@ -111,8 +111,8 @@ def test_the_command_writes_page_and_picture(tmp_path):
     options = ["--results", str(tmp_path / "results"), "--docs", str(tmp_path), "--readme", str(readme)]
     assert cli.main(["report", *options]) == 0
     results = page.read_results(tmp_path / "results")
-    assert "| `nms`, 20000 boxes | 12.3 ms | 2.00 | - | 2.00 |\n" in speed.table(results)
-    assert readme.read_text() == f"Before.\n{speed._BEGIN}{speed.table(results)}{speed._END}After.\n"
+    assert "| `nms`, 20000 boxes | 12.3 ms | 2.00 | - | 2.00 |\n" in speed.tables(results)
+    assert readme.read_text() == f"Before.\n{speed._BEGIN}{speed.tables(results)}{speed._END}After.\n"
     assert (tmp_path / "benchmarks.md").read_text() == page.page(results, load_suites())
     assert speed.drawn_from(tmp_path / "speed.png") == speed.digest(results)
     page.write_results(a_report("nms", "20000", note="Now."), tmp_path / "results" / "machine")
@@ -127,8 +127,27 @@ def test_the_command_writes_page_and_picture(tmp_path):
     assert speed.digest(page.read_results(tmp_path / "results")) != speed.digest(results)
 
 
+def test_models_are_compared_in_each_precision():
+    def row(name, role, milliseconds, **ratios):
+        return Row(
+            name, role, "ok", seconds=Spread(milliseconds / 1e3), ratios={k: Spread(v) for k, v in ratios.items()}
+        )
+
+    rows = (
+        row("ours-frozen", "ours", 20),
+        row("ours-aoti", "ours", 18, **{"ours-frozen": 0.9}),
+        row("ours-bf16", "ours", 10),
+        row("openvino", "peer", 30, **{"ours-frozen": 1.5, "ours-bf16": 3.0}),
+        row("openvino-default", "peer", 12, **{"ours-frozen": 0.6, "ours-bf16": 1.2}),
+    )
+    case = CaseResult("classifiers", "resnet50-b1", "a case", 1e-4, rows)
+    text = speed.tables({"classifiers": [Report(MACHINE, {"threads": 2}, (case,))]})
+    assert "| ResNet-50, float32 | 20.0 ms | 0.90 | - | - | 1.50 |\n" in text
+    assert "| ResNet-50, bfloat16 | 10.0 ms | - | - | - | 1.20 |\n" in text
+
+
 def test_what_is_no_result(tmp_path, capsys):
-    with pytest.raises(UserError, match="the README has no place for the table"):
+    with pytest.raises(UserError, match="the README has no place for tables"):
         speed.with_table("No place.", {})
     with pytest.raises(UserError, match="no results in"):
         page.read_results(tmp_path)
