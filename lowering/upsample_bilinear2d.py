@@ -5,28 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from .common.layout import layout_is_free, realize_image, writes_channels_last
-from .common.registry import Template, template_for
+from .common.registry import Template, serve_all, template_for
 from .common.template import BlocksTemplate, size_in_cpp, sizes, struct, view
 from .inductor.codegen import DTYPE_TO_CPP, CppTemplateKernel, V, ir
 
 _FEW_CHANNELS = 16  # less than a vector
-
-
-def _refusal(
-    input: Tensor,
-    output_size: Sequence[int],
-    align_corners: bool,
-    scales_h: float | None,
-    scales_w: float | None,
-    padding: Sequence[int],
-) -> str | None:
-    if any(isinstance(scale, torch.SymFloat) for scale in (scales_h, scales_w)):
-        return "a scale that changes from call to call"
-    return None
 
 
 def _lower(
@@ -98,4 +82,4 @@ class UpsampleBilinear2dTemplate(BlocksTemplate):
         return f"inductor_vision::upsample_bilinear2d<{str(self.channels_last).lower()}>({op}, {store});"
 
 
-template_for("upsample_bilinear2d", Template(_refusal, _lower))
+template_for("upsample_bilinear2d", Template(serve_all, _lower))

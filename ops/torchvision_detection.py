@@ -100,6 +100,7 @@ def transform_images(
     steps = ((transform.resize, Stock.resize), (transform.batch_images, Stock.batch_images))
     if targets is not None or transform.training or any(step.__func__ is not stock for step, stock in steps):
         return Stock.forward.__wrapped__(transform, images, targets)
+    images = list(images)
     for image in images:
         if image.dim() != 3:
             raise ValueError(f"images is expected to be a list of 3d tensors of shape [C, H, W], got {image.shape}")

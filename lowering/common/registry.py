@@ -101,6 +101,7 @@ def _template(op: VisionOp) -> Template | None:
 
 
 def has_template(op: VisionOp) -> bool:
+    """Whether an operator has a template, whatever calls that takes."""
     return _template(op) is not None
 
 

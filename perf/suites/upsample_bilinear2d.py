@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,9 +59,9 @@ class _Interpolate(_Ours):
         return F.pad(resized, (0, right, 0, below)) if below or right else resized
 
 
-def _contender(kind: type[_Ours], prepare: Any) -> Any:
+def _contender(kind: type[_Ours], prepare: str, **options: Any) -> Callable[[Job], Prepared]:
     def prepared(job: Job) -> Prepared:
-        return prepare(kind(job.inputs), [job.inputs.image])
+        return getattr(backends, prepare)(kind(job.inputs), [job.inputs.image], **options)
 
     return prepared
 
@@ -74,17 +75,15 @@ def _reference(problem: Resize) -> Tensor:
     return _Interpolate(problem)(problem.image.double())
 
 
-_compiled = functools.partial(backends.compiled, dynamic=False)
-
 SUITE = Suite(
     name="upsample_bilinear2d",
     description="bilinear resizing",
     reference=_reference,
     contenders=(
-        Contender("ours-compiled", "ours", _contender(_Ours, _compiled), compiled=True),
-        Contender("ours-aoti", "ours", _contender(_Ours, backends.packaged), compiled=True),
-        Contender("eager", "peer", _contender(_Interpolate, backends.eager)),
-        Contender("stock-compiled", "peer", _contender(_Interpolate, _compiled), compiled=True),
+        Contender("ours-compiled", "ours", _contender(_Ours, "compiled", dynamic=False), compiled=True),
+        Contender("ours-aoti", "ours", _contender(_Ours, "packaged"), compiled=True),
+        Contender("eager", "peer", _contender(_Interpolate, "eager")),
+        Contender("stock-compiled", "peer", _contender(_Interpolate, "compiled", dynamic=False), compiled=True),
         Contender("copy", "limit", _copy),
     ),
     cases=tuple(
