@@ -23,7 +23,7 @@ def onnx_translation_table() -> dict[Any, Callable[..., Any]]:
     It translates the operators that ONNX has counterparts for: ``deform_conv2d`` (DeformConv, opset 19), ``roi_align``
     and ``multiscale_roi_align`` (RoiAlign, on each of several maps for all regions), ``nms`` and ``batched_nms``
     (NonMaxSuppression, in float32; classes must be integers, and boxes of different classes are moved apart, which
-    rounds them). The result for invalid boxes depends on the runtime.
+    rounds them), and how detectors resize images (Resize). The result for invalid boxes depends on the runtime.
 
     Stock torchvision functions need no table: given a model, ``torch.onnx.export`` exports them as torchvision's own
     operators, whether or not :func:`inductor_vision.accelerate_torchvision` was called. A program that ``torch.export``
@@ -39,6 +39,7 @@ def onnx_translation_table() -> dict[Any, Callable[..., Any]]:
         "deform_conv2d": _deform_conv2d,
         "roi_align": _roi_align,
         "nms": _nms,
+        "upsample_bilinear2d": _upsample_bilinear2d,
     }
     return {OPS[name].overload: translation for name, translation in translations.items()}
 
@@ -89,6 +90,29 @@ def _roi_align(inputs, rois, levels, spatial_scales, pooled_height, pooled_width
         others = op.CastLike(op.Constant(value_float=0.0), input) if out is None else out
         out = op.Where(here, aligned_on_it, others)
     return out
+
+
+def _upsample_bilinear2d(input, output_size, align_corners, scales_h, scales_w, padding):
+    from onnxscript import opset18 as op
+
+    if not (scales_h is scales_w is None):
+        raise NotImplementedError(
+            "upsample_bilinear2d: scales that are not those of the sizes are not translated to ONNX"
+        )
+    size = op.Concat(op.Shape(input, start=0, end=2), *_numbers(op, output_size), axis=0)
+    mode = "align_corners" if align_corners else "half_pixel"
+    resized = op.Resize(input, None, None, size, mode="linear", coordinate_transformation_mode=mode)
+    return op.Pad(resized, op.Concat(op.Constant(value_ints=[0] * 6), *_numbers(op, padding), axis=0))
+
+
+def _numbers(op, numbers):
+    """Each as a vector of one."""
+    return [
+        op.Constant(value_ints=[number])
+        if isinstance(number, int)
+        else op.Reshape(number, op.Constant(value_ints=[-1]))
+        for number in numbers
+    ]
 
 
 def _nms(boxes, scores, classes, iou_threshold):

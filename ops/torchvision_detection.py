@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .registry import accumulate_dtype, replaces_torchvision
+from .upsample_bilinear2d import upsample_bilinear2d
 
 
 @replaces_torchvision("models.detection._utils.BoxCoder.decode")
@@ -78,6 +80,48 @@ def _resizing(begin: Tensor, end: Tensor, size: int, source: int, dtype: torch.d
     return weights, (at >= begin) & (at <= end)
 
 
+@replaces_torchvision("models.detection.transform.GeneralizedRCNNTransform.forward")
+def transform_images(
+    transform: Any, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None
+) -> tuple[Any, list[dict[str, Tensor]] | None]:
+    """The original resizes images, then copies each into a batch of zeros; here they are resized into the batch.
+
+    With targets, and where a transform has steps of its own, it is the original that runs, on the functions below.
+
+    Args:
+        images: ``[C, H, W]`` each, of sizes of their own.
+
+    Returns:
+        torchvision's ``ImageList``, and the targets.
+    """
+    from torchvision.models.detection.image_list import ImageList
+    from torchvision.models.detection.transform import GeneralizedRCNNTransform as Stock
+
+    steps = ((transform.resize, Stock.resize), (transform.batch_images, Stock.batch_images))
+    if targets is not None or transform.training or any(step.__func__ is not stock for step, stock in steps):
+        return Stock.forward.__wrapped__(transform, images, targets)
+    images = list(images)
+    for image in images:
+        if image.dim() != 3:
+            raise ValueError(f"images is expected to be a list of 3d tensors of shape [C, H, W], got {image.shape}")
+    sizes = [
+        _resized_size(image.shape[1:], transform.min_size[-1], transform.max_size, transform.fixed_size)
+        for image in images
+    ]
+    largest = _divisible(sizes, transform.size_divisible)
+    batch = [
+        upsample_bilinear2d(transform.normalize(image)[None], size, padding=[a - b for a, b in zip(largest, size)])
+        for image, size in zip(images, sizes)
+    ]
+    return ImageList(batch[0] if len(batch) == 1 else torch.cat(batch), [tuple(size) for size in sizes]), None
+
+
+def _divisible(sizes: Sequence[Sequence[int]], divisor: int) -> list[int]:
+    """The largest height and width, rounded up to multiples of a number."""
+    largest = (functools.reduce(torch.sym_max, lengths) for lengths in zip(*sizes))
+    return [-(-length // divisor) * divisor for length in largest]
+
+
 @replaces_torchvision("models.detection.transform.GeneralizedRCNNTransform.batch_images")
 def batch_images(transform: Any, images: list[Tensor], size_divisible: int = 32) -> Tensor:
     """The original makes numbers of sizes, which then hold for one size only.
@@ -89,8 +133,7 @@ def batch_images(transform: Any, images: list[Tensor], size_divisible: int = 32)
     Returns:
         ``[B, C, H, W]``, the images with zeros at the right and below.
     """
-    largest = (functools.reduce(torch.sym_max, (image.shape[d] for image in images)) for d in (1, 2))
-    height, width = (-(-side // size_divisible) * size_divisible for side in largest)
+    height, width = _divisible([image.shape[1:] for image in images], size_divisible)
     return torch.stack([F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1])) for image in images])
 
 
@@ -110,16 +153,18 @@ def resize_image_and_masks(
         target: of which "masks", ``[N, H, W]``, are resized too.
         fixed_size: width and height, whatever the image's are.
     """
-    if fixed_size is not None:
-        size = [fixed_size[1], fixed_size[0]]
-    else:
-        shape = image.shape[-2:]
-        scale = torch.sym_min(self_min_size / torch.sym_min(*shape), self_max_size / torch.sym_max(*shape))
-        size = [torch.sym_int(length * scale) for length in shape]
-    image = F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0]
+    size = _resized_size(image.shape[-2:], self_min_size, self_max_size, fixed_size)
+    image = upsample_bilinear2d(image[None], size)[0]
     if target is not None and "masks" in target:
         target["masks"] = F.interpolate(target["masks"][:, None].float(), size=size)[:, 0].byte()
     return image, target
+
+
+def _resized_size(shape: Sequence[int], min_size: int, max_size: int, fixed_size: tuple[int, int] | None) -> list[int]:
+    if fixed_size is not None:
+        return [fixed_size[1], fixed_size[0]]
+    scale = torch.sym_min(min_size / torch.sym_min(*shape), max_size / torch.sym_max(*shape))
+    return [torch.sym_int(length * scale) for length in shape]
 
 
 @replaces_torchvision("models.detection._utils._topk_min")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import types
+from typing import Any
+
 import pytest
 import torch
 from inductor_vision import accelerate_torchvision
@@ -14,7 +17,7 @@ from inductor_vision.ops.torchvision_detection import (
     ssd_detections,
 )
 from inductor_vision.paths import Path
-from inductor_vision.tests.support.compiled import compile_and_run, trace_and_run
+from inductor_vision.tests.support.compiled import Traced, compile_and_run, trace_and_run
 from inductor_vision.tests.support.detectors import (
     HAND_MADE,
     agreement,
@@ -25,7 +28,7 @@ from inductor_vision.tests.support.detectors import (
 )
 from torch import Tensor
 
-# What each image takes, beside the pooling of regions.
+# What each image takes, beside its resizing and the pooling of regions.
 OPERATORS = {
     "MaskRCNN": ["nms", "nms"],
     "KeypointRCNN": ["nms", "nms", "heatmaps_to_keypoints"],
@@ -46,7 +49,7 @@ def images(*sizes: tuple[int, int]) -> list[Tensor]:
 
 def assert_operators(kind: str, paths: list[Path], images: int, as_what: str) -> None:
     pooled = ["roi_align", "roi_align"] if kind.endswith("RCNN") else []  # for all images at once
-    assert sorted(path.op for path in paths) == sorted(OPERATORS[kind] * images + pooled)
+    assert sorted(path.op for path in paths) == sorted(["upsample_bilinear2d", *OPERATORS[kind]] * images + pooled)
     assert {path.kind for path in paths} == {as_what}
 
 
@@ -263,6 +266,56 @@ def test_resize_image_and_masks(size, fixed_size):
     theirs, expected = stock(image, 96, 128, {"masks": masks}, fixed_size)
     assert torch.equal(ours, theirs) and torch.equal(target["masks"], expected["masks"])
     assert resize_image_and_masks(image, 96, 128)[1] is None
+
+
+def transformed(transform: Any, images: list[Tensor], **options: Any) -> tuple[Traced, Any]:
+    """What a transform gives in compiled code, its batch of images first, and what it gives eagerly."""
+
+    def call(images: list[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
+        batch, _ = transform(images)
+        return batch.tensors, batch.image_sizes
+
+    return trace_and_run(call, images, **options), call(images)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fixed_size", "dtype"),
+    [
+        ([(90, 120)], None, torch.float32),
+        ([(50, 200), (64, 90), (640, 97)], None, torch.bfloat16),
+        ([(50, 200), (64, 90)], (60, 50), torch.float32),
+    ],
+    ids=str,
+)
+def test_transform(sizes, fixed_size, dtype):
+    """Images are resized into the batch by an operator each, whatever their sizes."""
+    transform = small_detector("FasterRCNN").transform
+    transform.fixed_size = fixed_size
+    traced, (batch, shapes) = transformed(transform, [image.to(dtype) for image in images(*sizes)], dynamic=True)
+    assert [path.op for path in traced.paths] == ["upsample_bilinear2d"] * len(sizes)
+    ours, our_shapes = traced.result
+    assert our_shapes == shapes
+    assert (ours.dtype, ours.shape) == (dtype, batch.shape) and torch.equal(ours, batch)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        again = [image.to(dtype) for image in images(*((2 * height, width + 9) for height, width in sizes))]
+        assert torch.equal(traced.function(again)[0], transform(again)[0].tensors)
+
+
+@pytest.mark.parametrize("step", ["normalize", "resize", "batch_images"])
+def test_transforms_own_steps_are_taken(step):
+    """Of a class that inherits, and of one object."""
+    own = {
+        "normalize": lambda self, image: image * 2,
+        "resize": lambda self, image, target=None: (image[:, ::2], target),
+        "batch_images": lambda self, images, size_divisible=32: torch.stack(images) + 1,
+    }[step]
+    inherited, changed = (small_detector("FasterRCNN").transform for _ in range(2))
+    inherited.__class__ = type("Own", (type(inherited),), {step: own})
+    setattr(changed, step, types.MethodType(own, changed))
+    for transform in (inherited, changed):
+        traced, (batch, shapes) = transformed(transform, images((64, 128)))
+        torch.testing.assert_close(traced.result[0], batch)
+        assert traced.result[1] == shapes
 
 
 @pytest.mark.parametrize(("score_thresh", "topk_candidates"), [(0.01, 400), (0.02, 30), (0.9, 400), (2.0, 400)])

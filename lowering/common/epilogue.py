@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ..inductor.codegen import CppScheduling, V, ir
@@ -31,6 +32,15 @@ def reindexers(buffer: ir.Buffer, epilogue: Sequence[ir.IRNode]) -> list[Reindex
     fused = {node.get_name() for node in (buffer, *epilogue)}
     found = [_reindexer(buffer, node) if _reads_where_it_writes(node, fused) else None for node in epilogue]
     return None if None in found else found  # type: ignore[return-value]  # no None is left
+
+
+def only_converts(node: ir.ComputedBuffer, dtype: torch.dtype) -> bool:
+    """Whether a node that is fused is what a template computes, in this dtype, or once converted to a lower one."""
+    operations = node.data.inner_fn_opcount()
+    lower = (torch.bfloat16, torch.float16) if dtype == torch.float32 else ()
+    return (
+        node.get_dtype() in (dtype, *lower) and operations.num_ops <= 2 and operations.used_ops <= {"load", "to_dtype"}
+    )
 
 
 def _reads_where_it_writes(node: ir.IRNode, fused: set[str]) -> bool:

@@ -100,6 +100,11 @@ def _template(op: VisionOp) -> Template | None:
     return _templates.get(op.name) if _import_if_there(op.family) else None
 
 
+def has_template(op: VisionOp) -> bool:
+    """Whether an operator has a template, whatever calls that takes."""
+    return _template(op) is not None
+
+
 def _triton_program(op: VisionOp) -> TritonProgram | None:
     return _triton_programs.get(op.name) if _import_if_there(f"triton.{op.family}") else None
 

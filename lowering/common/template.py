@@ -374,6 +374,9 @@ class BlocksTemplate(KernelTemplate):
         values = _block_name(buffer)
         if not epilogue:  # Inductor would copy one by one
             return self._plain_store(kernel, buffer, "store_block")
+        if not keep and len(epilogue) == 1 and epilogues.only_converts(epilogue[0], accumulate):
+            # Inductor would do it pixel by pixel, of as few numbers as there are channels.
+            return self._plain_store(kernel, self._lying_as(buffer, epilogue[0]), "store_block")
         nodes, source = list(epilogue), buffer
         found = epilogues.reindexers(buffer, epilogue)
         assert found is not None  # or Inductor would have been told not to fuse
@@ -382,9 +385,7 @@ class BlocksTemplate(KernelTemplate):
             source = self._sums(buffer)
             nodes.insert(0, self._own_store(buffer, source))
             reindexers.insert(0, None)
-        last = epilogue[-1]  # it lies in memory as the template's own output would, whatever its shape
-        layout = ir.FixedLayout(torch.device("cpu"), last.get_dtype(), buffer.get_size(), buffer.get_stride())
-        target = ir.ReinterpretView(data=ir.StorageBox(last), layout=layout)
+        target = self._lying_as(buffer, epilogue[-1])
 
         # Of image, channel, row and column: the part of the output, and the strides of the block's values. It is one
         # image, but Inductor must not know: it counts loops without those of a single step when it looks for the one to
@@ -412,6 +413,12 @@ class BlocksTemplate(KernelTemplate):
             part, sums, orig_src=source, epilogue_nodes=nodes, offsets=self._place(), reindexers=reindexers
         )
         return f"{self._lambda(values)}\n{stored}\n}}"
+
+    def _lying_as(self, buffer: ir.Buffer, stored: ir.ComputedBuffer) -> ir.ReinterpretView:
+        """What is stored in the place of the template's own output, in the shape of that: it lies in memory as that
+        would, whatever its shape."""
+        layout = ir.FixedLayout(torch.device("cpu"), stored.get_dtype(), buffer.get_size(), buffer.get_stride())
+        return ir.ReinterpretView(data=ir.StorageBox(stored), layout=layout)
 
     def _lambda(self, values: str) -> str:
         """The head of a store, and what its body has of the block."""

@@ -18,11 +18,13 @@ from inductor_vision import (
     roi_align,
 )
 from inductor_vision.export import OneImage
+from inductor_vision.ops.upsample_bilinear2d import upsample_bilinear2d
 from inductor_vision.tests.support.boxes import Boxes, nms_oracle
 from inductor_vision.tests.support.compare import assert_close
 from inductor_vision.tests.support.deform_conv2d import oracle as deformed, sample
 from inductor_vision.tests.support.detectors import assert_same_detections, small_detector
 from inductor_vision.tests.support.regions import pyramid, pyramid_oracle, roi_align_oracle, sample as sample_regions
+from inductor_vision.tests.support.upsample_bilinear2d import Case, oracle as resized
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -58,7 +60,7 @@ def operators(program: Any) -> set[str]:
     """Those that matter here."""
     nodes = list(program.model.graph)
     assert {node.domain for node in nodes} <= {""}, "what is not of ONNX"
-    return {node.op_type for node in nodes} & {"DeformConv", "RoiAlign", "NonMaxSuppression"}
+    return {node.op_type for node in nodes} & {"DeformConv", "RoiAlign", "NonMaxSuppression", "Resize"}
 
 
 def run(program: Any, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -106,6 +108,22 @@ def test_multiscale_roi_align(name):
     assert operators(program) == {"RoiAlign"}
     (result,) = run(program, tensors)
     assert_close(result, pyramid_oracle(s), torch.float32)
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_upsample_bilinear2d(align_corners):
+    """For sizes that change, and to twice the number of rows and 33 columns."""
+
+    def function(input: Tensor) -> Tensor:
+        rows = input.shape[2]
+        return upsample_bilinear2d(input, (2 * rows, 33), align_corners, padding=(3, rows))
+
+    program = export(Model(function), [Case().input()], dynamic_shapes=(({2: Dim.DYNAMIC, 3: Dim.DYNAMIC},),))
+    assert operators(program) == {"Resize"}
+    for size in ((7, 10), (3, 50)):
+        case = Case(size=size, to=(2 * size[0], 33), padding=(3, size[0]), align_corners=align_corners)
+        (result,) = run(program, [case.input()])
+        assert_close(result, resized(case.input(), case), torch.float32)
 
 
 def suppress(boxes: Tensor, scores: Tensor, classes: Tensor) -> tuple[Tensor, ...]:
@@ -159,7 +177,7 @@ def test_detectors_by_way_of_a_program(torchvision, kind):
     with torch.no_grad():
         (expected,) = detector([image])
         program = export(torch.export.export(OneImage(detector), (image,)))
-    assert "NonMaxSuppression" in operators(program)
+    assert operators(program) >= {"NonMaxSuppression", "Resize"}
     assert_same_detections(dict(zip(expected, run(program, [image]))), expected)
 
 

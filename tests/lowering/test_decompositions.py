@@ -19,6 +19,7 @@ from inductor_vision.tests.support.boxes import Boxes, RotatedBoxes
 from inductor_vision.tests.support.compare import assert_close
 from inductor_vision.tests.support.heatmaps_to_keypoints import Heatmaps
 from inductor_vision.tests.support.regions import OPERATORS, sample as sample_regions
+from inductor_vision.tests.support.upsample_bilinear2d import Case as Resize
 from torch import Tensor, nn
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -48,6 +49,8 @@ def calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "nms_rotated", (rotated, scores, classes, 0.3)
     yield "box_iou_rotated", (rotated, rotated[:5])
     yield "heatmaps_to_keypoints", Heatmaps().tensors()
+    yield "upsample_bilinear2d", Resize().positional
+    yield "upsample_bilinear2d_backward", Resize().positional_backward
 
 
 def backward(op: str, s: convolution.Sample) -> tuple[Any, ...]:

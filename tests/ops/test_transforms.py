@@ -23,6 +23,7 @@ from inductor_vision import (
 )
 from inductor_vision.ops.heatmaps_to_keypoints import heatmaps_to_keypoints
 from inductor_vision.ops.registry import OPS
+from inductor_vision.ops.upsample_bilinear2d import upsample_bilinear2d
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -105,6 +106,11 @@ DIFFERENTIABLE = {
             "input": randn(2, 3, 5, 6), "depthwise_weight": randn(6, 1, 3, 3), "pointwise_weight": randn(4, 6, 1, 1)
         },
         ("input", "depthwise_weight", "pointwise_weight"),
+    ),
+    "upsample_bilinear2d": Call(
+        lambda input: upsample_bilinear2d(input, (7, 4), padding=(1, 2)),
+        lambda: {"input": randn(2, 3, 5, 6)},
+        ("input",),
     ),
     "roi_align": on_maps(roi_align, (2, 3), 1.0, 2),
     "roi_align_adaptive": on_maps(roi_align, (2, 3)),

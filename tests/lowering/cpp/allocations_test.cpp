@@ -11,6 +11,7 @@
 #include "roi_align.h"
 #include "roi_pool.h"
 #include "soft_nms.h"
+#include "upsample_bilinear2d.h"
 
 #include <atomic>
 #include <cinttypes>
@@ -126,6 +127,18 @@ void run_boxes() {
   std::vector<float> keypoints(3 * 2 * 3);
   run_out_of_memory("heatmaps_to_keypoints", [&] {
     heatmaps_to_keypoints(Images<float>{maps.view(), 3, 2, 5, 6}, HeatmapBoxes<float>{sides, 4, 1}, keypoints.data());
+  });
+}
+
+void run_images() {
+  const Tensor<float> images = tensor(2, 3, 20, 30, -1, 1), many(2, 20, 9, 11, Layout::channels_last);
+  std::vector<float> out(2 * 20 * 40 * 50);
+  const UpsampleBilinear2d<float> few{images.view(), 2, 3, 20, 30, 37, 44, 40, 50, false, 0, 0};
+  const UpsampleBilinear2d<float> pixels{many.view(), 2, 20, 9, 11, 37, 44, 40, 50, false, 0, 0};
+  run_out_of_memory(
+      "upsample_bilinear2d", [&] { upsample_bilinear2d<false>(few, DenseStore<false, float>{out.data(), 3, 40, 50}); });
+  run_out_of_memory("upsample_bilinear2d_of_pixels", [&] {
+    upsample_bilinear2d<true>(pixels, DenseStore<true, float>{out.data(), 20, 40, 50});
   });
 }
 
@@ -287,6 +300,7 @@ void run_patches() {
 int main() {
   omp_set_num_threads(3);
   run_boxes();
+  run_images();
   run_regions();
   run_deform();
   run_separable();
