@@ -1,7 +1,8 @@
 """A graph pass that takes the parts of a concatenation from where they are.
 
 torchvision's detectors concatenate what their heads compute on all levels of a pyramid, and split it by levels again
-before they look for detections: a copy of all scores, tens of millions of them.
+before they look for detections: a copy of all scores, tens of millions of them. Inductor leaves it out where sizes are
+constants; in packages for images of any size they are not.
 """
 
 from __future__ import annotations
