@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -171,6 +171,93 @@ def _resized_size(shape: Sequence[int], min_size: int, max_size: int, fixed_size
 def topk_min(input: Tensor, orig_kval: int, axis: int) -> int:
     """The original decides which is less, for all images that a graph is for."""
     return torch.sym_min(orig_kval, input.size(axis))
+
+
+@replaces_torchvision("models.detection.retinanet.RetinaNet.postprocess_detections")
+def retinanet_detections(
+    retinanet: Any,
+    head_outputs: dict[str, list[Tensor]],
+    anchors: list[list[Tensor]],
+    image_shapes: list[tuple[int, int]],
+) -> list[dict[str, Tensor]]:
+    """See :func:`_detections`."""
+    return _detections(
+        retinanet,
+        head_outputs,
+        anchors,
+        image_shapes,
+        ("cls_logits",),
+        torch.sigmoid,
+        retinanet.box_coder.decode_single,
+    )
+
+
+@replaces_torchvision("models.detection.fcos.FCOS.postprocess_detections")
+def fcos_detections(
+    fcos: Any, head_outputs: dict[str, list[Tensor]], anchors: list[list[Tensor]], image_shapes: list[tuple[int, int]]
+) -> list[dict[str, Tensor]]:
+    """See :func:`_detections`; of an anchor "bbox_ctrness", ``[B, A, 1]``, has a part in its scores."""
+
+    def score(logits: Tensor, centerness: Tensor) -> Tensor:
+        return torch.sqrt(torch.sigmoid(logits) * torch.sigmoid(centerness))
+
+    rated = "cls_logits", "bbox_ctrness"
+    return _detections(fcos, head_outputs, anchors, image_shapes, rated, score, fcos.box_coder.decode)
+
+
+def _detections(
+    detector: Any,
+    head_outputs: dict[str, list[Tensor]],
+    anchors: list[list[Tensor]],
+    image_shapes: list[tuple[int, int]],
+    rated: Sequence[str],
+    score: Callable[..., Tensor],
+    decode: Callable[[Tensor, Tensor], Tensor],
+) -> list[dict[str, Tensor]]:
+    """The originals compute and look through the scores of all anchors for all classes, of which few are candidates.
+
+    Args:
+        head_outputs: of each level "cls_logits", ``[B, A, C]``, "bbox_regression", ``[B, A, 4]``, and more.
+        anchors: of each image those of each level, ``[A, 4]``.
+        image_shapes: height and width of each image.
+        rated: the outputs that scores are computed from, logits first.
+        score: computes them, value by value; they grow with the logits.
+        decode: boxes from regression and anchors.
+
+    Returns:
+        Of each image "boxes", "scores" and "labels".
+    """
+    from torchvision.ops.boxes import batched_nms, clip_boxes_to_image
+
+    detections = []
+    for image, shape in enumerate(image_shapes):
+        candidates = []
+        for level, anchors_of_level in enumerate(anchors[image]):
+            outputs = [head_outputs[name][level][image] for name in rated]
+            scores, anchor, labels = _candidates(outputs, score, detector.score_thresh, detector.topk_candidates)
+            boxes = decode(head_outputs["bbox_regression"][level][image, anchor], anchors_of_level[anchor])
+            candidates.append((clip_boxes_to_image(boxes, shape), scores, labels))
+        boxes, scores, labels = (torch.cat(of_levels) for of_levels in zip(*candidates))
+        kept = batched_nms(boxes, scores, labels, detector.nms_thresh)[: detector.detections_per_img]
+        detections.append({"boxes": boxes[kept], "scores": scores[kept], "labels": labels[kept]})
+    return detections
+
+
+def _candidates(
+    outputs: list[Tensor], score: Callable[..., Tensor], threshold: float, most: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The best scores above a threshold, and their anchors and classes.
+
+    An anchor of whose classes the best falls short, by more than rounding may have to do with, is not looked at again.
+    """
+    logits, *others = outputs  # [A, C], and [A, 1]
+    best = score(logits.where(~logits.isnan(), -math.inf).amax(1, keepdim=True), *others)
+    rounding = 4 * torch.finfo(best.dtype).eps * abs(threshold)
+    (anchor,) = torch.where(best[:, 0] >= threshold - rounding)
+    scores = score(*(output[anchor] for output in outputs))
+    place, label = torch.where(scores > threshold)
+    scores, order = scores[place, label].topk(topk_min(place, most, 0))
+    return scores, anchor[place[order]], label[order]
 
 
 @replaces_torchvision("models.detection.ssd.SSD.postprocess_detections")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 from typing import Any
 
@@ -12,8 +13,10 @@ from inductor_vision.export import OneImage
 from inductor_vision.ops.torchvision_detection import (
     batch_images,
     decode,
+    fcos_detections,
     paste_masks_in_image,
     resize_image_and_masks,
+    retinanet_detections,
     ssd_detections,
 )
 from inductor_vision.paths import Path
@@ -27,6 +30,7 @@ from inductor_vision.tests.support.detectors import (
     stock_detector,
 )
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # What each image takes, beside its resizing and the pooling of regions.
 OPERATORS = {
@@ -330,3 +334,70 @@ def test_ssd_detections(score_thresh, topk_candidates):
         assert list(ours) == list(stock)
         for key in ours:
             assert torch.equal(ours[key], stock[key])
+
+
+ANCHORS, CLASSES = (300, 70), 9
+
+
+def heads_and_anchors(dtype: torch.dtype) -> tuple[dict[str, list[Tensor]], list[list[Tensor]], list[tuple[int, int]]]:
+    """What heads give for two images on two levels, with all that a number may be, and with scores that are equal."""
+    outputs = {
+        "cls_logits": [(3 * torch.randn(2, anchors, CLASSES) - 4).to(dtype) for anchors in ANCHORS],
+        "bbox_regression": [torch.randn(2, anchors, 4).to(dtype) for anchors in ANCHORS],
+        "bbox_ctrness": [torch.randn(2, anchors, 1).to(dtype) for anchors in ANCHORS],
+    }
+    logits = outputs["cls_logits"][0][0]
+    logits[3], logits[7, 2], logits[7, 4], logits[11, 1] = math.nan, math.nan, 5, math.inf
+    logits[20:40] = logits[20]
+    outputs["bbox_ctrness"][0][0, 12] = math.nan
+    anchors = [[torch.rand(count, 4).cumsum(1) * 40 for count in ANCHORS] for _ in range(2)]
+    return outputs, anchors, [(96, 96), (50, 70)]
+
+
+DETECTIONS = {"RetinaNet": retinanet_detections, "FCOS": fcos_detections}
+
+
+@pytest.mark.parametrize("kind", DETECTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("threshold", [-1.0, 0.0, 0.05, 0.3, 1.0])
+@pytest.mark.parametrize("topk_candidates", [1000, 30])
+def test_detections_of_levels(kind, dtype, threshold, topk_candidates, monkeypatch):
+    """All that could be one, none of them suppressed: torchvision's nms takes no bfloat16."""
+    monkeypatch.setattr("torchvision.ops.boxes.batched_nms", lambda boxes, scores, *_: torch.arange(len(scores)))
+    detector, call = small_detector(kind), heads_and_anchors(dtype)
+    detector.score_thresh, detector.topk_candidates, detector.detections_per_img = threshold, topk_candidates, 10_000
+    for ours, stock in zip(DETECTIONS[kind](detector, *call), detector.postprocess_detections(*call)):
+        assert len(ours["boxes"]) > 0 or threshold == 1.0
+        assert list(ours) == list(stock)
+        for key in ours:  # a score at the end of a tensor is computed without vectors
+            torch.testing.assert_close(ours[key], stock[key], rtol=1e-6 if key == "scores" else 0, atol=0)
+
+
+class LargestInputs(TorchDispatchMode):
+    """How many values operators are given, at most, by their names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if args and isinstance(args[0], Tensor):
+            name = func.overloadpacket.__name__
+            self.sizes[name] = max(self.sizes.get(name, 0), args[0].numel())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", DETECTIONS)
+def test_few_scores_are_computed_and_looked_through(kind):
+    """Of all logits only which is an anchor's best is asked."""
+    detector, (outputs, anchors, shapes) = small_detector(kind), heads_and_anchors(torch.float32)
+    for logits in outputs["cls_logits"]:
+        logits[:, 10:] = -20.0
+    detector.score_thresh = 0.2
+    with LargestInputs() as largest:
+        DETECTIONS[kind](detector, outputs, anchors, shapes)
+    assert largest.sizes["amax"] == ANCHORS[0] * CLASSES
+    assert {name: size for name, size in largest.sizes.items() if name in ("sigmoid", "nonzero", "nonzero_numpy")} == {
+        "sigmoid": ANCHORS[0],
+        "nonzero": ANCHORS[0],
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from ..inductor.codegen import V, ir
 from .sizes import depends_on_data
 
+_RESHAPING = (torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default)
 _MKLDNN_CONVOLUTION = "mkldnn._convolution"  # what freezing makes of convolutions; always channels_last
 
 
@@ -45,9 +47,28 @@ def first_result(node: torch.fx.Node) -> torch.Tensor:
     return result[0] if isinstance(result, (tuple, list)) else result
 
 
+def is_flattened(node: torch.fx.Node) -> bool:
+    """Whether the result of ``node`` is reshaped at once, and its channels are no dimension then: for a linear layer,
+    which has the values of a channel follow each other.
+
+    Where other operators come first Inductor brings what they give into the order of eager mode.
+    """
+    size = first_result(node).shape
+
+    def flattens(user: torch.fx.Node) -> bool:
+        if user.target in (operator.getitem, torch.ops.aten.clone.default):
+            return is_flattened(user)
+        shape = user.meta["val"].shape if user.target in _RESHAPING else size
+        return len(shape) < 2 or not V.graph.sizevars.statically_known_equals(shape[1], size[1])
+
+    return bool(node.users) and all(map(flattens, node.users))
+
+
 def writes_channels_last(node: torch.fx.Node) -> bool:
     """Whether the result of ``node`` is best written channels_last: it is so in eager mode, or Inductor runs a
-    convolution behind it channels_last."""
+    convolution behind it channels_last. Not where it is flattened, which would be a copy of it."""
+    if is_flattened(node):
+        return False
     result = first_result(node)
     return channels_last_strides(result.stride(), result.shape) or feeds_channels_last_convolution(node)
 

@@ -46,7 +46,7 @@ template <typename scalar_t>
 struct Pyramid {
   const FeatureMaps<scalar_t>* levels;
   int64_t count, batch, channels;
-  int64_t bytes;  // of a map that are transposed at a time
+  int64_t bytes;  // of a map that are read at a time, if it is cut
 
   // Pixels of a row that are transposed together: few, so that around a box not much is.
   static constexpr int64_t kStrip = 64;
@@ -60,18 +60,23 @@ struct Pyramid {
   MapSize size_of(int64_t map) const {
     return {level(map).height, level(map).width, level(map).spatial_scale};
   }
-  // Whether a map is not channels_last: it is transposed, a block at a time.
+  // Whether a map is not channels_last: it is cut, and transposed, a block at a time.
   bool transposed(int64_t map) const {
     return channels > 1 && level(map).view.channel != 1;
   }
-  // Transposed blocks have pixels of whole pairs of cache lines, which the hardware fetches together.  Others are not
-  // cut: parts of pixels, some power of two apart, would share few sets of the cache.
+  int64_t pixels(int64_t map) const {
+    return level(map).height * level(map).width;
+  }
+  // Blocks have pixels of whole pairs of cache lines, which the hardware fetches together.
   ChannelBlocks blocks(int64_t map) const {
     const int64_t itemsize = sizeof(scalar_t);
-    if (!transposed(map)) {
-      return {channels, std::max<int64_t>(channels, 1), 1, 1};
-    }
-    return {channels, 2 * kCacheLine / itemsize, level(map).height * level(map).width * itemsize, bytes};
+    return {channels, 2 * kCacheLine / itemsize, pixels(map) * itemsize, bytes};
+  }
+  // A map that is far too large for the cache is cut, though it is channels_last, if its pixels are read often.  Others
+  // are not: parts of pixels, some power of two apart, share few sets of the cache.
+  bool cut(int64_t map, int64_t reads) const {
+    const int64_t size = pixels(map) * channels * static_cast<int64_t>(sizeof(scalar_t));
+    return transposed(map) || (size > 4 * bytes && reads > 4 * pixels(map));
   }
   // A block that begins at a channel, where a transposed one is in `copy`.
   Pixels<scalar_t> pixels(int64_t map, int64_t channel, const scalar_t* copy) const {
@@ -98,25 +103,31 @@ struct Pyramid {
 template <typename scalar_t>
 class ChannelsLastMaps {
  public:
-  // extent_of(map, k): what region k reads of its map.
+  // extent_of(map, k): where region k reads its map: every pixel there, or some.
   template <typename ExtentOf>
-  ChannelsLastMaps(const Pyramid<scalar_t>& pyramid, const RegionsByMap& regions, const ExtentOf& extent_of)
+  ChannelsLastMaps(
+      const Pyramid<scalar_t>& pyramid, const RegionsByMap& regions, const ExtentOf& extent_of, bool every_pixel)
       : pyramid_(pyramid),
+        cut_(pyramid.maps()),
         strips_(pyramid.maps()),
         copy_(0) {
     int64_t largest = 0;
     for (int64_t map = 0; map < pyramid.maps(); ++map) {
+      int64_t reads = 0;
+      for (int64_t place = regions.begin(map); every_pixel && place < regions.begin(map + 1); ++place) {
+        reads += extent_of(map, regions[place]).area();
+      }
+      cut_[map] = pyramid.cut(map, reads);
       if (pyramid.transposed(map) && regions.begin(map) < regions.begin(map + 1)) {
         list_strips(regions, map, extent_of);
-        const FeatureMaps<scalar_t>& level = pyramid.level(map);
-        largest = std::max(largest, pyramid.blocks(map).size * level.height * level.width);
+        largest = std::max(largest, pyramid.blocks(map).size * pyramid.pixels(map));
       }
     }
     copy_ = Scratch<scalar_t>(largest);
   }
 
   ChannelBlocks blocks(int64_t map) const {
-    return pyramid_.blocks(map);
+    return cut_[map] ? pyramid_.blocks(map) : ChannelBlocks::whole(pyramid_.channels);
   }
   // What is to be done before the channels [begin, end) are read: load(map, begin, end, i) for all i < loads(map).
   int64_t loads(int64_t map) const {
@@ -132,7 +143,7 @@ class ChannelsLastMaps {
  private:
   template <typename ExtentOf>
   void list_strips(const RegionsByMap& regions, int64_t map, const ExtentOf& extent_of) {
-    const int64_t pixels = pyramid_.level(map).height * pyramid_.level(map).width;
+    const int64_t pixels = pyramid_.pixels(map);
     const auto transposition = pyramid_.transposition(map, 0, 0, nullptr);
     std::vector<bool> read(transposition.strips(), false);
     int64_t area = 0;  // where regions overlap much, all is read
@@ -153,6 +164,7 @@ class ChannelsLastMaps {
   }
 
   const Pyramid<scalar_t>& pyramid_;
+  std::vector<bool> cut_;
   std::vector<std::vector<int64_t>> strips_;
   Scratch<scalar_t> copy_;
 };

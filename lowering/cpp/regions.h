@@ -153,6 +153,9 @@ struct ChannelBlocks {
     const int64_t fit = std::max(round_down(bytes / channel_bytes, granule), granule);
     size = std::max(round_up(divide_up(channels, std::max<int64_t>(divide_up(channels, fit), 1)), granule), granule);
   }
+  static ChannelBlocks whole(int64_t channels) {
+    return {channels, std::max<int64_t>(channels, 1), 1, 1};
+  }
   int64_t count() const {
     return divide_up(channels, size);
   }

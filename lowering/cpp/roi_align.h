@@ -56,7 +56,7 @@ inline void roi_align(
   const Scratch<acc_t> tiles(2 * omp_get_max_threads() * tile);
 
   const ChannelsLastMaps<scalar_t> maps(
-      pyramid, regions, [&](int64_t map, int64_t k) { return sampled.extent(map, k); });
+      pyramid, regions, [&](int64_t map, int64_t k) { return sampled.extent(map, k); }, false);
   const auto prepare = [&](int64_t map, int64_t k) {
     const Pixels<scalar_t> distances = maps.pixels(map, 0);
     sampled.place(map, k, distances.row, distances.column);

@@ -110,7 +110,7 @@ inline void roi_pool(
   const PixelRanges ranges = pooled_ranges<acc_t>(boxes, bins, level.spatial_scale, true, level.height, level.width);
   const int64_t tile = bins.count() * kChunk<acc_t>;
   const Scratch<acc_t> tiles(3 * omp_get_max_threads() * tile);
-  const ChannelsLastMaps<scalar_t> maps(pyramid, regions, [&](int64_t, int64_t k) { return ranges.extent(k); });
+  const ChannelsLastMaps<scalar_t> maps(pyramid, regions, [&](int64_t, int64_t k) { return ranges.extent(k); }, true);
   const auto nothing = [](int64_t, int64_t) {};
   for_each_region(maps, regions, nothing, [&](int64_t map, int64_t k, int64_t begin, int64_t end) {
     acc_t* best = tiles.get() + 3 * omp_get_thread_num() * tile;

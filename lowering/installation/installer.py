@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.compiler.config
@@ -83,7 +84,8 @@ def _all_or_nothing() -> Iterator[None]:
 
     changed = decompositions, lowerings, fallbacks, needs_realized_inputs, backend_passes()
     tables = [(table, table.copy()) for table in changed]
-    passes, tag = config.pre_grad_custom_pass, torch.compiler.config.cache_key_tag
+    settings = {name: getattr(config, name) for name in ("pre_grad_custom_pass", "post_grad_custom_post_pass")}
+    tag = torch.compiler.config.cache_key_tag
     indexer = ir.View._dynamic_reshape_indexer
     try:
         yield
@@ -92,7 +94,9 @@ def _all_or_nothing() -> Iterator[None]:
         for table, before in tables:
             table.clear()
             table.update(before)
-        config.pre_grad_custom_pass, torch.compiler.config.cache_key_tag = passes, tag
+        for name, before in settings.items():
+            setattr(config, name, before)
+        torch.compiler.config.cache_key_tag = tag
         ir.View._dynamic_reshape_indexer = staticmethod(indexer)
         raise
 
@@ -129,12 +133,14 @@ def accelerate_torchvision(names: Sequence[str]) -> None:
 
 
 def _serve_torchvision() -> None:
-    from ..inductor.tables import decompositions
-
     if not _accelerated:
         return
+    from ..inductor.tables import decompositions
+    from ..passes.concatenations import SkipConcatenations
+
     for name in _accelerated:
         decompositions[getattr(torch.ops.torchvision, name).default] = TORCHVISION[name]
+    _add_pass("post_grad_custom_post_pass", SkipConcatenations(TAG))
     tag_caches("torchvision")  # the same graph compiles to something else from now on
 
 
@@ -151,9 +157,15 @@ def fuse_depthwise_separable() -> None:
 def _add_fusion_pass() -> None:
     if not _fuse_depthwise_separable:
         return
-    from ..inductor.tables import config, custom_graph_pass
     from ..passes.depthwise_separable import FuseDepthwiseSeparable
 
-    passes = custom_graph_pass.get_custom_graph_passes(config.pre_grad_custom_pass)
-    if not any(isinstance(other, FuseDepthwiseSeparable) for other in passes):
-        config.pre_grad_custom_pass = [*passes, FuseDepthwiseSeparable(TAG)]
+    _add_pass("pre_grad_custom_pass", FuseDepthwiseSeparable(TAG))
+
+
+def _add_pass(setting: str, graph_pass: Any) -> None:
+    """Have Inductor run a pass, behind those of others, once."""
+    from ..inductor.tables import config, custom_graph_pass
+
+    passes = custom_graph_pass.get_custom_graph_passes(getattr(config, setting))
+    if not any(isinstance(other, type(graph_pass)) for other in passes):
+        setattr(config, setting, [*passes, graph_pass])

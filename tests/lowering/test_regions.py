@@ -738,6 +738,40 @@ def test_a_convolution_behind_gets_what_it_wants_without_a_copy():
     assert f"torch.ops.mkldnn._convolution_pointwise.default({written}, " in compiled.source
 
 
+class BeforeLinear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.behind = nn.Conv2d(3, 16, 3, padding=1), nn.Linear(16 * 9, 8)
+
+    def forward(self, image: Tensor, boxes: Tensor) -> Tensor:
+        return self.behind(roi_align(self.before(image), boxes, 3, 1.0, 2).flatten(1))
+
+
+FLATTENED = "roi_align: template (fused, contiguous result)"
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_linear_layer_behind_gets_what_it_wants_without_a_copy(dynamic, autocast):
+    network, (image, boxes) = BeforeLinear().eval(), image_and_boxes()
+    call = image.contiguous(memory_format=torch.channels_last), boxes
+    with torch.no_grad(), torch.autocast("cpu", BF16, enabled=autocast):
+        compiled = compile_and_run(network, *call, dynamic=dynamic, config={"freezing": True})
+        assert_close(compiled.result, network(*call), BF16 if autocast else FP32)
+    assert [str(path) for path in compiled.paths] == [FLATTENED]
+    (written,) = re.findall(r"^ *cpp_fused_\w*roi_align\w*\(.*(buf\d+)\b.*\)$", compiled.source, flags=re.MULTILINE)
+    assert re.search(rf"linear\w*\.default\(reinterpret_tensor\({written}, ", compiled.source)
+
+
+def test_a_linear_layer_is_trained_without_a_copy():
+    network, (image, boxes) = BeforeLinear().to(memory_format=torch.channels_last), image_and_boxes()
+    call = image.contiguous(memory_format=torch.channels_last), boxes
+    compiled = compile_and_run(network, network, *call, run=step)
+    assert FLATTENED in map(str, compiled.paths)
+    assert compiled.fused == 1  # the clone that eager mode makes
+    assert_same_step(compiled.result, step(network, network, *call))
+
+
 def test_autocast_leaves_boxes_in_float32():
     network, (image, boxes) = BetweenConvolutions(), image_and_boxes()
     image = torch.cat([image] * 151)  # bfloat16 cannot count to 301

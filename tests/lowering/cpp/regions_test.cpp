@@ -12,6 +12,7 @@
 #include "roi_align.h"
 #include "roi_pool.h"
 
+#include <algorithm>
 #include <cinttypes>
 #include <cmath>
 #include <cstdio>
@@ -770,6 +771,7 @@ const Call kCalls[] = {
     {2, 1, 9, 7, 0, {3, 2}, 7, 1.0, 2, false, Layout::contiguous, Layout::contiguous, kRows, kPlain},
     {2, 3, 9, 8, 0, {2, 2}, 9, 0.5, 0, true, Layout::contiguous, Layout::channels_last, kGaps, kHostile},
     {3, 16, 6, 11, 0, {1, 1}, 9, 1.0, -1, false, Layout::channels_last, Layout::channels_last, kRows, kHostile},
+    {1, 70, 4, 5, 0, {2, 2}, 40, 1.0, 1, false, Layout::channels_last, Layout::channels_last, kRows, kPlain},
     {2, 17, 12, 10, 3, {3, 3}, 14, 0.25, 2, true, Layout::contiguous, Layout::contiguous, kColumns, kPlain},
     {1, 37, 10, 13, 1, {2, 3}, 8, 1.0, 0, false, Layout::sliced, Layout::sliced, kRows, kHostile},
     {2, 65, 7, 8, 0, {7, 7}, 5, 0.3, 1, true, Layout::contiguous, Layout::contiguous, kRows, kPlain},
@@ -843,11 +845,39 @@ void check_types(const char* kind, int random_calls, Figures& figures) {
   }
 }
 
+// A channels_last map that does not fit in cache is pooled some channels at a time, for all regions.
+void check_blocks_of_a_large_map() {
+  constexpr int64_t kChannels = 64, kSide = 8, kRegions = 10;
+  const std::vector<float> map(kChannels * kSide * kSide, 1.0f);
+  std::vector<float> rois;
+  for (int64_t k = 0; k < kRegions; ++k) {
+    rois.insert(rois.end(), {0, 0, 0, kSide - 1, kSide - 1});
+  }
+  const FeatureMaps<float> level{
+      {map.data(), kChannels * kSide * kSide, 1, kSide * kChannels, kChannels}, kSide, kSide, 1.0};
+  const Boxes<float> boxes{rois.data(), 5, 1, kRegions, nullptr};
+  omp_set_num_threads(1);
+  for (const bool fits : {true, false}) {
+    const Pyramid<float> pyramid{&level, 1, 1, kChannels, fits ? kHuge : 1};
+    std::vector<int64_t> channels;  // in the order in which they are stored
+    inductor_vision::roi_pool<true, false>(
+        pyramid, boxes, Bins{2, 2},
+        [&](const OutputBlock& block, const float*, int64_t) { channels.push_back(block.channel); }, nullptr);
+    const bool by_blocks = channels.back() > 0 && std::is_sorted(channels.begin(), channels.end());
+    const bool by_regions = channels.size() == kRegions || !by_blocks;
+    if (fits ? !by_regions : !by_blocks) {
+      std::printf("roi_pool: channels of a map that %s in cache\n", fits ? "fits" : "does not fit");
+      std::exit(1);
+    }
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const int random_calls = argc > 1 ? std::atoi(argv[1]) : 20;
   Figures figures;
+  check_blocks_of_a_large_map();
   check_types<float, float, Formats::both>("float", random_calls, figures);
   check_types<float, at::BFloat16, Formats::contiguous>("float, bf16 boxes", random_calls, figures);
   check_types<double, double, Formats::both>("double", random_calls, figures);
