@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .integrations.torchvision import accelerate_torchvision
-from .lowering.installation.installer import require_lowerings
+from .lowering.installation.installer import fold_norms, require_lowerings
 from .lowering.workarounds.tracing import install_for_tracing
 
 _LARGEST_SIDE = 1 << 16  # of an image, in pixels
@@ -58,7 +58,8 @@ def export_detector(
     list, and their names are in the package's metadata under "outputs", separated by commas. Images must be contiguous.
     The package raises an error for an image that it cannot take.
 
-    For lower precision, let the model itself enter autocast. If torchvision is installed, this function calls
+    Weights are frozen, with the norms behind convolutions in them. For lower precision, let the model itself enter
+    autocast. This function calls :func:`inductor_vision.fold_norms` and, if torchvision is installed,
     :func:`inductor_vision.accelerate_torchvision`.
 
     Args:
@@ -92,6 +93,7 @@ def export_detector(
         raise ValueError(f"export_detector: labels must not have commas, got {list(labels)}")
     example_image = example_image.contiguous()
     require_lowerings("export_detector")
+    fold_norms()
     if importlib.util.find_spec("torchvision") is not None:
         accelerate_torchvision()
     else:  # the model has nothing to do with it
@@ -103,6 +105,8 @@ def export_detector(
         names = _names(OneImage(model)(example_image))  # also lets stock poolers find out their scales
         exported = _export_any_size(model, example_image) if any_size else _export(OneImage(model), example_image)
         options = {
+            # Weights are converted and brought into oneDNN's order now, not at every call; it has none for float64.
+            "freezing": not any(tensor.dtype == torch.float64 for tensor in model.state_dict().values()),
             "cpp.dynamic_threads": True,
             "aot_inductor.metadata": {"outputs": ",".join(names), "labels": ",".join(labels)},
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.compiler.config
@@ -44,7 +45,7 @@ def install() -> None:
     warning says why.
     """
     global _not_installed
-    _not_installed = _enter(_register_operators, _serve_torchvision, _add_fusion_pass)
+    _not_installed = _enter(_register_operators, _serve_torchvision, _add_fusion_pass, _add_folding_pass)
     if _not_installed is not None:
         logger.warning(
             "inductor_vision's operators have no kernels, and run in compiled graphs as they do eagerly: %s",
@@ -83,7 +84,8 @@ def _all_or_nothing() -> Iterator[None]:
 
     changed = decompositions, lowerings, fallbacks, needs_realized_inputs, backend_passes()
     tables = [(table, table.copy()) for table in changed]
-    passes, tag = config.pre_grad_custom_pass, torch.compiler.config.cache_key_tag
+    passes = {name: getattr(config, name) for name in ("pre_grad_custom_pass", "joint_custom_pre_pass")}
+    tag = torch.compiler.config.cache_key_tag
     indexer = ir.View._dynamic_reshape_indexer
     try:
         yield
@@ -92,7 +94,9 @@ def _all_or_nothing() -> Iterator[None]:
         for table, before in tables:
             table.clear()
             table.update(before)
-        config.pre_grad_custom_pass, torch.compiler.config.cache_key_tag = passes, tag
+        for name, before in passes.items():
+            setattr(config, name, before)
+        torch.compiler.config.cache_key_tag = tag
         ir.View._dynamic_reshape_indexer = staticmethod(indexer)
         raise
 
@@ -149,11 +153,33 @@ def fuse_depthwise_separable() -> None:
 
 
 def _add_fusion_pass() -> None:
-    if not _fuse_depthwise_separable:
-        return
-    from ..inductor.tables import config, custom_graph_pass
-    from ..passes.depthwise_separable import FuseDepthwiseSeparable
+    if _fuse_depthwise_separable:
+        from ..passes.depthwise_separable import FuseDepthwiseSeparable
 
-    passes = custom_graph_pass.get_custom_graph_passes(config.pre_grad_custom_pass)
-    if not any(isinstance(other, FuseDepthwiseSeparable) for other in passes):
-        config.pre_grad_custom_pass = [*passes, FuseDepthwiseSeparable(TAG)]
+        _add_pass("pre_grad_custom_pass", FuseDepthwiseSeparable)
+
+
+_fold_norms = False
+
+
+def fold_norms() -> None:
+    """See :func:`inductor_vision.fold_norms`; takes effect now, or once Inductor is imported."""
+    global _fold_norms
+    _fold_norms = True
+    _enter_later("fold_norms", _add_folding_pass)
+
+
+def _add_folding_pass() -> None:
+    if _fold_norms:
+        from ..passes.affine_maps import FoldAffineMaps
+
+        _add_pass("joint_custom_pre_pass", FoldAffineMaps)
+
+
+def _add_pass(hook: str, kind: Callable[[str], Any]) -> None:
+    """Have a pass run behind those that are there, once."""
+    from ..inductor.tables import config, custom_graph_pass
+
+    passes = custom_graph_pass.get_custom_graph_passes(getattr(config, hook))
+    if not any(type(other) is kind for other in passes):
+        setattr(config, hook, [*passes, kind(TAG)])
