@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 
+import inductor_vision
 import pytest
 import torch
-from inductor_vision import accelerate_torchvision
+from inductor_vision import accelerate_torchvision, fold_norms
+from inductor_vision.lowering.common import cache_key
 from inductor_vision.lowering.passes.affine_maps import FoldAffineMaps
 from inductor_vision.tests.support.compare import assert_close
-from inductor_vision.tests.support.compiled import Traced, compile_and_run
+from inductor_vision.tests.support.compiled import Traced, compile_and_run, run_python
 from inductor_vision.tests.support.detectors import STOCK, stock_detector
 from inductor_vision.tests.support.frozen import (
     affine_maps_left,
@@ -20,7 +23,7 @@ from inductor_vision.tests.support.frozen import (
 )
 from inductor_vision.tests.support.layouts import strides_of
 from torch import Tensor, nn
-from torch._inductor import config
+from torch._inductor import codecache, config
 from torch.fx import Graph
 
 IMAGE = (2, 6, 9, 11)
@@ -354,6 +357,53 @@ def test_nothing_happens_without_freezing():
     with torch.no_grad():
         compiled = compile_and_run(model, x, config={"joint_custom_pre_pass": [FoldAffineMaps("tested")]})
     assert compiled.paths == []
+
+
+# The switch
+
+
+def test_the_switch(switch):
+    theirs = object()
+    config.joint_custom_pre_pass = theirs
+    fold_norms()
+    first, second = config.joint_custom_pre_pass
+    assert first is theirs and isinstance(second, FoldAffineMaps) and cache_key.TAG in second.uuid()
+    fold_norms()
+    assert config.joint_custom_pre_pass == [first, second]
+
+
+def test_caches_know(switch):
+    def key() -> bytes:
+        return pickle.dumps(codecache.FxGraphHashDetails(torch.fx.GraphModule({}, torch.fx.Graph()), [], {}, []))
+
+    before = key()
+    fold_norms()
+    (ours,) = config.joint_custom_pre_pass
+    assert ours.uuid().encode() in key() and ours.uuid().encode() not in before
+
+
+SWITCH = """
+import sys
+import inductor_vision
+getattr(inductor_vision, sys.argv[1])()
+import torch._inductor.lowering
+from torch._inductor import config
+print([type(each).__name__ for each in config.joint_custom_pre_pass])
+"""
+
+
+@pytest.mark.usefixtures("torchvision_python")
+@pytest.mark.parametrize("call", ["fold_norms", "accelerate_torchvision"])
+def test_the_switch_waits_for_inductor(call):
+    assert run_python(SWITCH, call).strip() == "['FoldAffineMaps']"
+
+
+@torch.no_grad()
+def test_explained(switch):
+    fold_norms()
+    with config.patch(freezing=True):
+        text = str(inductor_vision.explain(nn.Sequential(conv(), batch_norm(4)).eval(), torch.randn(IMAGE)))
+    assert text == "convolution  fused: 0 (3 x 3, 4 channels) with sub, mul, mul, add"
 
 
 # Whole models
