@@ -172,7 +172,9 @@ def fold_norms() -> None:
 def _add_folding_pass() -> None:
     if _fold_norms:
         from ..passes.affine_maps import FoldAffineMaps
+        from ..workarounds.repeated_constants import MergeConstants
 
+        _add_pass("joint_custom_pre_pass", MergeConstants)
         _add_pass("joint_custom_pre_pass", FoldAffineMaps)
 
 

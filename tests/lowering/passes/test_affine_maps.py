@@ -12,6 +12,7 @@ import torch
 from inductor_vision import accelerate_torchvision, fold_norms
 from inductor_vision.lowering.common import cache_key
 from inductor_vision.lowering.passes.affine_maps import FoldAffineMaps
+from inductor_vision.lowering.workarounds.repeated_constants import MergeConstants
 from inductor_vision.tests.support.compare import assert_close
 from inductor_vision.tests.support.compiled import Traced, compile_and_run, run_python
 from inductor_vision.tests.support.detectors import STOCK, stock_detector
@@ -366,10 +367,11 @@ def test_the_switch(switch):
     theirs = object()
     config.joint_custom_pre_pass = theirs
     fold_norms()
-    first, second = config.joint_custom_pre_pass
-    assert first is theirs and isinstance(second, FoldAffineMaps) and cache_key.TAG in second.uuid()
+    before, *ours = config.joint_custom_pre_pass
+    assert before is theirs and [type(each) for each in ours] == [MergeConstants, FoldAffineMaps]
+    assert all(cache_key.TAG in each.uuid() for each in ours)
     fold_norms()
-    assert config.joint_custom_pre_pass == [first, second]
+    assert config.joint_custom_pre_pass == [theirs, *ours]
 
 
 def test_caches_know(switch):
@@ -378,7 +380,7 @@ def test_caches_know(switch):
 
     before = key()
     fold_norms()
-    (ours,) = config.joint_custom_pre_pass
+    *_, ours = config.joint_custom_pre_pass
     assert ours.uuid().encode() in key() and ours.uuid().encode() not in before
 
 
@@ -395,7 +397,7 @@ print([type(each).__name__ for each in config.joint_custom_pre_pass])
 @pytest.mark.usefixtures("torchvision_python")
 @pytest.mark.parametrize("call", ["fold_norms", "accelerate_torchvision"])
 def test_the_switch_waits_for_inductor(call):
-    assert run_python(SWITCH, call).strip() == "['FoldAffineMaps']"
+    assert run_python(SWITCH, call).strip() == "['MergeConstants', 'FoldAffineMaps']"
 
 
 @torch.no_grad()
