@@ -450,7 +450,6 @@ def test_classifiers(torchvision_python, name, precision):
         if fold:
             assert set(folded(traced)) == {"fused"}
             assert [map for graph in traced.graphs for map in affine_maps_left(graph)] == []
-    print(name, precision, errors)
     assert errors[True] <= 1.1 * errors[False]
 
 
