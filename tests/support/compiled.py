@@ -132,11 +132,16 @@ def trace_and_run(
     return Traced(traced, result, list(paths), graphs)
 
 
-def constants_of_package(path: os.PathLike | str) -> list[str]:
-    """The shapes of the constants that an AOTInductor package holds, as they stand in its source."""
+def source_of_package(path: os.PathLike | str) -> str:
+    """The program of an AOTInductor package, without its kernels."""
     with zipfile.ZipFile(path) as archive:
         (wrapper,) = (archive.read(name).decode() for name in archive.namelist() if name.endswith(".wrapper.cpp"))
-    return re.findall(r"constants_info_\[\d+\]\.shape = \{(.*?)\}", wrapper)
+    return wrapper
+
+
+def constants_of_package(path: os.PathLike | str) -> list[str]:
+    """The shapes of the constants that an AOTInductor package holds, as they stand in its source."""
+    return re.findall(r"constants_info_\[\d+\]\.shape = \{(.*?)\}", source_of_package(path))
 
 
 def run_python(program: str, *args: str, **environment: str) -> str:
