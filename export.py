@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .integrations.torchvision import accelerate_torchvision
-from .lowering.installation.installer import require_lowerings
+from .lowering.installation.installer import fold_norms, require_lowerings
 from .lowering.workarounds.tracing import install_for_tracing
 from .target import check_target, package_target
 
@@ -60,7 +60,8 @@ def export_detector(
     list, and their names are in the package's metadata under "outputs", separated by commas. Images must be contiguous.
     The package raises an error for an image that it cannot take.
 
-    For lower precision, let the model itself enter autocast. If torchvision is installed, this function calls
+    Weights are frozen, with the norms behind convolutions in them. For lower precision, let the model itself enter
+    autocast. This function calls :func:`inductor_vision.fold_norms` and, if torchvision is installed,
     :func:`inductor_vision.accelerate_torchvision`.
 
     Args:
@@ -97,6 +98,7 @@ def export_detector(
     check_target("export_detector", target)
     example_image = example_image.contiguous()
     require_lowerings("export_detector")
+    fold_norms()
     if importlib.util.find_spec("torchvision") is not None:
         accelerate_torchvision()
     else:  # the model has nothing to do with it
@@ -107,7 +109,11 @@ def export_detector(
     with torch.no_grad():
         names = _names(OneImage(model)(example_image))  # also lets stock poolers find out their scales
         exported = _export_any_size(model, example_image) if any_size else _export(OneImage(model), example_image)
-        options = {"aot_inductor.metadata": {"outputs": ",".join(names), "labels": ",".join(labels)}}
+        options = {
+            # Weights are converted and brought into oneDNN's order now, not at every call; it has none for float64.
+            "freezing": not any(tensor.dtype == torch.float64 for tensor in model.state_dict().values()),
+            "aot_inductor.metadata": {"outputs": ",".join(names), "labels": ",".join(labels)},
+        }
         path.parent.mkdir(parents=True, exist_ok=True)
         with package_target(target), sizes_as_symbols(), inputs_checked():
             torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=options)

@@ -26,3 +26,26 @@ def fuse_depthwise_separable() -> None:
     pass that is *assigned* there later replaces it.
     """
     installer.fuse_depthwise_separable()
+
+
+def fold_norms() -> None:
+    """Make convolutions of frozen models compute the norms behind them, in each dtype.
+
+    After this call ``torch.compile`` with ``torch._inductor.config.freezing``, and packages that are compiled with it,
+    compute whatever is an affine map of each channel by constants behind a convolution, ``a * conv(x) + c``, as part of
+    it: batch norms in eval mode, torchvision's ``FrozenBatchNorm2d``, scales and shifts. Inductor does so where all is
+    of one dtype; here it is done under autocast and in models of bfloat16 too, where casts stand between. New weights
+    are computed in float64 and rounded once. What the convolution gives is rounded to its dtype once, behind the norm,
+    the residual and the activation, instead of before each.
+
+    A convolution is left alone if its result is used elsewhere too, its weight is not a constant, or it is in float16,
+    whose range is too small for products of weights and scales. Models, eager mode and training are not changed.
+
+    :func:`inductor_vision.accelerate_torchvision` and :func:`inductor_vision.export_detector` call it.
+    :func:`inductor_vision.explain` and the ``inductor_vision`` logger say what became of each convolution before such a
+    map. Call it before compiling; calling it again does nothing.
+
+    It is a pass in ``torch._inductor.config.joint_custom_pre_pass``, which runs after passes that are already there. A
+    pass that is *assigned* there later replaces it.
+    """
+    installer.fold_norms()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import platform
+import re
 
 import pytest
 import torch
 from inductor_vision import accelerate_torchvision, export_detector
 from inductor_vision.export import _export_any_size
-from inductor_vision.tests.support.compiled import run_alone, run_python
+from inductor_vision.tests.support.compiled import run_alone, run_python, source_of_package
 from inductor_vision.tests.support.detectors import agreement, assert_same_detections, small_detector
 from inductor_vision.tests.support.machine_code import assert_made_for
 from torch import Tensor, nn
@@ -63,9 +64,14 @@ class LowPrecision(nn.Module):
 @pytest.mark.slow
 @pytest.mark.usefixtures("unoptimized")
 def test_bfloat16(torchvision_python, tmp_path):
+    """Its weights are in bfloat16, and in oneDNN's order."""
     detector, image = small_detector("SSD"), torch.rand(3, 90, 120)
     path = export_detector(LowPrecision(detector).eval(), image, tmp_path / "detector.pt2", any_size=False)
     ours = torch._inductor.aoti_load_package(str(path))(image)
+    source = source_of_package(path)
+    assert "mkldnn__convolution_pointwise(" in source and "aoti_torch_cpu_convolution(" not in source
+    weights = sum(parameter.numel() for parameter in detector.parameters())
+    assert sum(map(int, re.findall(r"data_size = (\d+)", source))) < 3 * weights  # bytes
     with torch.no_grad():
         (stock,) = detector([image])
     assert ours["scores"].dtype == torch.bfloat16 and len(stock["boxes"]) > 4

@@ -45,7 +45,7 @@ def install() -> None:
     warning says why.
     """
     global _not_installed
-    _not_installed = _enter(_register_operators, _serve_torchvision, _add_fusion_pass)
+    _not_installed = _enter(_register_operators, _serve_torchvision, _add_fusion_pass, _add_folding_pass)
     if _not_installed is not None:
         logger.warning(
             "inductor_vision's operators have no kernels, and run in compiled graphs as they do eagerly: %s",
@@ -84,7 +84,8 @@ def _all_or_nothing() -> Iterator[None]:
 
     changed = decompositions, lowerings, fallbacks, needs_realized_inputs, backend_passes()
     tables = [(table, table.copy()) for table in changed]
-    settings = {name: getattr(config, name) for name in ("pre_grad_custom_pass", "post_grad_custom_post_pass")}
+    hooks = "pre_grad_custom_pass", "joint_custom_pre_pass", "post_grad_custom_post_pass"
+    passes = {name: getattr(config, name) for name in hooks}
     tag = torch.compiler.config.cache_key_tag
     indexer = ir.View._dynamic_reshape_indexer
     try:
@@ -94,7 +95,7 @@ def _all_or_nothing() -> Iterator[None]:
         for table, before in tables:
             table.clear()
             table.update(before)
-        for name, before in settings.items():
+        for name, before in passes.items():
             setattr(config, name, before)
         torch.compiler.config.cache_key_tag = tag
         ir.View._dynamic_reshape_indexer = staticmethod(indexer)
@@ -140,7 +141,7 @@ def _serve_torchvision() -> None:
 
     for name in _accelerated:
         decompositions[getattr(torch.ops.torchvision, name).default] = TORCHVISION[name]
-    _add_pass("post_grad_custom_post_pass", SkipConcatenations(TAG))
+    _add_pass("post_grad_custom_post_pass", SkipConcatenations)
     tag_caches("torchvision")  # the same graph compiles to something else from now on
 
 
@@ -155,17 +156,35 @@ def fuse_depthwise_separable() -> None:
 
 
 def _add_fusion_pass() -> None:
-    if not _fuse_depthwise_separable:
-        return
-    from ..passes.depthwise_separable import FuseDepthwiseSeparable
+    if _fuse_depthwise_separable:
+        from ..passes.depthwise_separable import FuseDepthwiseSeparable
 
-    _add_pass("pre_grad_custom_pass", FuseDepthwiseSeparable(TAG))
+        _add_pass("pre_grad_custom_pass", FuseDepthwiseSeparable)
 
 
-def _add_pass(setting: str, graph_pass: Any) -> None:
-    """Have Inductor run a pass, behind those of others, once."""
+_fold_norms = False
+
+
+def fold_norms() -> None:
+    """See :func:`inductor_vision.fold_norms`; takes effect now, or once Inductor is imported."""
+    global _fold_norms
+    _fold_norms = True
+    _enter_later("fold_norms", _add_folding_pass)
+
+
+def _add_folding_pass() -> None:
+    if _fold_norms:
+        from ..passes.affine_maps import FoldAffineMaps
+        from ..workarounds.repeated_constants import MergeConstants
+
+        _add_pass("joint_custom_pre_pass", MergeConstants)
+        _add_pass("joint_custom_pre_pass", FoldAffineMaps)
+
+
+def _add_pass(hook: str, kind: Callable[[str], Any]) -> None:
+    """Have a pass run behind those that are there, once."""
     from ..inductor.tables import config, custom_graph_pass
 
-    passes = custom_graph_pass.get_custom_graph_passes(getattr(config, setting))
-    if not any(isinstance(other, type(graph_pass)) for other in passes):
-        setattr(config, setting, [*passes, graph_pass])
+    passes = custom_graph_pass.get_custom_graph_passes(getattr(config, hook))
+    if not any(type(other) is kind for other in passes):
+        setattr(config, hook, [*passes, kind(TAG)])

@@ -12,10 +12,11 @@ from inductor_vision.lowering.installation import installer
 @pytest.fixture
 def switch(monkeypatch) -> Iterator[None]:
     """What the test switches on is undone."""
-    monkeypatch.setattr(installer, "_fuse_depthwise_separable", False)
+    for name in ("_fuse_depthwise_separable", "_fold_norms"):
+        monkeypatch.setattr(installer, name, False)
     from torch._inductor import config
 
-    with config.patch(pre_grad_custom_pass=None):
+    with config.patch(pre_grad_custom_pass=None, joint_custom_pre_pass=None):
         yield
 
 

@@ -100,37 +100,48 @@ class Traced:
         result: what it returned.
         paths: of its operator calls but those that became internal operators, which only templates have: "eager"
             is one that stays for its template, any other is refused.
+        graphs: what would be compiled; frozen if the config says so.
     """
 
     function: Callable[..., Any]
     result: Any
     paths: list[Path]
+    graphs: list[torch.fx.Graph]
 
 
 def trace_and_run(
     fn: Callable[..., Any],
     *args: Any,
     dynamic: bool | None = None,
+    config: dict[str, Any] | None = None,
     run: Callable[..., Any] = lambda function, *args: function(*args),
 ) -> Traced:
     """As :func:`compile_and_run`, but only traced for Inductor, which decides about each operator then. What takes
     most of the time is left out: no code is generated, and operators that stay in the graph run as they do eagerly."""
 
+    graphs: list[torch.fx.Graph] = []
+
     def as_it_is(graph: torch.fx.GraphModule, *args: Any, **options: Any) -> Callable[..., Any]:
+        graphs.append(graph.graph)
         return make_boxed_func(graph.forward)
 
     backend = functools.partial(compile_fx, inner_compile=as_it_is)
     traced = torch.compile(fn, fullgraph=True, dynamic=dynamic, backend=backend)
-    with caches_disabled(), recorded_paths() as paths:
+    with caches_disabled(), inductor_config.patch(config or {}), recorded_paths() as paths:
         result = run(traced, *args)
-    return Traced(traced, result, list(paths))
+    return Traced(traced, result, list(paths), graphs)
+
+
+def source_of_package(path: os.PathLike | str) -> str:
+    """The program of an AOTInductor package, without its kernels."""
+    with zipfile.ZipFile(path) as archive:
+        (wrapper,) = (archive.read(name).decode() for name in archive.namelist() if name.endswith(".wrapper.cpp"))
+    return wrapper
 
 
 def constants_of_package(path: os.PathLike | str) -> list[str]:
     """The shapes of the constants that an AOTInductor package holds, as they stand in its source."""
-    with zipfile.ZipFile(path) as archive:
-        (wrapper,) = (archive.read(name).decode() for name in archive.namelist() if name.endswith(".wrapper.cpp"))
-    return re.findall(r"constants_info_\[\d+\]\.shape = \{(.*?)\}", wrapper)
+    return re.findall(r"constants_info_\[\d+\]\.shape = \{(.*?)\}", source_of_package(path))
 
 
 def run_python(program: str, *args: str, **environment: str) -> str:

@@ -53,12 +53,13 @@ def tables_of_inductor() -> dict[str, Any]:
         "fallbacks": fallbacks.copy(),
         "needs_realized_inputs": needs_realized_inputs.copy(),
         "passes": config.pre_grad_custom_pass,
+        "passes behind": config.joint_custom_pre_pass,
         "tag": torch.compiler.config.cache_key_tag,
         "key": cache_key.backend_passes().copy(),
     }
 
 
-@pytest.mark.parametrize("step", ["_register_operators", "_serve_torchvision", "_add_fusion_pass"])
+@pytest.mark.parametrize("step", ["_register_operators", "_serve_torchvision", "_add_fusion_pass", "_add_folding_pass"])
 def test_what_fails_leaves_inductor_as_it_was(step, monkeypatch, caplog):
     original = getattr(installer, step)
 
@@ -68,7 +69,7 @@ def test_what_fails_leaves_inductor_as_it_was(step, monkeypatch, caplog):
         original()
         for table in (fallbacks, needs_realized_inputs):
             table.add(torch.ops.inductor_vision.nms.default)
-        config.pre_grad_custom_pass = ["a pass"]
+        config.pre_grad_custom_pass = config.joint_custom_pre_pass = ["a pass"]
         cache_key.tag_caches("a tag")
         raise AttributeError("module 'torch._inductor' has no attribute 'it'")
 

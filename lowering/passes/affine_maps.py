@@ -1,0 +1,340 @@
+"""A graph pass that has convolutions compute the affine maps behind them, of each channel by constants.
+
+Such are batch norms in eval mode, torchvision's ``FrozenBatchNorm2d``, scales and shifts of one's own:
+
+    a * conv(x, w, b) + c = conv(x, a * w, a * b + c)
+
+Inductor does so where all is of one dtype. In low precision it often does not: under autocast a cast stands between a
+convolution and its norm. The norm is then a loop over the convolution's result, and the activation and the residual
+behind it are too. Here casts in between are part of the map. New weights are computed in float64, from what weights
+and norms were before they were rounded, and rounded once.
+
+For the same reason casts behind a convolution are moved behind its residual and its activation, where what these give
+is rounded anyway: Inductor then has the convolution compute both before it rounds.
+
+It runs on graphs of aten operators in which weights are constants: under freezing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node, map_arg
+
+from ...paths import record_path
+from ..inductor.tables import config, custom_graph_pass
+from .names import layer_of
+
+OP = "convolution"
+
+_aten = torch.ops.aten
+_CAST = torch.ops.prims.convert_element_type.default
+_MAPS = (_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.div.Tensor, _aten.neg.default)
+
+# The dtypes that a map may be computed in, by that of the convolution. Products of weights and scales leave the range
+# of float16, and float64 would lose what it is there for.
+_DTYPES = {
+    torch.bfloat16: (torch.bfloat16, torch.float32),
+    torch.float32: (torch.bfloat16, torch.float32),
+    torch.float64: (torch.float64,),
+}
+
+
+class FoldAffineMaps(custom_graph_pass.CustomGraphPass):
+    """Changes weights and biases, and says of every convolution before an affine map what became of it, and why."""
+
+    def __init__(self, version: Any) -> None:
+        self.version = version
+
+    def uuid(self) -> Any:
+        """Part of the key of Inductor's caches."""
+        return f"{type(self).__name__}-{self.version}"
+
+    def __call__(self, graph: Graph) -> None:
+        if not config.freezing or torch.is_grad_enabled():
+            return  # weights are not constants
+        try:
+            constants = _constants(graph)
+            for conv in graph.find_nodes(op="call_function", target=_aten.convolution.default):
+                steps = list(_steps(conv, constants))
+                if any(step.node.target is not _CAST for step in steps):
+                    reason = _why_not(conv, constants)
+                    if reason is None:
+                        _fold(conv, steps)
+                    record_path(OP, *_outcome(conv, steps, reason))
+            for node in graph.nodes:
+                _cast_later(node)
+        except Exception as error:  # of whatever kind: after each replacement the graph is one that compiles
+            record_path(OP, "left alone", f"the graph could not be looked at: {type(error).__name__}: {error}")
+        graph.eliminate_dead_code()
+
+
+def _outcome(conv: Node, steps: list[_Step], reason: str | None) -> tuple[str, str]:
+    """``layer1.0.conv1 (3 x 3, 64 channels) with sub, mul, add``, and what became of it."""
+    weight: Any = conv.args[1]
+    kernel = " x ".join(map(str, weight.meta["val"].shape[2:]))
+    operators: list[Any] = [step.node.target for step in steps if step.node.target is not _CAST]
+    maps = ", ".join(operator.__name__.partition(".")[0] for operator in operators)
+    what = f"{layer_of(conv)[0] or 'a convolution'} ({kernel}, {conv.meta['val'].shape[1]} channels) with {maps}"
+    return ("fused", what) if reason is None else ("left alone", f"{what}: {reason}")
+
+
+def _constants(graph: Graph) -> set[Node]:
+    """The nodes whose values are known when the graph is compiled."""
+    frozen = _frozen_inputs(graph)
+    constants: set[Node] = set()
+    for node in graph.nodes:
+        if node.op == "call_function":
+            pure = isinstance(node.target, torch._ops.OpOverload) and not (
+                node.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags
+            )
+            constant = pure and bool(node.all_input_nodes) and constants.issuperset(node.all_input_nodes)
+        else:
+            constant = node in frozen or (node.op == "get_attr" and isinstance(node.meta.get("val"), Tensor))
+        if constant:
+            constants.add(node)
+    return constants
+
+
+def _frozen_inputs(graph: Graph) -> set[Node]:
+    """The inputs that freezing replaces by constants: parameters, which come first, but those that are changed.
+
+    A subgraph has inputs of its own. If one were mistaken for a parameter, its maps would be folded at every call.
+    """
+    context = torch._guards.TracingContext.try_get()
+    inputs = graph.find_nodes(op="placeholder")
+    if context is None or context.fw_metadata is None or context.params_flat_unwrap_subclasses is None:
+        return set()
+    infos = context.fw_metadata.input_info
+    if len(inputs) != len(infos):
+        return set()
+    parameters = zip(inputs, infos, context.params_flat_unwrap_subclasses)
+    return {node for node, info, parameter in parameters if isinstance(parameter, Tensor) and not info.mutates_data}
+
+
+# Finding
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """An operator on a convolution's result that is an affine map of each channel, or a cast.
+
+    Attributes:
+        node: computes it.
+        other: what it adds, multiplies by and so on: a constant or a number.
+        reversed: ``other`` comes first.
+    """
+
+    node: Node
+    other: Any = None
+    reversed: bool = False
+
+
+def _steps(conv: Node, constants: set[Node]) -> Iterator[_Step]:
+    """The maps that follow a convolution, one after the other, and are all that becomes of its result."""
+    node = conv
+    while len(node.users) == 1:
+        (user,) = node.users
+        step = _step(user, node, conv, constants)
+        if step is None:
+            return
+        yield step
+        node = user
+
+
+def _step(user: Node, node: Node, conv: Node, constants: set[Node]) -> _Step | None:
+    value, result = user.meta.get("val"), conv.meta["val"]
+    if not isinstance(value, Tensor) or value.dtype not in _DTYPES.get(result.dtype, ()):
+        return None
+    if user.target is _CAST or user.target is _aten.neg.default:
+        return _Step(user)
+    if user.target not in _MAPS or len(user.args) != 2 or isinstance(user.kwargs.get("alpha"), Node):
+        return None
+    reversed = user.args[1] is node
+    other = user.args[0 if reversed else 1]
+    if reversed and user.target is _aten.div.Tensor:
+        return None
+    if any(follower.target is _aten.clamp_min.default for follower in user.users) and other == 3:
+        return None  # relu6(x + 3) / 6, a hardsigmoid, which Inductor has the convolution compute
+    return _Step(user, other, reversed) if _is_of_channels(other, result, constants) else None
+
+
+def _is_of_channels(value: Any, result: Tensor, constants: set[Node]) -> bool:
+    """Whether it is a number, or a constant with one number for each channel of the result, or for all."""
+    if not isinstance(value, Node):
+        return isinstance(value, (int, float))
+    if value not in constants or not isinstance(value.meta.get("val"), Tensor):
+        return False
+    shape = value.meta["val"].shape
+    channels = ([1] * (result.dim() - len(shape)) + list(shape))[1]
+    return len(shape) <= result.dim() and value.meta["val"].numel() == channels and channels in (1, result.shape[1])
+
+
+def _why_not(conv: Node, constants: set[Node]) -> str | None:
+    """The reason why a convolution cannot have other weights, if there is one."""
+    weight, bias = conv.args[1:3]
+    if weight not in constants:
+        return "its weight is not a constant"
+    if bias is not None and bias not in constants:
+        return "its bias is not a constant"
+    if conv.args[0] in constants:
+        return "it is a constant"
+    return None
+
+
+# Folding
+
+_Value = Any  # a number, or a node whose value is a vector of float64, of one number or one for each channel
+
+
+def _fold(conv: Node, steps: list[_Step]) -> None:
+    """Put a convolution of other weights in the place of the last step, and of all before it."""
+    result, last = conv.meta["val"], steps[-1].node
+    arguments: Any = conv.args
+    input, weight, bias, stride, padding, dilation, transposed, output_padding, groups = arguments
+    with conv.graph.inserting_before(last):  # all constants are there
+        scale: _Value = 1.0
+        shift: _Value = _in_float64(bias) if isinstance(bias, Node) else 0.0
+        for step in steps:
+            scale, shift = _then(step, scale, shift)
+        weight, channels = _in_float64(weight), result.shape[1]
+        if bias is not None or shift != 0.0:
+            # A number for each channel. Inductor computes no constants of nothing but numbers, such as aten.full.
+            some = _call(_aten.slice.Tensor, _call(_aten.reshape.default, weight, [-1]), 0, 0, channels)
+            shift = _plus(_call(_aten.zeros_like.default, some), shift)
+            bias = _call(_CAST, shift, result.dtype)
+        if isinstance(scale, Node) and scale.meta["val"].numel() == channels:
+            inputs, *_ = shape = list(weight.meta["val"].shape)
+            kernel = [1] * (len(shape) - 2)
+            if transposed:  # [inputs, outputs of a group, ...]
+                scale = _call(_aten.reshape.default, scale, [groups, 1, -1])
+                scale = _call(_aten.expand.default, scale, [groups, inputs // groups, shape[1]])
+                scale = _call(_aten.reshape.default, scale, [*shape[:2], *kernel])
+            else:
+                scale = _call(_aten.reshape.default, scale, [-1, 1, *kernel])
+        weight = _call(_CAST, _times(weight, scale), result.dtype)
+        out = _call(conv.target, input, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
+        out.meta = {**conv.meta, **out.meta}  # of which layer it is
+        if last.meta["val"].dtype != result.dtype:
+            out = _call(_CAST, out, last.meta["val"].dtype)
+    last.replace_all_uses_with(out)
+
+
+def _then(step: _Step, scale: _Value, shift: _Value) -> tuple[_Value, _Value]:
+    """Scale and shift of the maps so far, and then this one."""
+    op, other = step.node.target, step.other
+    if isinstance(other, Node):
+        other = _call(_aten.reshape.default, _in_float64(other), [-1])
+    factor: _Value = 1.0
+    summand: _Value = 0.0
+    if op in (_aten.add.Tensor, _aten.sub.Tensor):  # the second operand is multiplied
+        alpha: Any = step.node.kwargs.get("alpha", 1)
+        alpha = alpha * (1.0 if op is _aten.add.Tensor else -1.0)
+        factor, summand = (alpha, other) if step.reversed else (1.0, _times(other, alpha))
+    elif op is _aten.mul.Tensor:
+        factor = other
+    elif op is _aten.div.Tensor:
+        factor = _call(_aten.reciprocal.default, other) if isinstance(other, Node) else 1 / other
+    elif op is _aten.neg.default:
+        factor = -1.0
+    return _times(scale, factor), _plus(_times(shift, factor), summand)
+
+
+# How parameters become factors and summands: computed again in float64, they are rounded once, with the weight.
+_ARITHMETIC = {
+    *_MAPS,
+    *(_aten.sqrt.default, _aten.rsqrt.default, _aten.reciprocal.default, _aten.pow.Tensor_Scalar),
+    *(_aten.view.default, _aten.unsqueeze.default, _aten.squeeze.dim, _aten.permute.default, _aten.expand.default),
+}
+
+
+def _in_float64(node: Node) -> Node:
+    """A constant's value, computed in float64 from what was not rounded yet."""
+    if node.target is _CAST and node.args[0].meta["val"].is_floating_point():  # type: ignore[union-attr]
+        return _in_float64(node.args[0])  # type: ignore[arg-type]  # what is cast is a node
+    if node.target in _ARITHMETIC and node.meta["val"].is_floating_point():
+        args = map_arg(node.args, _in_float64)
+        return _call(node.target, *args, **node.kwargs)
+    return _call(_CAST, node, torch.float64)
+
+
+def _times(left: _Value, right: _Value) -> _Value:
+    return _commuting(_aten.mul.Tensor, operator.mul, left, right)
+
+
+def _plus(left: _Value, right: _Value) -> _Value:
+    return _commuting(_aten.add.Tensor, operator.add, left, right)
+
+
+def _commuting(op: Any, of_numbers: Callable[[float, float], float], left: _Value, right: _Value) -> _Value:
+    if isinstance(left, Node):
+        return _call(op, left, right)
+    return _call(op, right, left) if isinstance(right, Node) else of_numbers(left, right)
+
+
+def _call(op: Any, *args: Any, **kwargs: Any) -> Node:
+    """A new node, with the value that Inductor's passes want to see."""
+    node = next(argument for argument in args if isinstance(argument, Node)).graph.call_function(op, args, kwargs)
+    fakes = map_arg((args, kwargs), lambda argument: argument.meta["val"])
+    node.meta["val"] = op(*fakes[0], **fakes[1])
+    return node
+
+
+# Casts
+
+
+def _cast_later(node: Node) -> bool:
+    """Move a cast to float32 from before an activation, or the sum with a residual, to behind it; whether one was.
+
+    An activation gives the same before a cast and behind it. A sum is rounded then: it is left alone unless it is
+    rounded to bfloat16 anyway, for the convolution that comes next.
+    """
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or value.dtype != torch.float32 or node.kwargs:
+        return False
+    if node.target is _aten.relu.default:
+        operands = [_uncast(node.args[0])]
+        computed = operands[0] is not None and operands[0].target in (_aten.convolution.default, _aten.add.Tensor)
+    elif node.target is _aten.add.Tensor and (_is_rounded(node) or any(map(_is_rounded, _activations(node)))):
+        operands = [_uncast(argument) or _rounded(argument, node) for argument in node.args]
+        computed = any(operand is not None and operand.target is _aten.convolution.default for operand in operands)
+    else:
+        return False
+    if not computed or not all(operands):
+        return False
+    with node.graph.inserting_before(node):
+        out = _call(_CAST, _call(node.target, *operands), torch.float32)
+    node.replace_all_uses_with(out)
+    return True
+
+
+def _uncast(argument: Any) -> Node | None:
+    """What a value is in bfloat16, exactly."""
+    if not isinstance(argument, Node):
+        return None
+    source = argument.args[0] if argument.target is _CAST else argument
+    return source if isinstance(source, Node) and _is_bfloat16(source) else None
+
+
+def _rounded(argument: Any, before: Node) -> Node | None:
+    """What a value is rounded to in bfloat16, computed already."""
+    users = argument.users if isinstance(argument, Node) else ()
+    return next((user for user in users if user.target is _CAST and _is_bfloat16(user) and user < before), None)
+
+
+def _is_rounded(node: Node) -> bool:
+    return any(user.target is _CAST and _is_bfloat16(user) for user in node.users)
+
+
+def _activations(node: Node) -> Iterator[Node]:
+    return (user for user in node.users if user.target is _aten.relu.default)
+
+
+def _is_bfloat16(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.dtype == torch.bfloat16

@@ -1,0 +1,56 @@
+"""Frozen graphs, and what is left in them behind convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch._inductor.lowering  # from here on this package is among its tables
+from inductor_vision.lowering.passes.affine_maps import FoldAffineMaps
+from inductor_vision.tests.support.compiled import Traced, trace_and_run
+from torch.fx import Graph, Node
+
+CONVOLUTIONS = ("aten.convolution", "mkldnn._convolution_pointwise", "mkldnn._convolution_transpose_pointwise")
+
+
+def freeze_and_run(fn: Callable[..., Any], *args: Any, fold: bool = True, **options: Any) -> Traced:
+    """Trace and freeze a function, with affine maps folded or as Inductor does it, and run what it has become."""
+    config = {"freezing": True, "joint_custom_pre_pass": [FoldAffineMaps("tested")] if fold else []}
+    torch._dynamo.reset()
+    with torch.no_grad():
+        return trace_and_run(fn, *args, config=config, **options)
+
+
+def is_called(node: Node, *names: str) -> bool:
+    return str(node.target).rpartition(".")[0] in names
+
+
+def convolutions(graph: Graph) -> list[Node]:
+    return [node for node in graph.nodes if is_called(node, *CONVOLUTIONS)]
+
+
+def affine_maps_left(graph: Graph) -> list[Node]:
+    """Operators that are nothing but affine maps, by constants, of a convolution's result."""
+    return [map for conv in convolutions(graph) if (map := _affine_map_of(conv)) is not None]
+
+
+def _affine_map_of(result: Node) -> Node | None:
+    if len(result.users) != 1:
+        return None
+    (user,) = result.users
+    if is_called(user, "prims.convert_element_type"):
+        return _affine_map_of(user)
+    names = "aten.add", "aten.sub", "aten.mul", "aten.div", "aten.neg"
+    others = [value for value in user.args if value is not result]
+    constant = all(not isinstance(value, Node) or value.op == "get_attr" for value in others)
+    if not is_called(user, *names) or not constant:
+        return None
+    # One of a hardsigmoid, relu6(x + 3) / 6, which Inductor has the convolution compute.
+    return None if any(is_called(follower, "aten.clamp_min") for follower in user.users) else user
+
+
+def casts(graph: Graph) -> list[Node]:
+    """Casts of what is computed."""
+    found = [node for node in graph.nodes if is_called(node, "prims.convert_element_type")]
+    return [node for node in found if node.args[0].op != "placeholder"]
