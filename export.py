@@ -58,7 +58,8 @@ def export_detector(
     list, and their names are in the package's metadata under "outputs", separated by commas. Images must be contiguous.
     The package raises an error for an image that it cannot take.
 
-    For lower precision, let the model itself enter autocast. If torchvision is installed, this function calls
+    For lower precision, let the model itself enter autocast, or convert model and ``example_image``: see
+    docs/detectors.md. If torchvision is installed, this function calls
     :func:`inductor_vision.accelerate_torchvision`.
 
     Args:
@@ -100,7 +101,7 @@ def export_detector(
     from .lowering.workarounds.unchecked_inputs import inputs_checked
 
     with torch.no_grad():
-        names = _names(OneImage(model)(example_image))  # also lets stock poolers find out their scales
+        names = _names(_call_eagerly(OneImage(model), example_image))  # also lets stock poolers find out their scales
         exported = _export_any_size(model, example_image) if any_size else _export(OneImage(model), example_image)
         options = {
             "cpp.dynamic_threads": True,
@@ -110,6 +111,13 @@ def export_detector(
         with sizes_as_symbols(), inputs_checked():
             torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=options)
     return path
+
+
+def _call_eagerly(detector: nn.Module, image: Tensor) -> object:
+    """The detector's result; torchvision's kernels do not have the low precisions, but under autocast."""
+    low = image.dtype in (torch.bfloat16, torch.float16)
+    with torch.autocast(image.device.type, image.dtype if low else torch.bfloat16, enabled=low):
+        return detector(image)
 
 
 def _names(detections: object) -> list[str]:

@@ -10,8 +10,8 @@ import copy
 import pytest
 import torch
 from inductor_vision import accelerate_torchvision, export_detector
-from inductor_vision.tests.support.compiled import compile_and_run
-from inductor_vision.tests.support.detectors import HAND_MADE, STOCK, hand_made_detector, stock_detector
+from inductor_vision.tests.support.compiled import compile_and_run, trace_and_run
+from inductor_vision.tests.support.detectors import HAND_MADE, STOCK, agreement, hand_made_detector, stock_detector
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.usefixtures("torchvision", "unoptimized")
@@ -37,6 +37,21 @@ def test_is_one_graph(model):
         compiled = compile_and_run(detector, [image])
         assert set(compiled.kinds) == {"template"}
         assert_right(compiled.result[0], detector, image)
+
+
+@pytest.mark.parametrize("converted", [False, True], ids=["autocast", "converted"])
+def test_bfloat16(model, converted):
+    """Traced: three in four of the detections are those of float32."""
+    detector, image = model
+    with torch.no_grad():
+        (stock,) = detector([image])
+        if converted:
+            detector, image = detector.bfloat16(), image.bfloat16()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not converted):
+            (ours,) = trace_and_run(detector, [image]).result
+    assert ours["boxes"].dtype == ours["scores"].dtype == torch.bfloat16
+    assert list(ours) == list(stock) and len(stock["boxes"]) > 2
+    assert agreement(ours, stock, iou=0.7, score=0.05) >= 0.75
 
 
 def test_package(model, tmp_path, request):

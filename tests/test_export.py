@@ -59,13 +59,19 @@ class LowPrecision(nn.Module):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("unoptimized")
-def test_bfloat16(torchvision_python, tmp_path):
+@pytest.mark.parametrize("converted", [False, True])
+def test_bfloat16(torchvision_python, tmp_path, converted):
+    """With autocast in the model, or converted, which eager mode cannot run."""
     detector, image = small_detector("SSD"), torch.rand(3, 90, 120)
-    path = export_detector(LowPrecision(detector).eval(), image, tmp_path / "detector.pt2", any_size=False)
-    ours = torch._inductor.aoti_load_package(str(path))(image)
     with torch.no_grad():
         (stock,) = detector([image])
-    assert ours["scores"].dtype == torch.bfloat16 and len(stock["boxes"]) > 4
+    if converted:
+        detector, image = detector.bfloat16(), image.bfloat16()
+    else:
+        detector = LowPrecision(detector).eval()
+    path = export_detector(detector, image, tmp_path / "detector.pt2", any_size=False)
+    ours = torch._inductor.aoti_load_package(str(path))(image)
+    assert ours["boxes"].dtype == ours["scores"].dtype == torch.bfloat16 and len(stock["boxes"]) > 4
     assert agreement(ours, stock, iou=0.9, score=0.02) >= 0.85
 
 
