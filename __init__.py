@@ -3,6 +3,7 @@
 from .explain import Explanation as Explanation, explain as explain
 from .export import export_detector as export_detector
 from .integrations.convolutions import fuse_depthwise_separable as fuse_depthwise_separable
+from .integrations.models import accelerate as accelerate, inference_options as inference_options
 from .integrations.onnx import onnx_translation_table as onnx_translation_table
 from .integrations.torchvision import accelerate_torchvision as accelerate_torchvision
 from .lowering.installation.installer import install_when_inductor_is_imported

@@ -30,9 +30,11 @@ from .measure import Way
 from .target import Input, Program, Target, output_tensors
 
 COMPILE, FREEZING, ACCELERATE, FUSE = "compile", "freezing", "accelerate_torchvision", "fuse_depthwise_separable"
+OPTIONS = "inference_options"  # freezing among them
 _NAMES = {
     COMPILE: "torch.compile",
     FREEZING: "freezing",
+    OPTIONS: "inference_options()",
     ACCELERATE: "accelerate_torchvision()",
     FUSE: "fuse_depthwise_separable()",
 }
@@ -129,6 +131,7 @@ def whole_model_variants(
         served = [ACCELERATE] * calls_torchvision + [FUSE] * has_separable
         variants += [Variant(compiler=(COMPILE, FREEZING, call)) for call in served]
         variants += [Variant(compiler=(COMPILE, FREEZING, *served))] if len(served) > 1 else []
+        variants += [Variant(compiler=(COMPILE, FREEZING, OPTIONS, *served))]
     return variants
 
 
@@ -180,7 +183,7 @@ def build(variant: Variant, program: Program) -> Callable[[], list[Tensor]]:
     run: Callable[..., Any] = model
     if variant.compiler:
         _change_compiler(variant.compiler)
-        run = torch.compile(model, options={"freezing": True} if FREEZING in variant.compiler else None)
+        run = torch.compile(model, options=_options(variant.compiler))
 
     def call() -> list[Tensor]:
         with torch.no_grad(), _precision(variant.dtype):
@@ -196,6 +199,14 @@ def replace_layers(model: nn.Module, replaced: Sequence[tuple[str, Sequence[str]
         for name in names:
             model.set_submodule(name, REPLACEMENTS[choice].make(model.get_submodule(name)))
     return model
+
+
+def _options(compiler: Sequence[str]) -> dict[str, Any] | None:
+    import inductor_vision
+
+    if OPTIONS in compiler:
+        return inductor_vision.inference_options()
+    return {"freezing": True} if FREEZING in compiler else None
 
 
 def _change_compiler(compiler: Sequence[str]) -> None:
@@ -238,7 +249,7 @@ def code(variant: Variant, inputs: Sequence[Input]) -> list[str]:
 def _code_of_model(variant: Variant) -> list[str]:
     lines = []
     calls = [f"inductor_vision.{call}()" for call in (ACCELERATE, FUSE) if call in variant.compiler]
-    lines += ["import inductor_vision", *calls] if calls else []
+    lines += ["import inductor_vision", *calls] if calls or OPTIONS in variant.compiler else []
     lines += [f"torch.set_num_threads({variant.threads})"] if variant.threads else []
     lines += ["from inductor_vision.advisor import replace"] if variant.replaced else []
     for choice, layers in variant.replaced:
@@ -255,6 +266,7 @@ def _code_of_model(variant: Variant) -> list[str]:
     lines += [f"model = model.to(memory_format={LAYOUTS[variant.layout]})"] if variant.layout else []
     if variant.compiler:
         options = ', options={"freezing": True}' if FREEZING in variant.compiler else ""
+        options = ", options=inductor_vision.inference_options()" if OPTIONS in variant.compiler else options
         lines.append(f"model = torch.compile(model{options})")
     return lines
 
