@@ -177,4 +177,4 @@ def test_wrapper_is_compiled_and_checks_no_sizes():
         expected = model(x)
     torch.testing.assert_close(compiled.result, expected)
     assert "assert_size_stride(buf" in without.source and "assert_size_stride(" not in compiled.source
-    assert "inductor_entry_cpp" in compiled.source and "inductor_entry_cpp" not in without.source
+    assert "CppWrapperCodeCache" in compiled.source and "CppWrapperCodeCache" not in without.source
