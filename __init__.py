@@ -6,6 +6,11 @@ from .integrations.convolutions import (
     fold_norms as fold_norms,
     fuse_depthwise_separable as fuse_depthwise_separable,
 )
+from .integrations.models import (
+    accelerate as accelerate,
+    freeze_weights as freeze_weights,
+    inference_options as inference_options,
+)
 from .integrations.onnx import onnx_translation_table as onnx_translation_table
 from .integrations.torchvision import accelerate_torchvision as accelerate_torchvision
 from .lowering.installation.installer import install_when_inductor_is_imported

@@ -61,7 +61,8 @@ def export_detector(
     The package raises an error for an image that it cannot take.
 
     Weights are frozen, with the norms behind convolutions in them. For lower precision, let the model itself enter
-    autocast. This function calls :func:`inductor_vision.fold_norms` and, if torchvision is installed,
+    autocast, or convert model and ``example_image``: see docs/detectors.md. This function calls
+    :func:`inductor_vision.fold_norms` and, if torchvision is installed,
     :func:`inductor_vision.accelerate_torchvision`.
 
     Args:
@@ -107,7 +108,7 @@ def export_detector(
     from .lowering.workarounds.unchecked_inputs import inputs_checked
 
     with torch.no_grad():
-        names = _names(OneImage(model)(example_image))  # also lets stock poolers find out their scales
+        names = _names(_call_eagerly(OneImage(model), example_image))  # also lets stock poolers find out their scales
         exported = _export_any_size(model, example_image) if any_size else _export(OneImage(model), example_image)
         options = {
             # Weights are converted and brought into oneDNN's order now, not at every call; it has none for float64.
@@ -118,6 +119,13 @@ def export_detector(
         with package_target(target), sizes_as_symbols(), inputs_checked():
             torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=options)
     return path
+
+
+def _call_eagerly(detector: nn.Module, image: Tensor) -> object:
+    """The detector's result; torchvision's kernels do not have the low precisions, but under autocast."""
+    low = image.dtype in (torch.bfloat16, torch.float16)
+    with torch.autocast(image.device.type, image.dtype if low else torch.bfloat16, enabled=low):
+        return detector(image)
 
 
 def _names(detections: object) -> list[str]:

@@ -9,10 +9,9 @@ from typing import Any
 
 import inductor_vision
 import torch
-import torch._inductor.config
 from torch import Tensor, nn
 
-from ..perf.backends import Holding
+from ..perf.backends import Holding, compiled
 from ..perf.spec import Prepared
 from . import replace
 from .capture import Layer
@@ -217,6 +216,4 @@ def _deform(input: Tensor, weight: Tensor, offset: Tensor, mask: Tensor, bias: T
 def _compiled(function: Callable[..., Any], arguments: Sequence[Any], constant: Sequence[int]) -> Prepared:
     module = Holding(function, arguments, constant)
     torch._dynamo.reset()  # else the layers together exceed its limit of recompilations
-    program = torch.compile(module.eval(), fullgraph=True, dynamic=False)
-    with torch._inductor.config.patch(freezing=True):
-        return _called(program, module.inputs_among(arguments))
+    return compiled(module, module.inputs_among(arguments), dynamic=False)

@@ -11,7 +11,6 @@ from typing import Any
 
 import inductor_vision
 import torch
-import torch._inductor.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -116,6 +115,6 @@ def deform_conv2d(layer: Any) -> inductor_vision.DeformConv2d:
 def compiled(layer: nn.Module) -> nn.Module:
     """Compile a layer by itself, its weights packed once: from now on all that this process compiles under
     ``torch.no_grad()`` has constant weights."""
-    torch._inductor.config.freezing = True
+    inductor_vision.freeze_weights()
     layer.compile()
     return layer

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch._inductor.config
 from torch import Tensor, nn
 
 from ..perf.isolated import prepare_in_own_process
@@ -30,10 +29,12 @@ from .choices import (
 from .measure import Way
 from .target import Input, Program, Target, output_tensors
 
-COMPILE, FREEZING, ACCELERATE, FUSE = "compile", "freezing", "accelerate_torchvision", "fuse_depthwise_separable"
+COMPILE, FREEZE, ACCELERATE, FUSE = "compile", "freeze_weights", "accelerate_torchvision", "fuse_depthwise_separable"
+OPTIONS = "inference_options"
 _NAMES = {
     COMPILE: "torch.compile",
-    FREEZING: "freezing",
+    FREEZE: "freeze_weights()",
+    OPTIONS: "inference_options()",
     ACCELERATE: "accelerate_torchvision()",
     FUSE: "fuse_depthwise_separable()",
 }
@@ -44,7 +45,7 @@ class Variant:
     """A model with some things done to it; the default is the model as it is.
 
     Attributes:
-        compiler: which of torch.compile, its freezing, and this package's calls that change what it does.
+        compiler: which of torch.compile, options for it, and this package's calls that change what it does.
         layout: the memory format of weights and inputs, if it is not what it was.
         dtype: "bfloat16" by autocast, or "float32".
         batch: "image by image", if not in one call.
@@ -126,10 +127,11 @@ def whole_model_variants(
         variants.append(Variant(batch=IMAGE_BY_IMAGE))
     variants += [Variant(threads=number) for number in thread_numbers(threads)]
     if compiling:
-        variants += [Variant(compiler=(COMPILE,)), Variant(compiler=(COMPILE, FREEZING))]
+        variants += [Variant(compiler=(COMPILE,)), Variant(compiler=(COMPILE, FREEZE))]
         served = [ACCELERATE] * calls_torchvision + [FUSE] * has_separable
-        variants += [Variant(compiler=(COMPILE, FREEZING, call)) for call in served]
-        variants += [Variant(compiler=(COMPILE, FREEZING, *served))] if len(served) > 1 else []
+        variants += [Variant(compiler=(COMPILE, FREEZE, call)) for call in served]
+        variants += [Variant(compiler=(COMPILE, FREEZE, *served))] if len(served) > 1 else []
+        variants += [Variant(compiler=(COMPILE, FREEZE, OPTIONS, *served))]
     return variants
 
 
@@ -180,8 +182,11 @@ def build(variant: Variant, program: Program) -> Callable[[], list[Tensor]]:
         model = model.to(memory_format=LAYOUTS[variant.layout])
     run: Callable[..., Any] = model
     if variant.compiler:
+        import inductor_vision
+
         _change_compiler(variant.compiler)
-        run = torch.compile(model)
+        options = inductor_vision.inference_options() if OPTIONS in variant.compiler else None
+        run = torch.compile(model, options=options)
 
     def call() -> list[Tensor]:
         with torch.no_grad(), _precision(variant.dtype):
@@ -206,8 +211,8 @@ def _change_compiler(compiler: Sequence[str]) -> None:
         inductor_vision.accelerate_torchvision()
     if FUSE in compiler:
         inductor_vision.fuse_depthwise_separable()
-    if FREEZING in compiler:
-        torch._inductor.config.freezing = True
+    if FREEZE in compiler:
+        inductor_vision.freeze_weights()
 
 
 @contextlib.contextmanager
@@ -240,8 +245,8 @@ def code(variant: Variant, inputs: Sequence[Input]) -> list[str]:
 
 def _code_of_model(variant: Variant) -> list[str]:
     lines = []
-    calls = [f"inductor_vision.{call}()" for call in (ACCELERATE, FUSE) if call in variant.compiler]
-    lines += ["import inductor_vision", *calls] if calls else []
+    calls = [f"inductor_vision.{call}()" for call in (ACCELERATE, FUSE, FREEZE) if call in variant.compiler]
+    lines += ["import inductor_vision", *calls] if calls or OPTIONS in variant.compiler else []
     lines += [f"torch.set_num_threads({variant.threads})"] if variant.threads else []
     lines += ["from inductor_vision.advisor import replace"] if variant.replaced else []
     for choice, layers in variant.replaced:
@@ -257,9 +262,8 @@ def _code_of_model(variant: Variant) -> list[str]:
     lines += ["model = model.float()"] if variant.dtype == FLOAT32 else []
     lines += [f"model = model.to(memory_format={LAYOUTS[variant.layout]})"] if variant.layout else []
     if variant.compiler:
-        if FREEZING in variant.compiler:
-            lines += ["import torch._inductor.config", "torch._inductor.config.freezing = True"]
-        lines.append("model = torch.compile(model)")
+        options = ", options=inductor_vision.inference_options()" if OPTIONS in variant.compiler else ""
+        lines.append(f"model = torch.compile(model{options})")
     return lines
 
 

@@ -1,6 +1,9 @@
 """Pieces of torchvision's detectors that break a graph, written so that they do not; each gives what the original does.
 
-:func:`inductor_vision.accelerate_torchvision` puts them in the originals' place in compiled code.
+Those that make coordinates do so in float32 where the model computes in bfloat16 or float16, which cannot tell pixels
+above 256, or 2048, apart. They are rounded once, when they are detections.
+
+:func:`inductor_vision.accelerate_torchvision` puts all of these in the originals' place in compiled code.
 """
 
 from __future__ import annotations
@@ -14,8 +17,51 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .ps_roi_align import ps_roi_align
+from .ps_roi_pool import ps_roi_pool
 from .registry import accumulate_dtype, replaces_torchvision
+from .roi_align import roi_align
+from .roi_pool import roi_pool
 from .upsample_bilinear2d import upsample_bilinear2d
+
+
+@replaces_torchvision("models.detection.anchor_utils.AnchorGenerator.set_cell_anchors")
+def set_cell_anchors(generator: Any, dtype: torch.dtype, device: torch.device) -> None:
+    """The original rounds anchors to the dtype of the maps, and then their places.
+
+    Eager mode leaves rounded ones behind, which are made anew.
+    """
+    dtype = accumulate_dtype(dtype)
+    cells = [
+        generator.generate_anchors(sizes, ratios) if anchors.dtype != accumulate_dtype(anchors.dtype) else anchors
+        for anchors, sizes, ratios in zip(generator.cell_anchors, generator.sizes, generator.aspect_ratios)
+    ]
+    generator.cell_anchors = [anchors.to(dtype=dtype, device=device) for anchors in cells]
+
+
+@replaces_torchvision("models.detection.anchor_utils.DefaultBoxGenerator._grid_default_boxes")
+def grid_default_boxes(
+    generator: Any, grid_sizes: list[tuple[int, int]], image_size: tuple[int, int], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The original rounds places to the dtype of the maps.
+
+    Args:
+        grid_sizes: height and width of each map.
+        image_size: of the image.
+
+    Returns:
+        ``[A, 4]``, rows of (x, y, width, height), as parts of the image.
+    """
+    boxes = []
+    for level, (height, width) in enumerate(grid_sizes):
+        step = generator.steps[level] if generator.steps is not None else None
+        rows, columns = (height, width) if step is None else (length / step for length in image_size)
+        x, y = ((torch.arange(count) + 0.5) / of for count, of in ((width, columns), (height, rows)))
+        sizes = generator._wh_pairs[level]
+        sizes = sizes.clamp(0, 1) if generator.clip else sizes
+        box = torch.broadcast_tensors(x[:, None], y[:, None, None], sizes[:, 0], sizes[:, 1])  # [height, width, P]
+        boxes.append(torch.stack(box, dim=-1).flatten(0, 2))
+    return torch.cat(boxes).to(accumulate_dtype(dtype))
 
 
 @replaces_torchvision("models.detection._utils.BoxCoder.decode")
@@ -30,6 +76,80 @@ def decode(coder: Any, rel_codes: Tensor, boxes: list[Tensor]) -> Tensor:
         ``[N, C, 4]``; the original, where N is 0, ``[0, 4 C]``.
     """
     return coder.decode_single(rel_codes.flatten(0, -2), torch.cat(boxes)).unflatten(1, (-1, 4))
+
+
+@replaces_torchvision("models.detection._utils.BoxCoder.decode_single")
+def decode_single(coder: Any, rel_codes: Tensor, boxes: Tensor) -> Tensor:
+    """The original computes in the codes' dtype.
+
+    Args:
+        rel_codes: ``[N, 4 C]``, for each class by how many of a box's sides its center is moved, and the logarithms of
+            how many times as long they become; each times a weight.
+        boxes: ``[N, 4]``.
+
+    Returns:
+        ``[N, 4 C]``, in float32 for the low precisions.
+    """
+    dtype = accumulate_dtype(rel_codes.dtype)
+    begin, end = boxes.to(dtype)[:, None].split(2, dim=2)  # [N, 1, (x, y)]
+    codes = rel_codes.to(dtype).unflatten(1, (-1, 4))
+    move, grow = (codes / torch.tensor(coder.weights, dtype=dtype, device=codes.device)).split(2, dim=2)
+    sides = end - begin
+    center = move * sides + (begin + 0.5 * sides)
+    half = 0.5 * (grow.clamp(max=coder.bbox_xform_clip).exp() * sides)
+    return torch.cat([center - half, center + half], dim=2).flatten(1)
+
+
+@replaces_torchvision("models.detection._utils.BoxLinearCoder.decode")
+def decode_linear(coder: Any, rel_codes: Tensor, boxes: Tensor) -> Tensor:
+    """The original computes in the codes' dtype.
+
+    Args:
+        rel_codes: ``[..., 4]``, how far a box reaches from the center of the given one, which counts pixels or, with
+            ``normalize_by_size``, its sides.
+        boxes: ``[..., 4]``.
+
+    Returns:
+        ``[..., 4]``, in float32 for the low precisions.
+    """
+    dtype = accumulate_dtype(rel_codes.dtype)
+    begin, end = boxes.to(dtype).split(2, dim=-1)
+    before, behind = rel_codes.to(dtype).split(2, dim=-1)
+    if coder.normalize_by_size:
+        before, behind = before * (end - begin), behind * (end - begin)
+    center = 0.5 * (begin + end)
+    return torch.cat([center - before, center + behind], dim=-1)
+
+
+@replaces_torchvision("models.detection.transform.GeneralizedRCNNTransform.postprocess")
+def postprocess(
+    transform: Any,
+    result: list[dict[str, Tensor]],
+    image_shapes: list[tuple[int, int]],
+    original_image_sizes: list[tuple[int, int]],
+) -> list[dict[str, Tensor]]:
+    """In the original boxes are of the scores' dtype by now.
+
+    Args:
+        result: detections of each image, in pixels of what it was resized to.
+        image_shapes: what it was resized to.
+        original_image_sizes: what it was.
+
+    Returns:
+        ``result``, in pixels of the images.
+    """
+    from torchvision.models.detection.transform import paste_masks_in_image, resize_boxes, resize_keypoints
+
+    if transform.training:
+        return result
+    for found, shape, size in zip(result, image_shapes, original_image_sizes):
+        boxes = resize_boxes(found["boxes"], shape, size)
+        found["boxes"] = boxes.to(found["scores"].dtype)
+        if "masks" in found:
+            found["masks"] = paste_masks_in_image(found["masks"], boxes, size)
+        if "keypoints" in found:
+            found["keypoints"] = resize_keypoints(found["keypoints"], shape, size)
+    return result
 
 
 @replaces_torchvision("models.detection.roi_heads.paste_masks_in_image")
@@ -165,6 +285,11 @@ def _resized_size(shape: Sequence[int], min_size: int, max_size: int, fixed_size
         return [fixed_size[1], fixed_size[0]]
     scale = torch.sym_min(min_size / torch.sym_min(*shape), max_size / torch.sym_max(*shape))
     return [torch.sym_int(length * scale) for length in shape]
+
+
+# The originals want boxes in the dtype of the maps.
+for _drop_in in (roi_align, roi_pool, ps_roi_align, ps_roi_pool):
+    replaces_torchvision(f"ops.{_drop_in.__name__}.{_drop_in.__name__}")(_drop_in)
 
 
 @replaces_torchvision("models.detection._utils._topk_min")

@@ -10,7 +10,7 @@ import copy
 import pytest
 import torch
 from inductor_vision import accelerate_torchvision, export_detector
-from inductor_vision.tests.support.compiled import compile_and_run
+from inductor_vision.tests.support.compiled import compile_and_run, trace_and_run
 from inductor_vision.tests.support.detectors import HAND_MADE, STOCK, hand_made_detector, stock_detector
 from torch import Tensor, nn
 
@@ -38,6 +38,24 @@ def test_is_one_graph(model, freezing):
         compiled = compile_and_run(detector, [image], config={"freezing": freezing})
         assert set(compiled.kinds) == {"template"}
         assert_right(compiled.result[0], detector, image)
+
+
+@pytest.mark.parametrize("converted", [False, True], ids=["autocast", "converted"])
+def test_bfloat16(model, converted):
+    """Traced. Random weights make so much of a rounding that detections cannot be compared; tests/test_detectors.py
+    does so with small detectors."""
+    detector, image = model
+    with torch.no_grad():
+        (stock,) = detector([image])
+        if converted:
+            detector, image = detector.bfloat16(), image.bfloat16()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not converted):
+            (ours,) = trace_and_run(detector, [image]).result
+    assert ours["boxes"].dtype == ours["scores"].dtype == torch.bfloat16 and ours["labels"].dtype == torch.int64
+    assert list(ours) == list(stock) and len(ours["boxes"]) > 0
+    begin, end = ours["boxes"].float().split(2, dim=1)
+    assert (begin >= 0).all() and (begin <= end).all() and (end <= torch.tensor(image.shape[:0:-1])).all()
+    assert all(ours[key].shape[1:] == stock[key].shape[1:] and ours[key].isfinite().all() for key in stock)
 
 
 def test_package(model, tmp_path, request):

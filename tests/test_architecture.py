@@ -112,6 +112,7 @@ def test_every_folder_is_installed():
 # Besides the folder that is there for it.
 MAY_IMPORT_INDUCTOR = {
     "explain": "reports what could not be imported, and so must not need it",
+    "integrations.models": "a setting, as a user would make it",
     "perf.backends": "settings of a contender, as a user would make them",
     "perf.suites.detectors": "settings of a contender, as a user would make them",
 }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import types
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,10 +15,14 @@ from inductor_vision.export import OneImage
 from inductor_vision.ops.torchvision_detection import (
     batch_images,
     decode,
+    decode_linear,
+    decode_single,
     fcos_detections,
+    grid_default_boxes,
     paste_masks_in_image,
     resize_image_and_masks,
     retinanet_detections,
+    set_cell_anchors,
     ssd_detections,
 )
 from inductor_vision.paths import Path
@@ -29,8 +35,9 @@ from inductor_vision.tests.support.detectors import (
     small_detector,
     stock_detector,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 # What each image takes, beside its resizing and the pooling of regions.
 OPERATORS = {
@@ -163,19 +170,125 @@ def test_training(kind):
         assert (grad - stock_grads[name]).abs().max() <= allowed, name
 
 
-@pytest.mark.slow
-def test_bfloat16():
-    """Under autocast, against float32: at least 0.85 of the detections of either are among those of the other."""
-    detector = small_detector("MaskRCNN")
-    (image,) = images((90, 120))
+BFLOAT16 = pytest.mark.parametrize("converted", [False, True], ids=["autocast", "converted"])
+
+
+def in_bfloat16(run: Callable[..., Any], detector: nn.Module, image: Tensor, converted: bool) -> Any:
+    """What running a detector on an image gives under autocast, or with weights and image converted."""
+    if converted:
+        detector, image = copy.deepcopy(detector).bfloat16(), image.bfloat16()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=not converted):
+        return run(detector, [image])
+
+
+def assert_agree(ours: dict[str, Tensor], detector: nn.Module, image: Tensor) -> None:
+    """At least 0.85 of the detections of either, bfloat16 or float32, are among those of the other."""
     with torch.no_grad():
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            compiled = compile_and_run(detector, [image])
-        stock = detector([image])
+        (stock,) = detector([image])
+    assert ours["boxes"].dtype == ours["scores"].dtype == torch.bfloat16 and len(ours["boxes"]) > 4
+    assert list(ours) == list(stock)
+    assert agreement(ours, stock, iou=0.9, score=0.02) >= 0.85
+
+
+@pytest.mark.slow
+@BFLOAT16
+@pytest.mark.parametrize("kind", [kind for kind in OPERATORS if kind != "FCOS"])  # whose boxes have no area here
+def test_bfloat16(kind, converted):
+    detector, (image,) = small_detector(kind), images((90, 120))
+    traced = in_bfloat16(trace_and_run, detector, image, converted)
+    assert_operators(kind, traced.paths, 1, "eager")
+    assert_agree(traced.result[0], detector, image)
+
+
+@pytest.mark.slow
+@BFLOAT16
+def test_bfloat16_compiled(converted):
+    detector, (image,) = small_detector("MaskRCNN"), images((90, 120))
+    compiled = in_bfloat16(compile_and_run, detector, image, converted)
     assert set(compiled.kinds) == {"template"}
-    (ours,) = compiled.result
-    assert ours["scores"].dtype == torch.bfloat16 and len(ours["boxes"]) > 4
-    assert agreement(ours, stock[0], iou=0.9, score=0.02) >= 0.85
+    assert_agree(compiled.result[0], detector, image)
+
+
+@pytest.mark.slow
+@BFLOAT16
+def test_bfloat16_with_another_pooler(converted):
+    """torchvision's wants boxes in the dtype of the maps, which has no such coordinates."""
+    detector, (image,) = hand_made_detector("roi_pool"), images((90, 120))
+    traced = in_bfloat16(trace_and_run, detector, image, converted)
+    assert {path.op for path in traced.paths} == {"nms", "roi_pool"}
+    assert_agree(traced.result[0], detector, image)
+
+
+class Given(nn.Module):
+    """In the place of a head: numbers that bfloat16 has, in the dtype that a head would give them."""
+
+    def __init__(self, *values: Tensor | list[Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def forward(self, features: list[Tensor] | Tensor) -> tuple[Tensor | list[Tensor], ...]:
+        some = features if isinstance(features, Tensor) else features[0]
+        return tree_map(lambda value: value.to(some.dtype), self.values)
+
+
+class GivenByName(Given):
+    def forward(self, features: list[Tensor]) -> dict[str, Tensor]:
+        names = "cls_logits", "bbox_regression", "bbox_ctrness"
+        return dict(zip(names, super().forward(features)))
+
+
+def detector_of_large_boxes(kind: str) -> nn.Module:
+    """For images of 600 x 800 pixels, which it resizes to 768 x 1024. What its layers find is given: 30 boxes, so few
+    that bfloat16 has a score for each."""
+    detector = small_detector(kind)
+    detector.transform.min_size, detector.transform.max_size = (768,), 1024
+    detector.transform.fixed_size = None
+    sizes = [(96, 128), (48, 64)]
+    anchors = (detector.rpn if kind == "FasterRCNN" else detector).anchor_generator.num_anchors_per_location()
+    counts = [height * width * number for (height, width), number in zip(sizes, anchors)]
+
+    def scores(count: int, classes: int) -> Tensor:
+        """Below any threshold but for 30, all different."""
+        logits = torch.full((count, classes), -20.0)
+        if kind in ("FasterRCNN", "SSD") and classes > 1:
+            logits[:, 0] = 0  # the background
+        logits[torch.randperm(count)[:30], torch.randint(1, classes, (30,)) if classes > 1 else 0] = (
+            2 - torch.arange(30) / 8
+        )
+        return logits
+
+    def codes(*shape: int) -> Tensor:
+        return (0.3 * torch.randn(shape)).bfloat16().float()
+
+    if kind == "FasterRCNN":
+        logits, moves = scores(sum(counts), 1), codes(sum(counts), 4)
+        shapes = [(1, height, width, number) for (height, width), number in zip(sizes, anchors)]
+        detector.rpn.head = Given(
+            [part.view(shape).permute(0, 3, 1, 2) for part, shape in zip(logits.split(counts), shapes)],
+            [part.view(*shape[:3], -1).permute(0, 3, 1, 2) for part, shape in zip(moves.split(counts), shapes)],
+        )
+        detector.roi_heads.box_predictor = Given(scores(30, 4), codes(30, 16))
+        detector.rpn._post_nms_top_n = detector.rpn._pre_nms_top_n = {"testing": 30}
+        detector.rpn.nms_thresh = 1.0
+    else:
+        more = [torch.full((1, sum(counts), 1), 3.0)] if kind == "FCOS" else []
+        moves = 8 * codes(1, sum(counts), 4).abs() if kind == "FCOS" else codes(1, sum(counts), 4)
+        detector.head = GivenByName(scores(sum(counts), 4)[None], moves, *more)
+    return detector
+
+
+@pytest.mark.slow
+@BFLOAT16
+@pytest.mark.parametrize("kind", ["FasterRCNN", "RetinaNet", "FCOS", "SSD"])
+def test_coordinates_are_rounded_once(kind, converted):
+    """From the same results of their layers, a detector in bfloat16 finds the boxes of float64, rounded."""
+    detector, (image,) = detector_of_large_boxes(kind), images((600, 800))
+    (ours,) = in_bfloat16(trace_and_run, detector, image, converted).result
+    with torch.no_grad():
+        (exact,) = copy.deepcopy(detector).double()([image.double()])
+    assert len(exact["boxes"]) > 10 and exact["boxes"].max() > 512
+    assert torch.equal(ours["labels"], exact["labels"])
+    assert (ours["boxes"] == exact["boxes"].bfloat16()).float().mean() > 0.98  # float32 may round to the other side
 
 
 def test_nothing_is_detected():
@@ -219,6 +332,47 @@ def test_decode(torchvision_python):
         codes = torch.randn(8, 4 * classes)
         assert torch.equal(decode(coder, codes, boxes), coder.decode(codes, boxes))
         assert decode(coder, codes[:0], boxes[1:2]).shape == (0, classes, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_decode_linear(torchvision_python, dtype):
+    from torchvision.models.detection._utils import BoxLinearCoder
+
+    boxes, codes = torch.rand(6, 4, dtype=dtype).cumsum(1) * 50, torch.randn(6, 4, dtype=dtype)
+    for normalize_by_size in (True, False):
+        coder = BoxLinearCoder(normalize_by_size)
+        assert torch.equal(decode_linear(coder, codes, boxes), coder.decode(codes, boxes))
+
+
+@pytest.mark.parametrize("steps", [None, [8, 16]])
+@pytest.mark.parametrize("clip", [True, False])
+def test_grid_default_boxes(torchvision_python, steps, clip):
+    from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+
+    generator = DefaultBoxGenerator([[2], [2, 3]], steps=steps, clip=clip)
+    sizes = [(12, 15), (6, 8)], (96, 120)
+    for dtype in (torch.float32, torch.float64):
+        ours = grid_default_boxes(generator, *sizes, dtype=dtype)
+        torch.testing.assert_close(ours, generator._grid_default_boxes(*sizes, dtype=dtype), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precisions_have_coordinates_of_float32(torchvision_python, dtype):
+    """Where eager mode has rounded the anchors too."""
+    from torchvision.models.detection._utils import BoxCoder, BoxLinearCoder
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+
+    generator = AnchorGenerator(((813.0,),), ((0.5, 1.0, 2.0),))
+    (exact,) = generator.cell_anchors
+    generator.set_cell_anchors(torch.bfloat16, exact.device)
+    assert not torch.equal(generator.cell_anchors[0].float(), exact)
+    set_cell_anchors(generator, dtype, exact.device)
+    assert torch.equal(generator.cell_anchors[0], exact)
+
+    codes, boxes = torch.randn(5, 4).to(dtype), torch.rand(5, 4).cumsum(1) * 500
+    assert torch.equal(decode_linear(BoxLinearCoder(), codes, boxes), BoxLinearCoder().decode(codes.float(), boxes))
+    coder = BoxCoder((10.0, 10.0, 5.0, 5.0))
+    assert torch.equal(decode_single(coder, codes, boxes), coder.decode_single(codes.float(), boxes))
 
 
 def masks_and_boxes(size: int) -> tuple[Tensor, Tensor]:

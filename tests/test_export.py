@@ -63,18 +63,24 @@ class LowPrecision(nn.Module):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("unoptimized")
-def test_bfloat16(torchvision_python, tmp_path):
-    """Its weights are in bfloat16, and in oneDNN's order."""
+@pytest.mark.parametrize("converted", [False, True])
+def test_bfloat16(torchvision_python, tmp_path, converted):
+    """With autocast in the model, or converted, which eager mode cannot run. Weights are in bfloat16, and in oneDNN's
+    order."""
     detector, image = small_detector("SSD"), torch.rand(3, 90, 120)
-    path = export_detector(LowPrecision(detector).eval(), image, tmp_path / "detector.pt2", any_size=False)
+    with torch.no_grad():
+        (stock,) = detector([image])
+    if converted:
+        detector, image = detector.bfloat16(), image.bfloat16()
+    else:
+        detector = LowPrecision(detector).eval()
+    path = export_detector(detector, image, tmp_path / "detector.pt2", any_size=False)
     ours = torch._inductor.aoti_load_package(str(path))(image)
+    assert ours["boxes"].dtype == ours["scores"].dtype == torch.bfloat16 and len(stock["boxes"]) > 4
     source = source_of_package(path)
     assert "mkldnn__convolution_pointwise(" in source and "aoti_torch_cpu_convolution(" not in source
     weights = sum(parameter.numel() for parameter in detector.parameters())
     assert sum(map(int, re.findall(r"data_size = (\d+)", source))) < 3 * weights  # bytes
-    with torch.no_grad():
-        (stock,) = detector([image])
-    assert ours["scores"].dtype == torch.bfloat16 and len(stock["boxes"]) > 4
     assert agreement(ours, stock, iou=0.9, score=0.02) >= 0.85
 
 

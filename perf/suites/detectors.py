@@ -203,9 +203,14 @@ def missed_share(found: Any, right: Mapping[str, Tensor]) -> float:
     return 1 - (alike.any(0).sum() + alike.any(1).sum()).item() / sum(alike.shape)
 
 
-def _detector(job: Job, channels_last: bool, bfloat16: bool = False) -> tuple[nn.Module, tuple[Tensor]]:
+def _detector(
+    job: Job, channels_last: bool, bfloat16: bool = False, converted: bool = False
+) -> tuple[nn.Module, tuple[Tensor]]:
+    """``bfloat16``: under autocast; ``converted``: weights and image are in bfloat16."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     detector = job.inputs.detector.to(memory_format=layout)
+    if converted:
+        return detector.bfloat16(), (job.inputs.image.bfloat16(),)
     return backends.Autocast(detector) if bfloat16 else detector, (job.inputs.image,)
 
 
@@ -219,16 +224,25 @@ def _stock_compiled(job: Job, bfloat16: bool = False) -> Prepared:
     return dataclasses.replace(prepared, shares=functools.partial(_shares, prepared.call, _TORCHVISION_KERNEL))
 
 
-def _compiled(job: Job, *, channels_last: bool = False, freezing: bool = True, bfloat16: bool = False) -> Prepared:
+def _compiled(
+    job: Job,
+    *,
+    channels_last: bool = False,
+    freezing: bool = True,
+    bfloat16: bool = False,
+    converted: bool = False,
+) -> Prepared:
     accelerate_torchvision()
     with _kernels_named():
-        prepared = backends.compiled(*_detector(job, channels_last, bfloat16), freezing=freezing)
+        prepared = backends.compiled(*_detector(job, channels_last, bfloat16, converted), freezing=freezing)
     return dataclasses.replace(prepared, shares=functools.partial(_shares, prepared.call, _TEMPLATE_KERNEL))
 
 
-def _packaged(job: Job, bfloat16: bool = False) -> Prepared:
+def _packaged(job: Job, bfloat16: bool = False, converted: bool = False) -> Prepared:
     image, detector = job.inputs.image, job.inputs.detector.detector
     detector = backends.Autocast(detector) if bfloat16 else detector
+    if converted:
+        image, detector = image.bfloat16(), detector.bfloat16()
     with tempfile.TemporaryDirectory(prefix="inductor_vision_perf_") as folder:
         with _kernels_named():
             path = export_detector(detector, image, Path(folder, "model.pt2"), any_size=False)
@@ -334,6 +348,16 @@ SUITE = Suite(
         contender("ours-bf16", "ours", functools.partial(_compiled, bfloat16=True), compiled=True, **_LOW_PRECISION),
         contender(
             "ours-aoti-bf16", "ours", functools.partial(_packaged, bfloat16=True), compiled=True, **_LOW_PRECISION
+        ),
+        contender(
+            "ours-converted-bf16", "ours", functools.partial(_compiled, converted=True), compiled=True, **_LOW_PRECISION
+        ),
+        contender(
+            "ours-aoti-converted-bf16",
+            "ours",
+            functools.partial(_packaged, converted=True),
+            compiled=True,
+            **_LOW_PRECISION,
         ),
         contender("stock", "peer", _eager),
         contender("stock-channels-last", "peer", functools.partial(_eager, channels_last=True)),

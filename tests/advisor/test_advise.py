@@ -235,11 +235,16 @@ def test_variants_of_a_model(models):
     calls = ["accelerate_torchvision()", "fuse_depthwise_separable()"]
     assert names(program, compiling=True)[5:] == [
         "torch.compile",
-        "torch.compile, freezing",
-        *(f"torch.compile, freezing, {call}" for call in calls),
-        f"torch.compile, freezing, {calls[0]}, {calls[1]}",
+        "torch.compile, freeze_weights()",
+        *(f"torch.compile, freeze_weights(), {call}" for call in calls),
+        f"torch.compile, freeze_weights(), {calls[0]}, {calls[1]}",
+        f"torch.compile, freeze_weights(), inference_options(), {calls[0]}, {calls[1]}",
     ]
-    assert names(program, compiling=True, calls_torchvision=False, has_separable=False)[-1] == "torch.compile, freezing"
+    assert names(program, compiling=True, calls_torchvision=False, has_separable=False)[5:] == [
+        "torch.compile",
+        "torch.compile, freeze_weights()",
+        "torch.compile, freeze_weights(), inference_options()",
+    ]
     low = Program(program.model.bfloat16().to(memory_format=torch.channels_last), (program.inputs[0][:1].bfloat16(),))
     assert names(low)[:2] == ["contiguous", "float32"]
     assert "image by image" not in names(low)
@@ -251,12 +256,13 @@ def test_what_compiles_runs_in_a_process_of_its_own_on_the_same_weights(models, 
     torch.save(program.model.state_dict(), tmp_path / "weights.pt")
     models.write_text(MODELS.replace("return Net()", "torch.manual_seed(7); return Net()"))
     target = Target(f"{models}:make", (Input((2, 3, 6, 8)),), tmp_path / "weights.pt")
-    variant = Variant(compiler=("compile", "freezing", "fuse_depthwise_separable"))
+    variant = Variant(compiler=("compile", "freeze_weights", "inference_options", "fuse_depthwise_separable"))
     prepared = variants.way(variant, program, target, threads=1).prepare()
     torch.testing.assert_close(prepared.output, program.run(), rtol=1e-4, atol=1e-5)
     assert 0 < prepared.seconds() < 10
     lines = variants.code(variant, target.inputs)
-    assert lines.index("torch._inductor.config.freezing = True") < lines.index("model = torch.compile(model)")
+    compiling = "model = torch.compile(model, options=inductor_vision.inference_options())"
+    assert lines.index("inductor_vision.freeze_weights()") < lines.index(compiling)
 
 
 def value(number, seconds=0.0):

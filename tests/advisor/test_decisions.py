@@ -10,7 +10,7 @@ from inductor_vision.perf.results import Spread
 
 SECOND = Spread(1.0, 1.0, 1.0)
 LAYOUT, PRECISION = Variant(layout=CHANNELS_LAST), Variant(dtype=BFLOAT16)
-COMPILED, FROZEN = Variant(compiler=("compile",)), Variant(compiler=("compile", "freezing"))
+COMPILED, FROZEN = Variant(compiler=("compile",)), Variant(compiler=("compile", "freeze_weights"))
 
 
 def measured(name, ratio, width=0.01):

@@ -49,7 +49,8 @@ def test_contenders_agree_with_the_reference(monkeypatch):
     monkeypatch.setattr(backends, "compiled", lambda module, tensors, **options: backends.eager(module, tensors))
     right = SUITE.reference(job_of("FasterRCNN").inputs)
     for name, contender in CONTENDERS.items():
-        if not name.startswith(("ours-aoti", "onnxruntime", "openvino")) and contender.role != "limit":
+        eager = not name.startswith(("ours-aoti", "onnxruntime", "openvino")) and "converted" not in name
+        if eager and contender.role != "limit":
             assert_right(name, "FasterRCNN", right)
 
 

@@ -1,0 +1,108 @@
+"""What this package has for whole models, in one call, and what makes their calls cheap."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+from ..memory import keep_memory
+from .convolutions import fold_norms, fuse_depthwise_separable
+from .torchvision import accelerate_torchvision
+
+
+def accelerate(
+    *,
+    torchvision: bool = True,
+    depthwise_separable: bool = True,
+    norms: bool = True,
+    freezing: bool = False,
+    memory: bool = False,
+) -> None:
+    """Have whatever is compiled in this process use what this package has for it.
+
+    It makes the calls that apply here, each of which says what it changes:
+
+    * :func:`inductor_vision.accelerate_torchvision`, if torchvision is installed,
+    * :func:`inductor_vision.fuse_depthwise_separable`,
+    * :func:`inductor_vision.fold_norms`,
+    * with ``freezing``, :func:`inductor_vision.freeze_weights`; not by default, since what is compiled then does not
+      see later changes of weights,
+    * with ``memory``, :func:`inductor_vision.keep_memory`; not by default, since the process then stays as large as it
+      has ever been.
+
+    Models and eager mode stay as they are, and so do the other settings of Dynamo and Inductor, which are the user's:
+    what makes calls cheap is given to ``torch.compile``, see :func:`inductor_vision.inference_options`. Call it before
+    compiling; what was called before is not done twice.
+
+    Args:
+        torchvision, depthwise_separable, norms, freezing, memory: whether to make these calls.
+
+    Raises:
+        TypeError: an argument is not a bool; nothing was called then.
+    """
+    arguments = {
+        "torchvision": torchvision,
+        "depthwise_separable": depthwise_separable,
+        "norms": norms,
+        "freezing": freezing,
+        "memory": memory,
+    }
+    for name, value in arguments.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"accelerate: {name} must be True or False, got {value!r}")
+    if torchvision and importlib.util.find_spec("torchvision") is not None:
+        accelerate_torchvision()  # first: a broken torchvision raises when it is imported, and nothing was changed then
+    if depthwise_separable:
+        fuse_depthwise_separable()
+    if norms:
+        fold_norms()
+    if freezing:
+        freeze_weights()
+    if memory:
+        keep_memory()
+
+
+def freeze_weights() -> None:
+    """Have models that are compiled for inference take their weights for constants.
+
+    It sets ``torch._inductor.config.freezing``. From then on, whatever this process compiles under
+    :func:`torch.no_grad` computes at compile time what follows from weights alone: they are converted, brought into
+    the order in which kernels and oneDNN read them, and multiplied by the norms behind them. A parameter that is
+    replaced is noticed; one that is changed in place later is not, as when training goes on. What is compiled while
+    gradients are wanted is not frozen.
+
+    As an option, ``torch.compile(model, options={"freezing": True})``, it comes too late in the releases of torch that
+    this package is tested with: Dynamo has made inputs of a module's weights by then, and nothing is frozen.
+    """
+    import torch._inductor.config
+
+    torch._inductor.config.freezing = True
+
+
+def inference_options(*, fixed_model: bool = False) -> dict[str, Any]:
+    """Options of ``torch.compile`` that make calls of a model cheap: ``torch.compile(model, options=...)``.
+
+    The calls between kernels are compiled C++ (``cpp_wrapper``), which takes longer to compile, and do not check again
+    at each call the sizes that custom operators and libraries have promised (``size_asserts``). See docs/guide.md for
+    what each of them saves. They go well with :func:`inductor_vision.freeze_weights`.
+
+    Args:
+        fixed_model: whether nothing about the model changes after it was compiled. Then no call asks whether something
+            did: attributes, hooks, submodules, dtypes of weights; a change has no effect, or gives wrong results. What
+            is still asked: whether it is in training mode, whatever the inputs are, and modes such as autocast.
+
+    Returns:
+        A new dictionary, to which others may be added. ``torch.compile`` takes from it what is its own.
+    """
+    options: dict[str, Any] = {"cpp_wrapper": True, "size_asserts": False}
+    if fixed_model:
+        options["guard_filter_fn"] = _guards_of_calls
+    return options
+
+
+def _guards_of_calls(guards: Sequence[Any]) -> list[bool]:
+    """Which of Dynamo's guards to keep: those that are not on a module or what it holds, but for its mode."""
+    return [
+        not guard.orig_guard.source.is_unspecialized_nn_module() or guard.name.endswith(".training") for guard in guards
+    ]
