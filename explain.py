@@ -48,8 +48,9 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     Code made by ``torch.jit.script`` is not compiled. If ``fn`` or one of its modules is scripted, torchvision's
     operators in it are listed last, as ``eager``; scripted functions that it calls are not looked into.
 
-    After :func:`inductor_vision.fuse_depthwise_separable` the report also lists every depthwise convolution as
-    ``fused``, or as ``left alone`` with the reason.
+    After :func:`inductor_vision.fuse_depthwise_separable` the report also lists every depthwise convolution, and after
+    :func:`inductor_vision.fold_norms`, if weights are frozen, every convolution before a norm: as ``fused``, or as
+    ``left alone`` with the reason.
 
     ``fn`` is always compiled anew: neither caches on disk nor earlier compilations of it are used or changed.
 

@@ -60,9 +60,9 @@ def export_detector(
     list, and their names are in the package's metadata under "outputs", separated by commas. Images must be contiguous.
     The package raises an error for an image that it cannot take.
 
-    Weights are frozen, with the norms behind convolutions in them. For lower precision, let the model itself enter
-    autocast, or convert model and ``example_image``: see docs/detectors.md. This function calls
-    :func:`inductor_vision.fold_norms` and, if torchvision is installed,
+    Weights are frozen, with the norms behind convolutions in them, except in a model that has some in float64. For
+    lower precision, let the model itself enter autocast, or convert model and ``example_image``: see docs/detectors.md.
+    This function calls :func:`inductor_vision.fold_norms` and, if torchvision is installed,
     :func:`inductor_vision.accelerate_torchvision`.
 
     Args:

@@ -20,8 +20,8 @@ def keep_memory() -> bool:
     grows, so that from the second call on a model works in memory that it has touched before.
 
     It is for the whole process, whichever thread allocates: what was resident at most stays resident. Call it early:
-    blocks that exist already are freed as before. The same without Python: ``GLIBC_TUNABLES``, or ``mallopt`` in C++;
-    see docs/deployment.md.
+    blocks that exist already are freed as before. The same without Python: variables of the environment, or
+    ``mallopt`` in C++; see docs/deployment.md.
 
     Returns:
         Whether it has an effect. It has none, and a warning says why, where ``malloc`` is not glibc's: on macOS,

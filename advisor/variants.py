@@ -33,7 +33,7 @@ COMPILE, FREEZE, ACCELERATE, FUSE = "compile", "freeze_weights", "accelerate_tor
 OPTIONS = "inference_options"
 _NAMES = {
     COMPILE: "torch.compile",
-    FREEZE: "freeze_weights()",
+    FREEZE: "freeze_weights()",  # with fold_norms(), which has no effect without
     OPTIONS: "inference_options()",
     ACCELERATE: "accelerate_torchvision()",
     FUSE: "fuse_depthwise_separable()",
@@ -212,6 +212,7 @@ def _change_compiler(compiler: Sequence[str]) -> None:
     if FUSE in compiler:
         inductor_vision.fuse_depthwise_separable()
     if FREEZE in compiler:
+        inductor_vision.fold_norms()
         inductor_vision.freeze_weights()
 
 
@@ -245,7 +246,8 @@ def code(variant: Variant, inputs: Sequence[Input]) -> list[str]:
 
 def _code_of_model(variant: Variant) -> list[str]:
     lines = []
-    calls = [f"inductor_vision.{call}()" for call in (ACCELERATE, FUSE, FREEZE) if call in variant.compiler]
+    calls = [f"inductor_vision.{call}()" for call in (ACCELERATE, FUSE) if call in variant.compiler]
+    calls += ["inductor_vision.fold_norms()", "inductor_vision.freeze_weights()"] if FREEZE in variant.compiler else []
     lines += ["import inductor_vision", *calls] if calls or OPTIONS in variant.compiler else []
     lines += [f"torch.set_num_threads({variant.threads})"] if variant.threads else []
     lines += ["from inductor_vision.advisor import replace"] if variant.replaced else []

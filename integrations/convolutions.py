@@ -41,7 +41,7 @@ def fold_norms() -> None:
     A convolution is left alone if its result is used elsewhere too, its weight is not a constant, or it is in float16,
     whose range is too small for products of weights and scales. Models, eager mode and training are not changed.
 
-    :func:`inductor_vision.accelerate_torchvision` and :func:`inductor_vision.export_detector` call it.
+    :func:`inductor_vision.accelerate` and :func:`inductor_vision.export_detector` call it.
     :func:`inductor_vision.explain` and the ``inductor_vision`` logger say what became of each convolution before such a
     map. Call it before compiling; calling it again does nothing.
 

@@ -93,7 +93,8 @@ def inference_options(*, fixed_model: bool = False) -> dict[str, Any]:
             is still asked: whether it is in training mode, whatever the inputs are, and modes such as autocast.
 
     Returns:
-        A new dictionary, to which others may be added. ``torch.compile`` takes from it what is its own.
+        A new dictionary, to which others may be added. ``torch.compile`` removes what is Dynamo's from it: ask for one
+        for each model.
     """
     options: dict[str, Any] = {"cpp_wrapper": True, "size_asserts": False}
     if fixed_model:

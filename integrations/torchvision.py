@@ -71,8 +71,6 @@ def accelerate_torchvision() -> None:
     no matter who holds the function or how early it was imported. Call it before compiling; calling it again does
     nothing. Code made by ``torch.jit.script`` and models made by ``torch.onnx.export`` keep torchvision's operators.
 
-    It includes :func:`inductor_vision.fold_norms`.
-
     If torchvision's compiled library cannot load (a CUDA wheel beside a CPU-only torch: ``import torchvision`` fails
     with "operator torchvision::nms does not exist"), this call defines its operators, so that torchvision imports and
     runs. Those that this package has run their decompositions in eager mode; the others raise NotImplementedError when
@@ -96,7 +94,6 @@ def accelerate_torchvision() -> None:
     installer.accelerate_torchvision(
         [name for name in TORCHVISION if _is_as_tested(name, _declared_schema(name), schemas[name])]
     )
-    installer.fold_norms()
 
 
 def _declared_schema(name: str) -> torch._C.FunctionSchema | None:

@@ -23,9 +23,8 @@ from . import backends
 from .spec import Contender, Job, Prepared, Unavailable
 
 REMARK = (
-    "Each contender is alone in a process of its own. bf16: under autocast, or with weights and image converted. "
-    "openvino-default: in the precision that OpenVINO chooses by itself, bfloat16 where the processor has instructions "
-    "for it."
+    "Each contender is alone in a process of its own. bf16: under autocast. openvino-default: in the precision that "
+    "OpenVINO chooses by itself, bfloat16 where the processor has instructions for it."
 )
 
 _OPSET = 19  # the first with all that this package's operators become

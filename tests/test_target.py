@@ -48,9 +48,8 @@ def call_of_network() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def make(model: nn.Module, call: tuple[Tensor, ...], path: pathlib.Path, target: str | None, **options: object) -> None:
-    with torch.no_grad():
+    with torch.no_grad(), package_target(target):
         exported = torch.export.export(model.eval(), call)
-    with package_target(target):
         torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=options)
 
 

@@ -1,6 +1,6 @@
 """torchvision's classifiers: one of plain convolutions, and those for small devices, of depthwise-separable ones.
 
-``fuse_depthwise_separable()`` is for all of a process, and each library has threads of its own: so each contender has
+``accelerate()`` is for all of a process, and each library has threads of its own: so each contender has
 its own process.
 """
 
@@ -13,7 +13,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from ...integrations.convolutions import fuse_depthwise_separable
+from ...integrations.models import accelerate
 from .. import backends
 from ..models import REMARK, OnnxModel, contender, exported, runtimes
 from ..spec import Case, Job, Prepared, Suite
@@ -62,15 +62,15 @@ def _eager(job: Job, channels_last: bool = False) -> Prepared:
 
 
 def _compiled(
-    job: Job, *, fused: bool, channels_last: bool = False, freezing: bool = True, bfloat16: bool = False
+    job: Job, *, accelerated: bool, channels_last: bool = False, freezing: bool = True, bfloat16: bool = False
 ) -> Prepared:
-    if fused:
-        fuse_depthwise_separable()
+    if accelerated:
+        accelerate()
     return backends.compiled(*_in_format(job, channels_last, bfloat16), freezing=freezing)
 
 
 def _packaged(job: Job, bfloat16: bool = False) -> Prepared:
-    fuse_depthwise_separable()
+    accelerate()
     return backends.packaged(*_in_format(job, False, bfloat16))
 
 
@@ -90,23 +90,23 @@ def _same(problem: Problem) -> Problem:
 
 _MODELS = ("resnet50", "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0")
 
-_fused = functools.partial(_compiled, fused=True)
-_stock = functools.partial(_compiled, fused=False)
+_ours = functools.partial(_compiled, accelerated=True)
+_stock = functools.partial(_compiled, accelerated=False)
 # What rounding to bfloat16 does to logits in eager mode: 6 to 9 % and, in EfficientNet-B0, whose random weights amplify
 # it, 30 %. What is wrong is off by all of them.
 _LOW_PRECISION = {"tolerance": 0.5}
 
 SUITE = Suite(
     name="classifiers",
-    description="torchvision's classifiers with random weights, compiled, with fuse_depthwise_separable() and without",
+    description="torchvision's classifiers with random weights, compiled, with accelerate() and without",
     remark=f"{REMARK} Of EfficientNet-B0 no pair is fused, because something stands between the two.",
     reference=_reference,
     contenders=(
-        contender("ours-frozen", "ours", _fused, compiled=True),
-        contender("ours-channels-last", "ours", functools.partial(_fused, channels_last=True), compiled=True),
+        contender("ours-frozen", "ours", _ours, compiled=True),
+        contender("ours-channels-last", "ours", functools.partial(_ours, channels_last=True), compiled=True),
         contender("ours-aoti", "ours", _packaged, compiled=True),
-        contender("ours-not-frozen", "ours", functools.partial(_fused, freezing=False), compiled=True),
-        contender("ours-bf16", "ours", functools.partial(_fused, bfloat16=True), compiled=True, **_LOW_PRECISION),
+        contender("ours-not-frozen", "ours", functools.partial(_ours, freezing=False), compiled=True),
+        contender("ours-bf16", "ours", functools.partial(_ours, bfloat16=True), compiled=True, **_LOW_PRECISION),
         contender(
             "ours-aoti-bf16", "ours", functools.partial(_packaged, bfloat16=True), compiled=True, **_LOW_PRECISION
         ),

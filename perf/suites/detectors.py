@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...export import OneImage, export_detector
+from ...integrations.models import accelerate
 from ...integrations.torchvision import accelerate_torchvision
 from .. import backends
 from ..models import REMARK, OnnxModel, contender, exported, runtimes
@@ -232,7 +233,7 @@ def _compiled(
     bfloat16: bool = False,
     converted: bool = False,
 ) -> Prepared:
-    accelerate_torchvision()
+    accelerate()
     with _kernels_named():
         prepared = backends.compiled(*_detector(job, channels_last, bfloat16, converted), freezing=freezing)
     return dataclasses.replace(prepared, shares=functools.partial(_shares, prepared.call, _TEMPLATE_KERNEL))
@@ -337,7 +338,8 @@ _LOW_PRECISION = {"error": missed_share, "tolerance": 0.3}
 SUITE = Suite(
     name="detectors",
     description="torchvision's detectors with random weights, from the image to its detections",
-    remark=f"{REMARK} Of what computes in bfloat16, up to three in ten detections may differ.",
+    remark=f"{REMARK} converted: weights and image are in bfloat16. Of what computes in bfloat16, up to three in ten "
+    "detections may differ.",
     reference=_reference,
     error=detections_error,
     contenders=(

@@ -47,7 +47,8 @@ def _affine_map_of(result: Node) -> Node | None:
     if not is_called(user, *names) or not constant:
         return None
     # One of a hardsigmoid, relu6(x + 3) / 6, which Inductor has the convolution compute.
-    return None if any(is_called(follower, "aten.clamp_min") for follower in user.users) else user
+    hardsigmoid = others == [3] and is_called(user, "aten.add")
+    return None if hardsigmoid and any(is_called(follower, "aten.clamp_min") for follower in user.users) else user
 
 
 def casts(graph: Graph) -> list[Node]:

@@ -182,7 +182,7 @@ FOLDED: dict[str, Callable[[], tuple[nn.Module, tuple[int, ...]]]] = {
     ),
     "one dimension": lambda: (Map(nn.Conv1d(6, 4, 3), scaled, **vectors(4, 1)), (2, 6, 11)),
     "volumes": lambda: (Map(nn.Conv3d(6, 4, 3), scaled, **vectors(4, 1, 1, 1)), (2, 6, 5, 6, 7)),
-    "without a batch": lambda: (Map(conv(), scaled, **vectors(1, 4, 1, 1)), IMAGE),
+    "without a batch": lambda: (Map(conv(), scaled, **vectors(4, 1, 1)), IMAGE[1:]),
     "a zero": lambda: (
         Map(conv(), scaled, a=torch.tensor([[[0.0]], [[1]], [[2]], [[0]]]), b=torch.ones(4, 1, 1)),
         IMAGE,
@@ -269,9 +269,9 @@ def test_left_alone(name):
     stock = freeze_and_run(model, *inputs, fold=False)
     if name != "integers":  # the factor 9 is folded
         assert folded(traced) == []
-        assert [str(node.target) for node in traced.graphs[0].nodes] == [
-            str(node.target) for node in stock.graphs[0].nodes
-        ]
+        assert targets(traced.graphs[0]) == targets(stock.graphs[0])
+    else:
+        assert folded(traced) == ["fused"]
     assert_close(traced.result.double(), model(*inputs).double(), torch.float32)
 
 
@@ -395,7 +395,7 @@ print([type(each).__name__ for each in config.joint_custom_pre_pass])
 
 
 @pytest.mark.usefixtures("torchvision_python")
-@pytest.mark.parametrize("call", ["fold_norms", "accelerate_torchvision"])
+@pytest.mark.parametrize("call", ["fold_norms", "accelerate"])
 def test_the_switch_waits_for_inductor(call):
     assert run_python(SWITCH, call).strip() == "['MergeConstants', 'FoldAffineMaps']"
 
@@ -454,15 +454,21 @@ def test_classifiers(torchvision_python, name, precision):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["float32", "autocast", "bfloat16"])
-@pytest.mark.parametrize("name", STOCK)
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        *((name, "autocast") for name in STOCK),
+        *((name, "bfloat16") for name in ("fasterrcnn_mobilenet_v3_large_fpn", "retinanet_resnet50_fpn_v2")),
+    ],
+)
 @torch.no_grad()
 def test_detectors(torchvision, name, precision):
+    """Inductor folds by itself in float32. SSD300 has no norms."""
     accelerate_torchvision()
     detector, image = stock_detector(name)
     if precision == "bfloat16":
         detector, image = detector.bfloat16(), image.bfloat16()
     model = Autocast(detector) if precision == "autocast" else detector
     traced = freeze_and_run(model, [image])
-    assert set(folded(traced)) <= {"fused"}
+    assert set(folded(traced)) == (set() if name == "ssd300_vgg16" else {"fused"})
     assert [map for graph in traced.graphs for map in affine_maps_left(graph)] == []

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch._inductor.lowering  # from here on this package is among its tables
 from inductor_vision.lowering.workarounds.repeated_constants import MergeConstants
+from inductor_vision.tests.support.oldest_torch import with_oldest_torch
 from torch._inductor import config
 from torch._inductor.constant_folding import constant_fold
 from torch.fx import Graph, GraphModule
@@ -22,6 +23,7 @@ def module() -> GraphModule:
     return GraphModule({"c": torch.arange(3.0)}, graph)
 
 
+@with_oldest_torch
 def test_torch_still_needs_this(module):
     with pytest.raises(RuntimeError, match="nonexistent attribute c"):
         constant_fold(module)
