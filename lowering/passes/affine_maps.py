@@ -27,7 +27,8 @@ from torch import Tensor
 from torch.fx import Graph, Node, map_arg
 
 from ...paths import record_path
-from ..inductor.tables import config, custom_graph_pass
+from ..common.graph_pass import GraphPass
+from ..inductor.tables import config
 from .names import layer_of
 
 OP = "convolution"
@@ -45,15 +46,8 @@ _DTYPES = {
 }
 
 
-class FoldAffineMaps(custom_graph_pass.CustomGraphPass):
+class FoldAffineMaps(GraphPass):
     """Changes weights and biases, and says of every convolution before an affine map what became of it, and why."""
-
-    def __init__(self, version: Any) -> None:
-        self.version = version
-
-    def uuid(self) -> Any:
-        """Part of the key of Inductor's caches."""
-        return f"{type(self).__name__}-{self.version}"
 
     def __call__(self, graph: Graph) -> None:
         if not config.freezing or torch.is_grad_enabled():

@@ -14,23 +14,16 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ..inductor.tables import custom_graph_pass
+from ..common.graph_pass import GraphPass
 
 _aten = torch.ops.aten
 
 
-class SkipConcatenations(custom_graph_pass.CustomGraphPass):
+class SkipConcatenations(GraphPass):
     """Replaces the parts into which a concatenation is split, where they are what it was made of.
 
     It runs late, on graphs of aten operators that change nothing in place.
     """
-
-    def __init__(self, version: Any) -> None:
-        self.version = version
-
-    def uuid(self) -> Any:
-        """Part of the key of Inductor's caches."""
-        return f"{type(self).__name__}-{self.version}"
 
     def __call__(self, graph: Graph) -> None:
         for split in graph.find_nodes(op="call_function", target=_aten.split_with_sizes.default):

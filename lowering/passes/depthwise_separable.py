@@ -26,9 +26,9 @@ from ...ops.convolution import FLOAT_DTYPES
 from ...ops.depthwise_separable_conv2d import IDENTITY
 from ...ops.registry import OPS
 from ...paths import record_path
+from ..common.graph_pass import GraphPass
 from ..common.machine import cache_bytes, level
 from ..common.registry import refusal
-from ..inductor.tables import custom_graph_pass
 from .calls import (
     Activation,
     ConvolutionCall,
@@ -46,15 +46,12 @@ from .names import name_of
 OP = "depthwise_separable_conv2d"
 
 
-class FuseDepthwiseSeparable(custom_graph_pass.CustomGraphPass):
+class FuseDepthwiseSeparable(GraphPass):
     """Replaces what it finds, and says of every depthwise convolution what became of it, and why."""
 
-    def __init__(self, version: Any) -> None:
-        self.version = version
-
     def uuid(self) -> Any:
-        """Part of the key of Inductor's caches: all that decides what is done with a graph."""
-        return f"{type(self).__name__}-{self.version}-{cache_bytes()}-{_multiplied_dtypes()}"
+        """With all that decides what is done with a graph."""
+        return f"{super().uuid()}-{cache_bytes()}-{_multiplied_dtypes()}"
 
     def __call__(self, graph: Graph) -> None:
         candidates = [node for node in graph.nodes if (call := convolution_of(node)) and call.is_depthwise]

@@ -12,18 +12,12 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from ..inductor.tables import config, custom_graph_pass
+from ..common.graph_pass import GraphPass
+from ..inductor.tables import config
 
 
-class MergeConstants(custom_graph_pass.CustomGraphPass):
+class MergeConstants(GraphPass):
     """Leaves one node of those that have the same tensor for a value."""
-
-    def __init__(self, version: Any) -> None:
-        self.version = version
-
-    def uuid(self) -> Any:
-        """Part of the key of Inductor's caches."""
-        return f"{type(self).__name__}-{self.version}"
 
     def __call__(self, graph: Graph) -> None:
         if not config.freezing:
