@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
 from typing import Any
 
 from ..memory import keep_memory
@@ -80,30 +79,14 @@ def freeze_weights() -> None:
     torch._inductor.config.freezing = True
 
 
-def inference_options(*, fixed_model: bool = False) -> dict[str, Any]:
+def inference_options() -> dict[str, Any]:
     """Options of ``torch.compile`` that make calls of a model cheap: ``torch.compile(model, options=...)``.
 
     The calls between kernels are compiled C++ (``cpp_wrapper``), which takes longer to compile, and do not check again
     at each call the sizes that custom operators and libraries have promised (``size_asserts``). See docs/guide.md for
     what each of them saves. They go well with :func:`inductor_vision.freeze_weights`.
 
-    Args:
-        fixed_model: whether nothing about the model changes after it was compiled. Then no call asks whether something
-            did: attributes, hooks, submodules, dtypes of weights; a change has no effect, or gives wrong results. What
-            is still asked: whether it is in training mode, whatever the inputs are, and modes such as autocast.
-
     Returns:
-        A new dictionary, to which others may be added. ``torch.compile`` removes what is Dynamo's from it: ask for one
-        for each model.
+        A new dictionary, to which others may be added.
     """
-    options: dict[str, Any] = {"cpp_wrapper": True, "size_asserts": False}
-    if fixed_model:
-        options["guard_filter_fn"] = _guards_of_calls
-    return options
-
-
-def _guards_of_calls(guards: Sequence[Any]) -> list[bool]:
-    """Which of Dynamo's guards to keep: those that are not on a module or what it holds, but for its mode."""
-    return [
-        not guard.orig_guard.source.is_unspecialized_nn_module() or guard.name.endswith(".training") for guard in guards
-    ]
+    return {"cpp_wrapper": True, "size_asserts": False}

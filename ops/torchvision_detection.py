@@ -218,7 +218,8 @@ def transform_images(
     from torchvision.models.detection.transform import GeneralizedRCNNTransform as Stock
 
     steps = ((transform.resize, Stock.resize), (transform.batch_images, Stock.batch_images))
-    if targets is not None or transform.training or any(step.__func__ is not stock for step, stock in steps):
+    own = any(getattr(step, "__func__", None) is not stock for step, stock in steps)
+    if targets is not None or transform.training or own:
         return Stock.forward.__wrapped__(transform, images, targets)
     images = list(images)
     for image in images:

@@ -461,7 +461,7 @@ def test_transform(sizes, fixed_size, dtype):
 
 @pytest.mark.parametrize("step", ["normalize", "resize", "batch_images"])
 def test_transforms_own_steps_are_taken(step):
-    """Of a class that inherits, and of one object."""
+    """Of a class that inherits, and of one object, as a method or a function."""
     own = {
         "normalize": lambda self, image: image * 2,
         "resize": lambda self, image, target=None: (image[:, ::2], target),
@@ -470,7 +470,9 @@ def test_transforms_own_steps_are_taken(step):
     inherited, changed = (small_detector("FasterRCNN").transform for _ in range(2))
     inherited.__class__ = type("Own", (type(inherited),), {step: own})
     setattr(changed, step, types.MethodType(own, changed))
-    for transform in (inherited, changed):
+    function = small_detector("FasterRCNN").transform  # which has it from nowhere
+    setattr(function, step, lambda *args, **options: own(function, *args, **options))
+    for transform in (inherited, changed, function):
         traced, (batch, shapes) = transformed(transform, images((64, 128)))
         torch.testing.assert_close(traced.result[0], batch)
         assert traced.result[1] == shapes

@@ -33,8 +33,8 @@ from .names import layer_of
 
 OP = "convolution"
 
-_aten = torch.ops.aten
-_CAST = torch.ops.prims.convert_element_type.default
+_aten, _prims = torch.ops.aten, torch.ops.prims
+_CAST = _prims.convert_element_type.default
 _MAPS = (_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.div.Tensor, _aten.neg.default)
 
 # The dtypes that a map may be computed in, by that of the convolution. Products of weights and scales leave the range
@@ -53,16 +53,17 @@ class FoldAffineMaps(GraphPass):
         if not config.freezing or torch.is_grad_enabled():
             return  # weights are not constants
         try:
-            constants = _constants(graph)
+            constants, rounded = _constants(graph), _rounded_later(graph)
             for conv in graph.find_nodes(op="call_function", target=_aten.convolution.default):
                 steps = list(_steps(conv, constants))
                 if any(step.node.target is not _CAST for step in steps):
-                    reason = _why_not(conv, constants)
+                    reason = _why_not(conv, steps[-1].node, constants, rounded)
                     if reason is None:
                         _fold(conv, steps)
                     record_path(OP, *_outcome(conv, steps, reason))
-            for node in graph.nodes:
-                _cast_later(node)
+            rounded = _rounded_later(graph)  # anew, with what is in the place of the maps
+            for node in list(graph.nodes):
+                _cast_later(node, rounded)
         except Exception as error:  # of whatever kind: after each replacement the graph is one that compiles
             record_path(OP, "left alone", f"the graph could not be looked at: {type(error).__name__}: {error}")
         graph.eliminate_dead_code()
@@ -107,8 +108,43 @@ def _frozen_inputs(graph: Graph) -> set[Node]:
     infos = context.fw_metadata.input_info
     if len(inputs) != len(infos):
         return set()
-    parameters = zip(inputs, infos, context.params_flat_unwrap_subclasses)
-    return {node for node, info, parameter in parameters if isinstance(parameter, Tensor) and not info.mutates_data}
+    returned = {output.base_idx for output in context.fw_metadata.output_info}
+    parameters = enumerate(zip(inputs, infos, context.params_flat_unwrap_subclasses))
+    return {
+        node
+        for i, (node, info, parameter) in parameters
+        if isinstance(parameter, Tensor) and not info.mutates_data and i not in returned
+    }
+
+
+# What is done with a value before it is rounded, and leaves the error of its rounding as it is, relative to the result.
+_KEEP_ROUNDING = {
+    *(_aten.relu.default, _aten.add.Tensor, _aten.mul.Tensor, _aten.div.Tensor, _aten.sigmoid.default),
+    *(_aten.clamp_min.default, _aten.clamp_max.default, _aten.clamp.default, _aten.hardtanh.default),
+    *(_aten.minimum.default, _aten.maximum.default, _aten.where.self, _aten.gt.Scalar),
+    *(_aten.mean.dim, _aten._adaptive_avg_pool2d.default, _aten.avg_pool2d.default),
+    *(_aten.max_pool2d_with_indices.default, _prims._low_memory_max_pool_with_offsets.default, operator.getitem),
+    *(_aten.view.default, _aten.reshape.default, _aten.squeeze.dims, _aten.permute.default, _aten.clone.default),
+    *(_aten.cat.default, _aten.split_with_sizes.default, _aten.slice.Tensor),
+}
+
+
+def _rounded_later(graph: Graph) -> set[Node]:
+    """The values that are rounded to a low precision wherever they go, sooner or later."""
+    rounded: set[Node] = set()
+
+    def rounds(user: Node) -> bool:
+        return _is_low(user) or (user in rounded and user.target in _KEEP_ROUNDING)
+
+    for node in reversed(graph.nodes):
+        if node.users and all(map(rounds, node.users)):
+            rounded.add(node)
+    return rounded
+
+
+def _is_low(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
 
 
 # Finding
@@ -151,7 +187,7 @@ def _step(user: Node, node: Node, conv: Node, constants: set[Node]) -> _Step | N
         return None
     reversed = user.args[1] is node
     other = user.args[0 if reversed else 1]
-    if reversed and user.target is _aten.div.Tensor:
+    if user.target is _aten.div.Tensor and (reversed or other == 0):
         return None
     if any(follower.target is _aten.clamp_min.default for follower in user.users) and other == 3:
         return None  # relu6(x + 3) / 6, a hardsigmoid, which Inductor has the convolution compute
@@ -169,8 +205,8 @@ def _is_of_channels(value: Any, result: Tensor, constants: set[Node]) -> bool:
     return len(shape) <= result.dim() and value.meta["val"].numel() == channels and channels in (1, result.shape[1])
 
 
-def _why_not(conv: Node, constants: set[Node]) -> str | None:
-    """The reason why a convolution cannot have other weights, if there is one."""
+def _why_not(conv: Node, last: Node, constants: set[Node], rounded: set[Node]) -> str | None:
+    """The reason why a convolution cannot have other weights, and what the last map gives, if there is one."""
     weight, bias = conv.args[1:3]
     if weight not in constants:
         return "its weight is not a constant"
@@ -178,6 +214,8 @@ def _why_not(conv: Node, constants: set[Node]) -> str | None:
         return "its bias is not a constant"
     if conv.args[0] in constants:
         return "it is a constant"
+    if _is_low(conv) and not _is_low(last) and last not in rounded:
+        return f"the result is wanted in {last.meta['val'].dtype}, and a convolution gives {conv.meta['val'].dtype}"
     return None
 
 
@@ -247,9 +285,13 @@ _ARITHMETIC = {
 }
 
 
+# Casts between these round, and do nothing else.
+_ROUNDED = {torch.bfloat16, torch.float16, torch.float32, torch.float64}
+
+
 def _in_float64(node: Node) -> Node:
     """A constant's value, computed in float64 from what was not rounded yet."""
-    if node.target is _CAST and node.args[0].meta["val"].is_floating_point():  # type: ignore[union-attr]
+    if node.target is _CAST and {node.meta["val"].dtype, node.args[0].meta["val"].dtype} <= _ROUNDED:  # type: ignore[union-attr]
         return _in_float64(node.args[0])  # type: ignore[arg-type]  # what is cast is a node
     if node.target in _ARITHMETIC and node.meta["val"].is_floating_point():
         args = map_arg(node.args, _in_float64)
@@ -282,29 +324,28 @@ def _call(op: Any, *args: Any, **kwargs: Any) -> Node:
 # Casts
 
 
-def _cast_later(node: Node) -> bool:
-    """Move a cast to float32 from before an activation, or the sum with a residual, to behind it; whether one was.
+def _cast_later(node: Node, rounded: set[Node]) -> None:
+    """Move a cast to float32 from before an activation, or the sum with a residual, to behind it.
 
     An activation gives the same before a cast and behind it. A sum is rounded then: it is left alone unless it is
-    rounded to bfloat16 anyway, for the convolution that comes next.
+    rounded to bfloat16 anyway, wherever it goes, and at once for the convolution that comes next.
     """
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or value.dtype != torch.float32 or node.kwargs:
-        return False
+        return
     if node.target is _aten.relu.default:
         operands = [_uncast(node.args[0])]
         computed = operands[0] is not None and operands[0].target in (_aten.convolution.default, _aten.add.Tensor)
-    elif node.target is _aten.add.Tensor and (_is_rounded(node) or any(map(_is_rounded, _activations(node)))):
+    elif node.target is _aten.add.Tensor and node in rounded and any(map(_is_rounded, (node, *_activations(node)))):
         operands = [_uncast(argument) or _rounded(argument, node) for argument in node.args]
         computed = any(operand is not None and operand.target is _aten.convolution.default for operand in operands)
     else:
-        return False
+        return
     if not computed or not all(operands):
-        return False
+        return
     with node.graph.inserting_before(node):
         out = _call(_CAST, _call(node.target, *operands), torch.float32)
     node.replace_all_uses_with(out)
-    return True
 
 
 def _uncast(argument: Any) -> Node | None:

@@ -22,10 +22,13 @@ _aten = torch.ops.aten
 class SkipConcatenations(GraphPass):
     """Replaces the parts into which a concatenation is split, where they are what it was made of.
 
-    It runs late, on graphs of aten operators that change nothing in place.
+    It runs late, on graphs of aten operators that change nothing in place but inputs, at their end. A graph that does
+    is left alone: a part of a concatenation is a copy, which must not see the change.
     """
 
     def __call__(self, graph: Graph) -> None:
+        if any(_changes(node) for node in graph.nodes):
+            return
         for split in graph.find_nodes(op="call_function", target=_aten.split_with_sizes.default):
             parts = _parts_of(*split.args)
             if parts is None:
@@ -37,6 +40,10 @@ class SkipConcatenations(GraphPass):
             for unused in (split, split.args[0]):
                 if not unused.users:
                     graph.erase_node(unused)
+
+
+def _changes(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _parts_of(whole: Node, sizes: list[Any], dim: int = 0) -> list[Node] | None:

@@ -3,9 +3,9 @@
 The fault, seen in torch 2.13 to 2.15: where a package is loaded nobody looks whether the processor has the instructions
 that it was compiled with, and the process ends at the first that is missing.
 
-The way around: the function that whoever loads a package calls first is one of ours. It asks the processor, and either
-calls Inductor's or is an error. It is in the package itself, so all are protected who load it, in Python or C++, with
-or without this package.
+The way around: the functions of which whoever loads a package calls one first are ours. They ask the processor, and
+either call Inductor's or are an error. They are in the package itself, so all are protected who load it, in Python or
+C++, with or without this package.
 """
 
 from __future__ import annotations
@@ -21,16 +21,20 @@ import torch
 from ...version import tested_torch
 from ..common.template import splice_header
 
-# Before and behind what Inductor writes, whose own function gets another name. The error is an exception, as this
-# function otherwise has only a code for it, and its callers do not ask for the last error.
+# Before and behind what Inductor writes, whose own functions get other names. The error is an exception, as these
+# functions otherwise have only a code for it, and their callers do not ask for the last error.
 _BEFORE = """
 #include <torch/csrc/inductor/aoti_runtime/interface.h>
 #define AOTInductorModelContainerCreateWithDevice inductor_create
 extern "C" [[gnu::visibility("hidden")]] AOTIRuntimeError inductor_create(
     AOTInductorModelContainerHandle*, size_t, const char*, const char*);
+#define AOTInductorModelContainerCreate inductor_create_on_device
+extern "C" [[gnu::visibility("hidden")]] AOTIRuntimeError inductor_create_on_device(
+    AOTInductorModelContainerHandle*, size_t, bool, const char*);
 """
 _BEHIND = """
 #undef AOTInductorModelContainerCreateWithDevice
+#undef AOTInductorModelContainerCreate
 
 PROCESSOR_H
 
@@ -40,6 +44,14 @@ extern "C" AOTI_API INDUCTOR_VISION_ANY_PROCESSOR AOTIRuntimeError AOTInductorMo
     throw std::runtime_error(why_not);
   }
   return inductor_create(container, models, device, cubins);
+}
+
+extern "C" AOTI_API INDUCTOR_VISION_ANY_PROCESSOR AOTIRuntimeError AOTInductorModelContainerCreate(
+    AOTInductorModelContainerHandle* container, size_t models, bool is_cpu, const char* cubins) {
+  if (const char* why_not = inductor_vision::why_not_on_this_processor(COMPILED_FOR)) {
+    throw std::runtime_error(why_not);
+  }
+  return inductor_create_on_device(container, models, is_cpu, cubins);
 }
 """
 

@@ -182,7 +182,6 @@ FOLDED: dict[str, Callable[[], tuple[nn.Module, tuple[int, ...]]]] = {
     ),
     "one dimension": lambda: (Map(nn.Conv1d(6, 4, 3), scaled, **vectors(4, 1)), (2, 6, 11)),
     "volumes": lambda: (Map(nn.Conv3d(6, 4, 3), scaled, **vectors(4, 1, 1, 1)), (2, 6, 5, 6, 7)),
-    "without a batch": lambda: (Map(conv(), scaled, **vectors(4, 1, 1)), IMAGE[1:]),
     "a zero": lambda: (
         Map(conv(), scaled, a=torch.tensor([[[0.0]], [[1]], [[2]], [[0]]]), b=torch.ones(4, 1, 1)),
         IMAGE,
@@ -198,6 +197,13 @@ FOLDED: dict[str, Callable[[], tuple[nn.Module, tuple[int, ...]]]] = {
 }
 
 
+class Rounded(nn.Module):
+    """Rounds, as a convolution under autocast does what it is given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.bfloat16()
+
+
 @pytest.mark.parametrize("precision", ["float32", "autocast"])
 @pytest.mark.parametrize("name", FOLDED)
 @torch.no_grad()
@@ -205,7 +211,7 @@ def test_folded(name, precision):
     model, shape = FOLDED[name]()
     x = torch.randn(shape)
     exact = in_float64(model, x)
-    model = Autocast(model) if precision == "autocast" else model
+    model = Autocast(nn.Sequential(model, Rounded())) if precision == "autocast" else model
     traced = freeze_and_run(model, x)
     assert folded(traced) == ["fused"]
     assert affine_maps_left(traced.graphs[0]) == []
@@ -292,6 +298,82 @@ def test_weight_that_is_not_constant():
     assert path.kind == "left alone"
     assert "(3 x 3, 4 channels) with sub, mul, mul, add: its weight is not a constant" in path.detail
     assert_close(traced.result, model(x, weight), torch.float32)
+
+
+class Constants(nn.Module):
+    """A convolution's result times what a buffer becomes."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.convolution, self.function = conv(), function
+        self.register_buffer("scale", torch.tensor([0.5, 1.5, 2.7, 0])[:, None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.convolution(x) * self.function(self.scale)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda scale: scale.int(),
+        lambda scale: scale.bool(),
+        lambda scale: scale.to(torch.float8_e4m3fn).float(),
+        lambda scale: scale.bfloat16().float(),  # rounds, and is computed as if it did not
+    ],
+)
+@torch.no_grad()
+def test_casts_of_constants(function):
+    model, x = Constants(function), torch.randn(IMAGE)
+    traced = freeze_and_run(model, x)
+    assert folded(traced) == ["fused"]
+    assert_close(
+        traced.result, model(x), torch.bfloat16 if function(model.scale).dtype == torch.float32 else torch.float32
+    )
+
+
+class Heads(nn.Module):
+    """Large shifts, in float32 under autocast, as of a head that returns places in pixels."""
+
+    def __init__(self, residual: bool) -> None:
+        super().__init__()
+        self.convolution, self.other, self.residual = nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1), residual
+        nn.init.normal_(self.convolution.weight, std=1e-3)
+        self.register_buffer("scale", torch.full((6, 1, 1), 8.0))
+        self.register_buffer("shift", torch.full((6, 1, 1), 600.0))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.convolution(x)
+        y = y + x if self.residual else y * self.scale + self.shift
+        return y, self.other(y)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@torch.no_grad()
+def test_what_is_returned_in_float32_is_not_rounded(residual):
+    model, x = Heads(residual), torch.randn(IMAGE)
+    exact = copy.deepcopy(model).double()(x.double())[0]
+    stock = Autocast(model)(x)[0]
+    traced = freeze_and_run(Autocast(model), x)
+    assert traced.result[0].dtype == torch.float32
+    assert (traced.result[0] - exact).abs().max() <= 1.1 * (stock - exact).abs().max()
+
+
+@torch.no_grad()
+def test_a_weight_that_is_returned():
+    """Freezing leaves it an input."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution, self.scale = conv(), nn.Parameter(torch.rand(4, 1, 1))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.convolution(x) * self.scale, self.convolution.weight.flatten(1)
+
+    model, x = Model(), torch.randn(IMAGE)
+    traced = freeze_and_run(model, x)
+    assert folded(traced) == ["left alone"]
+    assert_close(traced.result[0], model(x)[0], torch.float32)
 
 
 @torch.no_grad()

@@ -22,7 +22,8 @@ def after(program: Callable[..., Any], *args: Tensor, tracing_mode: str = "symbo
     SkipConcatenations("")(traced.graph)
     traced.graph.lint()
     traced.recompile()
-    torch.testing.assert_close(traced(*args), program(*args), rtol=0, atol=0)
+    copies = [arg.clone() for arg in args]  # of what a program may change
+    torch.testing.assert_close(traced(*args), program(*copies), rtol=0, atol=0)
     return [node.target for node in traced.graph.nodes if node.op == "call_function"]
 
 
@@ -52,6 +53,17 @@ def test_a_concatenation_that_others_read_is_left():
 
     targets = after(program, *parts(), tracing_mode="fake")
     assert aten.cat.default in targets and aten.split_with_sizes.default not in targets
+
+
+def test_inputs_that_change_are_read_before():
+    def program(x: Tensor, y: Tensor) -> Tensor:
+        first, second = torch.cat([x, y], 1).split([3, 3], 1)
+        x.copy_(second)
+        y.copy_(first)
+        return x - y
+
+    targets = after(program, torch.randn(2, 3), torch.randn(2, 3), tracing_mode="fake")
+    assert aten.split_with_sizes.default in targets
 
 
 OTHER_PARTS = {
