@@ -38,8 +38,9 @@ def fold_norms() -> None:
     are computed in float64 and rounded once. What the convolution gives is rounded to its dtype once, behind the norm,
     the residual and the activation, instead of before each.
 
-    A convolution is left alone if its result is used elsewhere too, its weight is not a constant, or it is in float16,
-    whose range is too small for products of weights and scales. Models, eager mode and training are not changed.
+    A convolution is left alone if its result is used elsewhere too, its weight is not a constant, it is in bfloat16 and
+    what the norm gives is returned, or computed with further, in float32, or it is in float16, whose range is too small
+    for products of weights and scales. Models, eager mode and training are not changed.
 
     :func:`inductor_vision.accelerate` and :func:`inductor_vision.export_detector` call it.
     :func:`inductor_vision.explain` and the ``inductor_vision`` logger say what became of each convolution before such a
