@@ -119,7 +119,8 @@ def _frozen_inputs(graph: Graph) -> set[Node]:
 
 # What is done with a value before it is rounded, and leaves the error of its rounding as it is, relative to the result.
 _KEEP_ROUNDING = {
-    *(_aten.relu.default, _aten.add.Tensor, _aten.mul.Tensor, _aten.div.Tensor, _aten.sigmoid.default),
+    *(_aten.add.Tensor, _aten.mul.Tensor, _aten.div.Tensor, _aten.neg.default, _aten.relu.default),
+    *(_aten.exp.default, _aten.log1p.default, _aten.sigmoid.default, _aten.tanh.default, _aten.erf.default),
     *(_aten.clamp_min.default, _aten.clamp_max.default, _aten.clamp.default, _aten.hardtanh.default),
     *(_aten.minimum.default, _aten.maximum.default, _aten.where.self, _aten.gt.Scalar),
     *(_aten.mean.dim, _aten._adaptive_avg_pool2d.default, _aten.avg_pool2d.default),

@@ -100,7 +100,8 @@ def assert_same(compiled: Compiled, expected: Any) -> None:
 
 
 def test_each_operator_has_a_call():
-    assert sorted(CALLS) == sorted(OPS)
+    aten = {"upsample_bilinear2d", "upsample_bilinear2d_backward"}  # what aten has is Inductor's in Triton
+    assert sorted(CALLS) == sorted(OPS.keys() - aten)
 
 
 @pytest.mark.parametrize("op", CALLS)
