@@ -12,6 +12,7 @@ import torch
 from inductor_vision import accelerate_torchvision, export_detector
 from inductor_vision.tests.support.compiled import compile_and_run, trace_and_run
 from inductor_vision.tests.support.detectors import HAND_MADE, STOCK, hand_made_detector, stock_detector
+from inductor_vision.tests.support.frozen import assert_norms_are_folded
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.usefixtures("torchvision", "unoptimized")
@@ -56,6 +57,11 @@ def test_bfloat16(model, converted):
     begin, end = ours["boxes"].float().split(2, dim=1)
     assert (begin >= 0).all() and (begin <= end).all() and (end <= torch.tensor(image.shape[:0:-1])).all()
     assert all(ours[key].shape[1:] == stock[key].shape[1:] and ours[key].isfinite().all() for key in stock)
+
+
+@pytest.mark.parametrize("precision", ["autocast", "bfloat16"])
+def test_norms_are_folded(model, precision):
+    assert_norms_are_folded(*model, precision)
 
 
 def test_package(model, tmp_path, request):

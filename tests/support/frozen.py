@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 import torch._inductor.lowering  # from here on this package is among its tables
+from inductor_vision import accelerate_torchvision
 from inductor_vision.lowering.passes.affine_maps import FoldAffineMaps
+from inductor_vision.perf.backends import Autocast
 from inductor_vision.tests.support.compiled import Traced, trace_and_run
+from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 CONVOLUTIONS = ("aten.convolution", "mkldnn._convolution_pointwise", "mkldnn._convolution_transpose_pointwise")
@@ -55,3 +58,15 @@ def casts(graph: Graph) -> list[Node]:
     """Casts of what is computed."""
     found = [node for node in graph.nodes if is_called(node, "prims.convert_element_type")]
     return [node for node in found if node.args[0].op != "placeholder"]
+
+
+def assert_norms_are_folded(detector: nn.Module, image: Tensor, precision: str) -> None:
+    """Of a detector, under "autocast" or converted to "bfloat16"; there must be some, but for SSD300."""
+    if precision == "bfloat16":
+        detector, image = detector.bfloat16(), image.bfloat16()
+    accelerate_torchvision()
+    traced = freeze_and_run(Autocast(detector) if precision == "autocast" else detector, [image])
+    kinds = {path.kind for path in traced.paths if path.op == "convolution"}
+    has_norms = any("Norm" in type(layer).__name__ for layer in detector.modules())
+    assert kinds == ({"fused"} if has_norms else set())
+    assert [map for graph in traced.graphs for map in affine_maps_left(graph)] == []

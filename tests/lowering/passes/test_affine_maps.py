@@ -9,15 +9,16 @@ from collections.abc import Callable
 import inductor_vision
 import pytest
 import torch
-from inductor_vision import accelerate_torchvision, fold_norms
+from inductor_vision import fold_norms
 from inductor_vision.lowering.common import cache_key
 from inductor_vision.lowering.passes.affine_maps import FoldAffineMaps
 from inductor_vision.lowering.workarounds.repeated_constants import MergeConstants
 from inductor_vision.tests.support.compare import assert_close
 from inductor_vision.tests.support.compiled import Traced, compile_and_run, run_python
-from inductor_vision.tests.support.detectors import STOCK, stock_detector
+from inductor_vision.tests.support.detectors import stock_detector
 from inductor_vision.tests.support.frozen import (
     affine_maps_left,
+    assert_norms_are_folded,
     casts,
     convolutions,
     freeze_and_run,
@@ -514,8 +515,10 @@ CLASSIFIERS = ("resnet18", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["autocast", "bfloat16"])
-@pytest.mark.parametrize("name", CLASSIFIERS)
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [*((name, "autocast") for name in CLASSIFIERS), ("resnet18", "bfloat16"), ("mobilenet_v3_small", "bfloat16")],
+)
 @torch.no_grad()
 def test_classifiers(torchvision_python, name, precision):
     """No map is left, and the error against float64 does not grow."""
@@ -539,18 +542,11 @@ def test_classifiers(torchvision_python, name, precision):
 @pytest.mark.parametrize(
     ("name", "precision"),
     [
-        *((name, "autocast") for name in STOCK),
-        *((name, "bfloat16") for name in ("fasterrcnn_mobilenet_v3_large_fpn", "retinanet_resnet50_fpn_v2")),
+        ("fasterrcnn_resnet50_fpn_v2", "autocast"),
+        ("ssdlite320_mobilenet_v3_large", "autocast"),
+        ("retinanet_resnet50_fpn_v2", "bfloat16"),
     ],
 )
-@torch.no_grad()
 def test_detectors(torchvision, name, precision):
-    """Inductor folds by itself in float32. SSD300 has no norms."""
-    accelerate_torchvision()
-    detector, image = stock_detector(name)
-    if precision == "bfloat16":
-        detector, image = detector.bfloat16(), image.bfloat16()
-    model = Autocast(detector) if precision == "autocast" else detector
-    traced = freeze_and_run(model, [image])
-    assert set(folded(traced)) == (set() if name == "ssd300_vgg16" else {"fused"})
-    assert [map for graph in traced.graphs for map in affine_maps_left(graph)] == []
+    """All twelve are in tests/stock_detectors.py. Inductor folds by itself in float32."""
+    assert_norms_are_folded(*stock_detector(name), precision)
