@@ -242,14 +242,22 @@ def _groups(
 
 def _others(case: CaseResult, ours: Row, columns: _Columns) -> dict[str, float]:
     """The multiples that are known."""
-    timed = {row.contender: row.against(ours) for row in case.rows if row is not ours and row.is_timed}
-    known = {name: ratio for name, ratio in timed.items() if ratio is not None}
+    known = {row.contender: _ratio(row, ours) for row in case.rows if row is not ours and row.seconds}
     found = {}
     for title, names in columns.others.items():
         name = next((name for name in names if name in known), None)
         if name is not None:
             found[title] = float(significant(known[name]))
     return found
+
+
+def _ratio(row: Row, ours: Row) -> float:
+    """The median of ratios, or where these are not kept, which is so of all but a few, the ratio of medians."""
+    ratio = row.against(ours)
+    if ratio is not None:
+        return ratio
+    assert row.seconds and ours.seconds
+    return row.seconds.median / ours.seconds.median
 
 
 def _case(results: dict[str, list[Report]], suite: str, name: str) -> CaseResult | None:
