@@ -242,7 +242,8 @@ def _groups(
 
 def _others(case: CaseResult, ours: Row, columns: _Columns) -> dict[str, float]:
     """The multiples that are known."""
-    known = {row.contender: _ratio(row, ours) for row in case.rows if row is not ours and row.seconds}
+    timed = {row.contender: _ratio(row, ours) for row in case.rows if row is not ours and row.is_timed}
+    known = {name: ratio for name, ratio in timed.items() if ratio is not None}
     found = {}
     for title, names in columns.others.items():
         name = next((name for name in names if name in known), None)
@@ -251,13 +252,12 @@ def _others(case: CaseResult, ours: Row, columns: _Columns) -> dict[str, float]:
     return found
 
 
-def _ratio(row: Row, ours: Row) -> float:
-    """The median of ratios, or where these are not kept, which is so of all but a few, the ratio of medians."""
+def _ratio(row: Row, ours: Row) -> float | None:
+    """The median of ratios; where these are not kept, as against most contenders, the ratio of medians."""
     ratio = row.against(ours)
-    if ratio is not None:
-        return ratio
-    assert row.seconds and ours.seconds
-    return row.seconds.median / ours.seconds.median
+    if ratio is None and row.seconds and ours.seconds:
+        ratio = row.seconds.median / ours.seconds.median
+    return ratio
 
 
 def _case(results: dict[str, list[Report]], suite: str, name: str) -> CaseResult | None:
