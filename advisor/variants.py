@@ -138,8 +138,8 @@ def whole_model_variants(
 def way(variant: Variant, program: Program, target: Target, threads: int) -> Way:
     """A variant to measure.
 
-    What compiles has a process of its own: accelerate_torchvision() and fuse_depthwise_separable() change what every
-    later torch.compile of a process does, and Dynamo keeps what it compiled by code object, which all variants of a
+    What compiles has a process of its own: accelerate_torchvision() and its like change what every later torch.compile
+    of a process does, and Dynamo keeps what it compiled by code object, which all variants of a
     model share. What does not compile is measured here, on a copy of the model if it changes it.
     """
     threads = variant.threads or threads
@@ -184,7 +184,8 @@ def build(variant: Variant, program: Program) -> Callable[[], list[Tensor]]:
     if variant.compiler:
         import inductor_vision
 
-        _change_compiler(variant.compiler)
+        for name in _calls(variant.compiler):
+            getattr(inductor_vision, name)()
         options = inductor_vision.inference_options() if OPTIONS in variant.compiler else None
         run = torch.compile(model, options=options)
 
@@ -204,16 +205,10 @@ def replace_layers(model: nn.Module, replaced: Sequence[tuple[str, Sequence[str]
     return model
 
 
-def _change_compiler(compiler: Sequence[str]) -> None:
-    import inductor_vision
-
-    if ACCELERATE in compiler:
-        inductor_vision.accelerate_torchvision()
-    if FUSE in compiler:
-        inductor_vision.fuse_depthwise_separable()
-    if FREEZE in compiler:
-        inductor_vision.fold_norms()
-        inductor_vision.freeze_weights()
+def _calls(compiler: Sequence[str]) -> list[str]:
+    """This package's functions that change what is compiled, in the order in which they are called."""
+    calls = [call for call in (ACCELERATE, FUSE) if call in compiler]
+    return [*calls, "fold_norms", FREEZE] if FREEZE in compiler else calls
 
 
 @contextlib.contextmanager
@@ -246,8 +241,7 @@ def code(variant: Variant, inputs: Sequence[Input]) -> list[str]:
 
 def _code_of_model(variant: Variant) -> list[str]:
     lines = []
-    calls = [f"inductor_vision.{call}()" for call in (ACCELERATE, FUSE) if call in variant.compiler]
-    calls += ["inductor_vision.fold_norms()", "inductor_vision.freeze_weights()"] if FREEZE in variant.compiler else []
+    calls = [f"inductor_vision.{name}()" for name in _calls(variant.compiler)]
     lines += ["import inductor_vision", *calls] if calls or OPTIONS in variant.compiler else []
     lines += [f"torch.set_num_threads({variant.threads})"] if variant.threads else []
     lines += ["from inductor_vision.advisor import replace"] if variant.replaced else []

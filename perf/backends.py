@@ -174,15 +174,15 @@ class Function(nn.Module):
 
 
 class Autocast(nn.Module):
-    """A module that computes in bfloat16, where autocast has it do so."""
+    """A module that computes in a low precision, where autocast has it do so."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__()
-        self.module = module
+        self.module, self.dtype = module, dtype
         self.training = module.training  # its own alone: train() would change what is in it, too
 
     def forward(self, *inputs: Any) -> Any:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=self.dtype):
             return self.module(*inputs)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from inductor_vision import accelerate_torchvision, export_detector
 from inductor_vision.export import _export_any_size
+from inductor_vision.perf.backends import Autocast
 from inductor_vision.tests.support.compiled import run_alone, run_python, source_of_package
 from inductor_vision.tests.support.detectors import agreement, assert_same_detections, small_detector
 from inductor_vision.tests.support.machine_code import assert_made_for
@@ -51,16 +52,6 @@ def test_package_says_what_it_returns_and_refuses_what_it_cannot_take(detector_p
             detector(image)
 
 
-class LowPrecision(nn.Module):
-    def __init__(self, detector: nn.Module) -> None:
-        super().__init__()
-        self.detector = detector
-
-    def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return self.detector(images)
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("unoptimized")
 @pytest.mark.parametrize("converted", [False, True])
@@ -73,7 +64,7 @@ def test_bfloat16(torchvision_python, tmp_path, converted):
     if converted:
         detector, image = detector.bfloat16(), image.bfloat16()
     else:
-        detector = LowPrecision(detector).eval()
+        detector = Autocast(detector)
     path = export_detector(detector, image, tmp_path / "detector.pt2", any_size=False)
     ours = torch._inductor.aoti_load_package(str(path))(image)
     assert ours["boxes"].dtype == ours["scores"].dtype == torch.bfloat16 and len(stock["boxes"]) > 4

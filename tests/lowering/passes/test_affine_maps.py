@@ -13,6 +13,7 @@ from inductor_vision import fold_norms
 from inductor_vision.lowering.common import cache_key
 from inductor_vision.lowering.passes.affine_maps import FoldAffineMaps
 from inductor_vision.lowering.workarounds.repeated_constants import MergeConstants
+from inductor_vision.perf.backends import Autocast
 from inductor_vision.tests.support.compare import assert_close
 from inductor_vision.tests.support.compiled import Traced, compile_and_run, run_python
 from inductor_vision.tests.support.detectors import stock_detector
@@ -81,16 +82,6 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return (self.norm2(self.conv2(self.norm1(self.conv1(x)).relu())) + x).relu()
-
-
-class Autocast(nn.Module):
-    def __init__(self, model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
-        super().__init__()
-        self.model, self.dtype = model, dtype
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        with torch.autocast("cpu", self.dtype):
-            return self.model(*inputs)
 
 
 def in_float64(model: nn.Module, *inputs: Tensor) -> Tensor:
