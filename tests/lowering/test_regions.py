@@ -760,7 +760,9 @@ def test_a_linear_layer_behind_gets_what_it_wants_without_a_copy(dynamic, autoca
         assert_close(compiled.result, network(*call), BF16 if autocast else FP32)
     assert [str(path) for path in compiled.paths] == [FLATTENED]
     (written,) = re.findall(r"^ *cpp_fused_\w*roi_align\w*\(.*(buf\d+)\b.*\)$", compiled.source, flags=re.MULTILINE)
-    assert re.search(rf"linear\w*\.default\(reinterpret_tensor\({written}, ", compiled.source)
+    # oneDNN's, or aten's where the processor has no instructions for the dtype.
+    reads = rf"(linear\w*\.default\(|addmm\(\w+, )reinterpret_tensor\({written}, "
+    assert re.search(reads, compiled.source)
 
 
 def test_a_linear_layer_is_trained_without_a_copy():
