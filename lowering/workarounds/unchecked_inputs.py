@@ -9,45 +9,34 @@ The way around: the generated condition is exchanged, so that they are made unle
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
-from unittest.mock import patch
 
-import torch
+from .package_wrappers import method_exchanged, not_as_tested
 
-from ...version import tested_torch
-
+_PACKAGE = "a package that checks its inputs"
 _ASKED_FOR = "env_var_value != nullptr && env_var_value[0] != '0'"
 _NOT_DECLINED = "env_var_value == nullptr || env_var_value[0] != '0'"
 
 
-@contextlib.contextmanager
-def inputs_checked() -> Iterator[None]:
+def inputs_checked() -> contextlib.AbstractContextManager[None]:
     """Within this context what is packaged checks the shape, strides and dtype of its inputs.
 
     Raises:
         RuntimeError: Inductor generates them otherwise than the releases of torch that this is tested with.
     """
-    from ..inductor.packaging import CppWrapperCpu
+    return method_exchanged("generate_input_output_runtime_checks", _unless_declined, _PACKAGE)
 
-    original = getattr(CppWrapperCpu, "generate_input_output_runtime_checks", None)
-    if original is None:
-        raise _not_as_tested("CppWrapperCpu has no generate_input_output_runtime_checks")
 
+def _unless_declined(original: Callable[..., None]) -> Callable[..., None]:
     def generate(wrapper: Any) -> None:
         original(wrapper)
         # Where Inductor generates Triton code too, it may write two programs at once, and a package is the second.
         lines = getattr(wrapper.prefix, "aot", wrapper.prefix)._lines
         asking = [i for i, line in enumerate(lines) if _ASKED_FOR in str(line)]
         if len(asking) != 1:
-            raise _not_as_tested(f"{_ASKED_FOR!r} is in {len(asking)} lines of the generated code, not in one")
+            found = f"{_ASKED_FOR!r} is in {len(asking)} lines of the generated code, not in one"
+            raise not_as_tested(_PACKAGE, found)
         lines[asking[0]] = lines[asking[0]].replace(_ASKED_FOR, _NOT_DECLINED)
 
-    with patch.object(CppWrapperCpu, "generate_input_output_runtime_checks", generate):
-        yield
-
-
-def _not_as_tested(what: str) -> RuntimeError:
-    return RuntimeError(
-        f"a package that checks its inputs cannot be made: {what} (this is torch {torch.__version__}; {tested_torch()})"
-    )
+    return generate

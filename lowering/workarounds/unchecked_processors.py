@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
-from ...version import tested_torch
 from ..common.template import splice_header
+from .package_wrappers import method_exchanged
 
 # Before and behind what Inductor writes, whose own functions get other names. The error is an exception, as these
 # functions otherwise have only a code for it, and their callers do not ask for the last error.
@@ -56,30 +55,23 @@ extern "C" AOTI_API INDUCTOR_VISION_ANY_PROCESSOR AOTIRuntimeError AOTInductorMo
 """
 
 
-@contextlib.contextmanager
-def processor_checked() -> Iterator[None]:
+def processor_checked() -> contextlib.AbstractContextManager[None]:
     """Within this context what is packaged refuses to be loaded where the processor lacks what it is compiled for.
 
     Raises:
         RuntimeError: Inductor generates packages otherwise than the releases of torch that this is tested with.
     """
-    from ..inductor.packaging import CppWrapperCpu
+    return method_exchanged("_write_aoti_interface_header", _around_interface, "a package that looks at the processor")
 
-    original = getattr(CppWrapperCpu, "_write_aoti_interface_header", None)
-    if original is None:
-        raise RuntimeError(
-            "a package that looks at the processor cannot be made: CppWrapperCpu has no _write_aoti_interface_header "
-            f"(this is torch {torch.__version__}; {tested_torch()})"
-        )
 
+def _around_interface(original: Callable[..., None]) -> Callable[..., None]:
     def write(wrapper: Any) -> None:
         wrapper.header.splice_aot(_BEFORE)
         original(wrapper)
         behind = _BEHIND.replace("PROCESSOR_H", splice_header("processor.h"))
         wrapper.header.splice_aot(behind.replace("COMPILED_FOR", json.dumps(_compiled_for())))
 
-    with patch.object(CppWrapperCpu, "_write_aoti_interface_header", write):
-        yield
+    return write
 
 
 def _compiled_for() -> str:

@@ -13,7 +13,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from ...integrations.models import accelerate
+from ...integrations.models import accelerate, inference_options
 from .. import backends
 from ..models import REMARK, OnnxModel, contender, exported, runtimes
 from ..spec import Case, Job, Prepared, Suite
@@ -62,11 +62,18 @@ def _eager(job: Job, channels_last: bool = False) -> Prepared:
 
 
 def _compiled(
-    job: Job, *, accelerated: bool, channels_last: bool = False, freezing: bool = True, bfloat16: bool = False
+    job: Job,
+    *,
+    accelerated: bool,
+    channels_last: bool = False,
+    freezing: bool = True,
+    bfloat16: bool = False,
+    cheap_calls: bool = False,
 ) -> Prepared:
     if accelerated:
         accelerate()
-    return backends.compiled(*_in_format(job, channels_last, bfloat16), freezing=freezing)
+    with backends.compiled_with(**(inference_options() if cheap_calls else {})):
+        return backends.compiled(*_in_format(job, channels_last, bfloat16), freezing=freezing)
 
 
 def _packaged(job: Job, bfloat16: bool = False) -> Prepared:
@@ -99,10 +106,12 @@ _LOW_PRECISION = {"tolerance": 0.5}
 SUITE = Suite(
     name="classifiers",
     description="torchvision's classifiers with random weights, compiled, with accelerate() and without",
-    remark=f"{REMARK} Of EfficientNet-B0 no pair is fused, because something stands between the two.",
+    remark=f"{REMARK} cheap-calls: with inference_options(), the others without. Of EfficientNet-B0 no pair is fused, "
+    "because something stands between the two.",
     reference=_reference,
     contenders=(
         contender("ours-frozen", "ours", _ours, compiled=True),
+        contender("ours-cheap-calls", "ours", functools.partial(_ours, cheap_calls=True), compiled=True),
         contender("ours-channels-last", "ours", functools.partial(_ours, channels_last=True), compiled=True),
         contender("ours-aoti", "ours", _packaged, compiled=True),
         contender("ours-not-frozen", "ours", functools.partial(_ours, freezing=False), compiled=True),

@@ -4,6 +4,7 @@ import importlib
 
 import pytest
 import torch
+from inductor_vision import inference_options
 from inductor_vision.lowering.installation import installer
 from inductor_vision.lowering.passes.depthwise_separable import FuseDepthwiseSeparable
 from inductor_vision.perf import backends
@@ -63,6 +64,21 @@ def test_contenders_agree_with_the_reference(contender, switches, onnx_files):
     if contender.name.endswith("bf16"):
         assert error > case.tolerance  # that is no float32
     assert switches == [contender.role == "ours"] * contender.compiled
+
+
+def test_cheap_calls(switches, monkeypatch):
+    options = {}
+
+    def compiled(module, tensors, **settings):
+        options[len(options)] = backends._options.get()
+        return backends.eager(module, tensors)
+
+    monkeypatch.setattr(backends, "compiled", compiled)
+    case = classifiers.case(PROBLEM)
+    for contender in SUITE.contenders:
+        if contender.name in ("ours-frozen", "ours-cheap-calls"):
+            contender.prepare(Job(case, case.build(), 1))
+    assert options == {0: {}, 1: inference_options()}
 
 
 def test_models_and_images_are_the_same_at_every_call():
