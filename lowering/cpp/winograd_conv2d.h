@@ -48,6 +48,16 @@ struct Winograd<2> {
     store(0, m0 + (m1 + m2));
     store(1, (m1 - m2) + m3);
   }
+  template <typename acc_t, typename Load, typename Store>
+  static void weight(const Load& load, const Store& store) {
+    using Vec = Vectorized<acc_t>;
+    const auto w0 = load(0), w1 = load(1), w2 = load(2);
+    const auto even = Vec(0.5) * (w0 + w2), odd = Vec(0.5) * w1;
+    store(0, w0.neg());
+    store(1, even + odd);
+    store(2, even - odd);
+    store(3, w2);
+  }
 };
 
 // Points 0, a, -a, b, -b, infinity.
@@ -81,13 +91,136 @@ struct Winograd<4> {
     store(2, fmadd(Vec(a * a), even_a, Vec(b * b) * even_b));
     store(3, fmadd(Vec(a * a * a), odd_a, fmadd(Vec(b * b * b), odd_b, m5)));
   }
+  template <typename acc_t, typename Load, typename Store>
+  static void weight(const Load& load, const Store& store) {
+    using Vec = Vectorized<acc_t>;
+    constexpr double at_a = 1 / (2 * a * a * (a * a - b * b)), at_b = 1 / (2 * b * b * (b * b - a * a));
+    const auto w0 = load(0), w1 = load(1), w2 = load(2);
+    store(0, Vec(1 / (a * a * b * b)) * w0);
+    const Vec even_a = at::vec::fmadd(Vec(a * a), w2, w0), odd_a = Vec(a) * w1;
+    store(1, Vec(at_a) * (even_a + odd_a));
+    store(2, Vec(at_a) * (even_a - odd_a));
+    const Vec even_b = at::vec::fmadd(Vec(b * b), w2, w0), odd_b = Vec(b) * w1;
+    store(3, Vec(at_b) * (even_b + odd_b));
+    store(4, Vec(at_b) * (even_b - odd_b));
+    store(5, w2);
+  }
 };
+
+// A weight [G][O / G][C / G][9] that is to be transformed, with any strides but those of its taps, which are
+// neighbours. Of the convolution that is the gradient of another one's input: `rotated`, taps are in the reverse order.
+template <typename scalar_t>
+struct WinogradWeight {
+  const scalar_t* data;
+  int64_t groups, outputs, inputs;  // the latter two of a group
+  int64_t group, output, input;     // strides
+  bool rotated;
+
+  int64_t panels() const {
+    return divide_up(outputs, kPanel<accumulate_t<scalar_t>>);
+  }
+};
+
+// U of a panel of outputs and of the input channels [begin, end) of a group: [points][inputs][kPanel].
+template <int kTile, typename scalar_t>
+inline void transform_weight(
+    const WinogradWeight<scalar_t>& weight, int64_t group, int64_t panel, int64_t begin, int64_t end,
+    accumulate_t<scalar_t>* out) {
+  using acc_t = accumulate_t<scalar_t>;
+  using Vec = Vectorized<acc_t>;
+  constexpr int64_t kLine = kPanel<acc_t>, kSide = kTile + 2, kTaps = 9;
+  constexpr int kVectors = static_cast<int>(kLine / Vec::size());
+  constexpr int64_t kChannels = 8;  // at a time
+  alignas(kCacheLine) acc_t taps[kChannels * kTaps * kLine];
+  alignas(kCacheLine) acc_t half[kSide * 3 * kLine];
+  const int64_t outputs = std::min(kLine, weight.outputs - panel * kLine);
+  if (outputs < kLine) {
+    std::fill_n(taps, kChannels * kTaps * kLine, acc_t(0));
+  }
+  for (int64_t first = begin; first < end; first += kChannels) {
+    const int64_t channels = std::min(kChannels, end - first);
+    const scalar_t* from = weight.data + group * weight.group + panel * kLine * weight.output + first * weight.input;
+    if (weight.input == kTaps) {  // one long row
+      load_block(from, 1, weight.output, taps, kLine, channels * kTaps, outputs);
+    } else {
+      for (int64_t c = 0; c < channels; ++c) {
+        load_block(from + c * weight.input, 1, weight.output, taps + c * kTaps * kLine, kLine, kTaps, outputs);
+      }
+    }
+    for (int64_t c = 0; c < channels; ++c) {
+      const acc_t* line = taps + c * kTaps * kLine;
+      acc_t* to = out + (first + c) * kLine;
+      for (int64_t j = 0; j < 3; ++j) {
+        ForcedUnroll<kVectors>{}([&](auto v) {
+          Winograd<kTile>::template weight<acc_t>(
+              [&](int i) {
+                const int64_t tap = weight.rotated ? kTaps - 1 - (i * 3 + j) : i * 3 + j;
+                return Vec::loadu(line + tap * kLine + v * Vec::size());
+              },
+              [&](int x, const Vec& value) { value.store(half + (x * 3 + j) * kLine + v * Vec::size()); });
+        });
+      }
+      for (int64_t x = 0; x < kSide; ++x) {
+        ForcedUnroll<kVectors>{}([&](auto v) {
+          Winograd<kTile>::template weight<acc_t>(
+              [&](int j) { return Vec::loadu(half + (x * 3 + j) * kLine + v * Vec::size()); },
+              [&](int y, const Vec& value) {
+                value.store(to + (x * kSide + y) * weight.inputs * kLine + v * Vec::size());
+              });
+        });
+      }
+    }
+  }
+}
+
+// Pieces of a weight that threads transform by themselves.
+template <int kTile, typename scalar_t>
+class WeightTransform {
+ public:
+  using acc_t = accumulate_t<scalar_t>;
+  static constexpr int64_t kPoints = (kTile + 2) * (kTile + 2);
+
+  // `out`: [groups][panels][points][inputs][kPanel].
+  WeightTransform(const WinogradWeight<scalar_t>& weight, acc_t* out)
+      : weight_(weight),
+        out_(out),
+        cuts_(divide_up(weight.inputs, kChannels)) {
+  }
+  static int64_t size(const WinogradWeight<scalar_t>& weight) {
+    return weight.groups * weight.panels() * kPoints * weight.inputs * kPanel<acc_t>;
+  }
+  int64_t pieces() const {
+    return weight_.groups * weight_.panels() * cuts_;
+  }
+  void run(int64_t piece) const {
+    const int64_t panel = piece / cuts_, begin = piece % cuts_ * kChannels;
+    transform_weight<kTile>(
+        weight_, panel / weight_.panels(), panel % weight_.panels(), begin, std::min(begin + kChannels, weight_.inputs),
+        out_ + panel * kPoints * weight_.inputs * kPanel<acc_t>);
+  }
+
+ private:
+  static constexpr int64_t kChannels = 64;  // of a piece
+  const WinogradWeight<scalar_t>& weight_;
+  acc_t* out_;
+  int64_t cuts_;
+};
+
+// U of a weight: [groups][panels][points][inputs][kPanel].
+template <int kTile, typename scalar_t>
+inline void winograd_weight(const WinogradWeight<scalar_t>& weight, accumulate_t<scalar_t>* out) {
+  const WeightTransform<kTile, scalar_t> transform(weight, out);
+#pragma omp parallel for num_threads(omp_get_max_threads()) schedule(static)
+  for (int64_t piece = 0; piece < transform.pieces(); ++piece) {
+    transform.run(piece);
+  }
+}
 
 template <typename scalar_t>
 struct WinogradConv2d {
   using acc_t = accumulate_t<scalar_t>;
   View4d<scalar_t> input;
-  const acc_t* weight;   // U: [G][panels][points][C / G][kPanel]
+  const acc_t* weight;   // U: [G][panels][points][C / G][kPanel]; null: it is made in the call
   const scalar_t* bias;  // [O]; null: none
   int64_t batch, channels, height, width;
   int64_t out_channels, out_height, out_width;
@@ -463,6 +596,11 @@ inline void winograd_conv2d(const WinogradConv2d<scalar_t>& op, const WinogradBl
   // Allocated here, because no exception may leave the parallel region.
   const int64_t input_size = Input::size(Block::chunks(op), input_tiles);
   const Scratch<acc_t> inputs((shared ? 1 : threads) * input_size);
+  const bool transforms = op.weight == nullptr;
+  const Scratch<acc_t> transformed(transforms ? WeightTransform<kTile, scalar_t>::size(weight) : 0);
+  if (transforms) {
+    op.weight = transformed.get();
+  }
   std::vector<Block> blocks;
   for (int thread = 0; thread < threads; ++thread) {
     blocks.emplace_back(op, block_tiles, panels);
@@ -478,6 +616,13 @@ inline void winograd_conv2d(const WinogradConv2d<scalar_t>& op, const WinogradBl
           input, shared ? begin(block) : 0, begin(block), begin(block + 1), slice / group_slices, panel,
           std::min(panels, op.group_panels() - panel), store);
     };
+    if (transforms) {
+      const WeightTransform<kTile, scalar_t> transform(weight, transformed.get());
+#pragma omp for schedule(static)
+      for (int64_t piece = 0; piece < transform.pieces(); ++piece) {
+        transform.run(piece);
+      }
+    }
     if (shared) {
 #pragma omp for schedule(dynamic)
       for (int64_t unit = 0; unit < units; ++unit) {

@@ -12,6 +12,7 @@
 #include "roi_pool.h"
 #include "soft_nms.h"
 #include "upsample_bilinear2d.h"
+#include "winograd_conv2d.h"
 
 #include <atomic>
 #include <cinttypes>
@@ -295,6 +296,18 @@ void run_patches() {
   run_out_of_memory("patch_conv2d_backward", [&] { patch_conv2d_backward(op, gradients, PatchBlocking{2048}); });
 }
 
+void run_winograd() {
+  const Tensor<float> input = tensor(kBatch, kIn, kHeight, kWidth, -1, 1), weight = tensor(kOut, kIn, 3, 3, -1, 1);
+  const WinogradConv2d<float> op{input.view(), nullptr, nullptr, kBatch, kIn, kHeight, kWidth,
+                                 kOut,         kHeight, kWidth,  1,      1,   1};
+  const WinogradWeight<float> weights{weight.view().data, 1, kOut, kIn, kOut * kIn * 9, kIn * 9, 9, false};
+  std::vector<float> out(kBatch * kOut * kHeight * kWidth);
+  run_out_of_memory("winograd_conv2d", [&] {
+    winograd_conv2d<false, 4, 16>(
+        op, weights, WinogradBlocking{6, 1}, DenseStore<false, float>{out.data(), kOut, kHeight, kWidth});
+  });
+}
+
 }  // namespace
 
 int main() {
@@ -305,4 +318,5 @@ int main() {
   run_deform();
   run_separable();
   run_patches();
+  run_winograd();
 }
