@@ -1,8 +1,8 @@
 """winograd_conv2d as one C++ kernel, and the gradient of its input as another call of it: see cpp/winograd_conv2d.h.
 
 The transformed weight is four times as large as the weight. It is made once, when a graph is compiled, if the weight is
-a constant and the map is small. For a large map it is made in each call, which costs little there, and a package does
-not grow.
+a constant. For a large map, and for a weight too large for caches, it is made in each call, which costs little there,
+and a package does not grow.
 """
 
 from __future__ import annotations
@@ -30,13 +30,17 @@ from .common.constants import fold_constant
 from .common.geometry import by_axis, constant_geometry
 from .common.internal_op import define_internal_op
 from .common.layout import image_and_format
+from .common.machine import cache_bytes
 from .common.panels import MAX_DEPTH, PANEL_BYTES, pack_panels, unpack_panels
 from .common.registry import Template, template_for
 from .common.template import BlocksTemplate, KernelTemplate, in_cpp, pointer, sizes, struct, view
 from .inductor.codegen import DTYPE_TO_CPP, CppTemplateKernel, V, ir, optimization_hint
 
-# Tiles of a map from which on the weight is transformed in the call: about 18 P / 160 of its time goes into that.
-_MANY_TILES = 1200
+_TILES = 48  # in a block: the transformed weight is read once for each, and costs little then
+
+# From so many tiles on, transforming the weight takes less than 3 % of a call. A transformed weight of so many bytes
+# does not stay in cache from one call to the next; to read the weight itself and to transform it takes about as long.
+_MANY_TILES, _MANY_BYTES = 800, 16 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +64,21 @@ class Winograd:
         """The arguments that tell internal operators all of this."""
         return [getattr(self, field.name) for field in dataclasses.fields(self)]
 
-    def transforms_in_the_call(self, batch: Any, size: Sequence[Any]) -> bool:
-        """Whether a map of this size is so large that the weight is transformed in each call."""
+    @property
+    def points(self) -> int:
+        """Products for each pair of channels and tile."""
+        return (self.tile + KERNEL - 1) ** 2
+
+    def transforms_in_the_call(self, weight: Tensor, batch: Any, size: Sequence[Any]) -> bool:
+        """Whether the weight is transformed in each call for a map of this size, and not before."""
         rows, columns = (optimization_hint(n, 0) // self.tile for n in size)
-        return optimization_hint(batch, 1) * rows * columns >= _MANY_TILES
+        transformed = weight.numel() // KERNEL**2 * self.points * accumulate_dtype(weight.dtype).itemsize
+        return transformed >= _MANY_BYTES or optimization_hint(batch, 1) * rows * columns >= _MANY_TILES
+
+    def blocking(self) -> dict[str, int]:
+        """WinogradBlocking: products of a slice of output channels take half of the second-level cache."""
+        panels = cache_bytes() // 2 // (self.points * _TILES * PANEL_BYTES)
+        return {"tiles": _TILES, "panels": max(2, panels)}
 
 
 def _refusal(*args: Any) -> str | None:
@@ -78,7 +93,7 @@ def _convolved(
     input: Tensor, weight: Tensor, bias: Tensor | None, winograd: Winograd, size: Sequence[Any], like: Tensor
 ) -> Tensor:
     """The convolution by internal operators, with the memory format of ``like``."""
-    if winograd.transforms_in_the_call(input.shape[0], size):
+    if winograd.transforms_in_the_call(weight, input.shape[0], size):
         weight = weight.contiguous()
     else:
         weight = _transformed(weight, winograd.groups, winograd.tile, winograd.rotated)
@@ -254,15 +269,8 @@ class WinogradConv2dTemplate(BlocksTemplate):
     def _group_channels(self) -> int:
         return int(self.inputs[0].get_size()[1]) // self.winograd.groups
 
-    def _blocking(self) -> dict[str, int]:
-        """WinogradBlocking: the products of a slice of output channels take half of the second-level cache."""
-        return {"tiles": 48, "panels": 2}
-
     def call(self, kernel: CppTemplateKernel, inputs: Sequence[ir.IRNode], store: str) -> str:
         image, weight, *bias = inputs
-        given = f"inductor_vision::WinogradWeight<{DTYPE_TO_CPP[self.dtype]}>{{}}"
-        if self.transforms:
-            given = _weight(kernel, weight, self.winograd.groups, self.winograd.rotated)
         lanes = PANEL_BYTES // accumulate_dtype(self.dtype).itemsize
         depth = min(MAX_DEPTH, -(-self._group_channels() // lanes) * lanes)
         op = struct(
@@ -276,13 +284,15 @@ class WinogradConv2dTemplate(BlocksTemplate):
             **by_axis(out=self.output_size(kernel)[2:], padding=self.winograd.padding),
             groups=self.winograd.groups,
         )
+        given = "op"
+        if self.transforms:
+            given += f", {_weight(kernel, weight, self.winograd.groups, self.winograd.rotated)}"
         arguments = ", ".join(map(in_cpp, (self.channels_last, self.winograd.tile, depth)))
         return f"""
     const auto op = {op};
-    const auto weight = {given};
-    const auto blocking = {struct("WinogradBlocking", **self._blocking())};
+    const auto blocking = {struct("WinogradBlocking", **self.winograd.blocking())};
     const auto store = {store};
-    inductor_vision::winograd_conv2d<{arguments}>(op, weight, blocking, store);"""
+    inductor_vision::winograd_conv2d<{arguments}>({given}, blocking, store);"""
 
 
 _transformed = define_internal_op(

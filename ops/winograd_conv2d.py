@@ -157,7 +157,7 @@ def _product(roots: Sequence[float]) -> list[float]:
 
 
 # By tile. That 0 comes first and the others in pairs of opposite sign is known to lowering/cpp/winograd_conv2d.h.
-ALGORITHMS = {2: Algorithm((0.0, 1.0, -1.0)), 4: Algorithm((0.0, 11 / 16, -11 / 16, 11 / 8, -11 / 8))}
+ALGORITHMS = {2: Algorithm((0.0, 1.0, -1.0)), 4: Algorithm((0.0, 5 / 8, -5 / 8, 3 / 2, -3 / 2))}
 
 
 def transform_weight(weight: Tensor, tile: int) -> Tensor:

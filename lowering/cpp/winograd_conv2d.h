@@ -63,7 +63,7 @@ struct Winograd<2> {
 // Points 0, a, -a, b, -b, infinity.
 template <>
 struct Winograd<4> {
-  static constexpr double a = 11.0 / 16, b = 11.0 / 8;
+  static constexpr double a = 5.0 / 8, b = 3.0 / 2;
 
   template <typename acc_t, typename Load, typename Store>
   static void input(const Load& load, const Store& store) {
@@ -173,46 +173,17 @@ inline void transform_weight(
   }
 }
 
-// Pieces of a weight that threads transform by themselves.
-template <int kTile, typename scalar_t>
-class WeightTransform {
- public:
-  using acc_t = accumulate_t<scalar_t>;
-  static constexpr int64_t kPoints = (kTile + 2) * (kTile + 2);
-
-  // `out`: [groups][panels][points][inputs][kPanel].
-  WeightTransform(const WinogradWeight<scalar_t>& weight, acc_t* out)
-      : weight_(weight),
-        out_(out),
-        cuts_(divide_up(weight.inputs, kChannels)) {
-  }
-  static int64_t size(const WinogradWeight<scalar_t>& weight) {
-    return weight.groups * weight.panels() * kPoints * weight.inputs * kPanel<acc_t>;
-  }
-  int64_t pieces() const {
-    return weight_.groups * weight_.panels() * cuts_;
-  }
-  void run(int64_t piece) const {
-    const int64_t panel = piece / cuts_, begin = piece % cuts_ * kChannels;
-    transform_weight<kTile>(
-        weight_, panel / weight_.panels(), panel % weight_.panels(), begin, std::min(begin + kChannels, weight_.inputs),
-        out_ + panel * kPoints * weight_.inputs * kPanel<acc_t>);
-  }
-
- private:
-  static constexpr int64_t kChannels = 64;  // of a piece
-  const WinogradWeight<scalar_t>& weight_;
-  acc_t* out_;
-  int64_t cuts_;
-};
-
 // U of a weight: [groups][panels][points][inputs][kPanel].
 template <int kTile, typename scalar_t>
 inline void winograd_weight(const WinogradWeight<scalar_t>& weight, accumulate_t<scalar_t>* out) {
-  const WeightTransform<kTile, scalar_t> transform(weight, out);
+  constexpr int64_t kPoints = (kTile + 2) * (kTile + 2), kChannels = 64;  // of a piece
+  const int64_t cuts = divide_up(weight.inputs, kChannels), panels = weight.panels();
 #pragma omp parallel for num_threads(omp_get_max_threads()) schedule(static)
-  for (int64_t piece = 0; piece < transform.pieces(); ++piece) {
-    transform.run(piece);
+  for (int64_t piece = 0; piece < weight.groups * panels * cuts; ++piece) {
+    const int64_t panel = piece / cuts, begin = piece % cuts * kChannels;
+    transform_weight<kTile>(
+        weight, panel / panels, panel % panels, begin, std::min(begin + kChannels, weight.inputs),
+        out + panel * kPoints * weight.inputs * kPanel<accumulate_t<scalar_t>>);
   }
 }
 
@@ -220,7 +191,7 @@ template <typename scalar_t>
 struct WinogradConv2d {
   using acc_t = accumulate_t<scalar_t>;
   View4d<scalar_t> input;
-  const acc_t* weight;   // U: [G][panels][points][C / G][kPanel]; null: it is made in the call
+  const acc_t* weight;   // U: [G][panels][points][C / G][kPanel]; null where it is transformed in the call
   const scalar_t* bias;  // [O]; null: none
   int64_t batch, channels, height, width;
   int64_t out_channels, out_height, out_width;
@@ -287,7 +258,13 @@ class WinogradBlock {
   static constexpr int64_t kRun = 16;  // tiles in a run, at most
   using Input = TransformedInput<kPoints, kRow, acc_t>;
 
-  WinogradBlock(const WinogradConv2d<scalar_t>& op, int64_t tiles, int64_t panels)
+  // Some panels of a group's output channels.
+  struct Slice {
+    int64_t group, panel, panels;
+  };
+
+  // `transforms`: the weight of slices too.
+  WinogradBlock(const WinogradConv2d<scalar_t>& op, int64_t tiles, int64_t panels, bool transforms)
       : op_(op),
         tiles_(tiles),
         columns_(panels * kLine),
@@ -295,6 +272,7 @@ class WinogradBlock {
         tile_rows_(divide_up(op.out_height, kTile)),
         zeros_(columns_),
         pixels_(kSide * (kRun * kTile + 2) * kLine),
+        weight_(transforms ? panels * panel_size(op) : 0),
         products_(kPoints * product_distance()),
         bias_(columns_),
         results_(kTile * kRun * kTile * columns_),
@@ -327,16 +305,32 @@ class WinogradBlock {
     }
   }
 
-  // The output channels of some panels of a group, of the tiles [begin, end) of all, of which the first is tile `from`
-  // of `in`.
+  // Elements of U for a panel.
+  static int64_t panel_size(const WinogradConv2d<scalar_t>& op) {
+    return kPoints * op.group_channels() * kLine;
+  }
+  // U of a slice.
+  const acc_t* weight_of(const Slice& slice) const {
+    return op_.weight + (slice.group * op_.group_panels() + slice.panel) * panel_size(op_);
+  }
+  const acc_t* transform_weight(const WinogradWeight<scalar_t>& weight, const Slice& slice) {
+    for (int64_t p = 0; p < slice.panels; ++p) {
+      inductor_vision::transform_weight<kTile>(
+          weight, slice.group, slice.panel + p, 0, weight.inputs, weight_.get() + p * panel_size(op_));
+    }
+    return weight_.get();
+  }
+
+  // The output channels of a slice, whose U is `weight`, of the tiles [begin, end) of all, of which the first is tile
+  // `from` of `in`.
   template <typename Store>
   void run(
-      const Input& in, int64_t from, int64_t begin, int64_t end, int64_t group, int64_t panel, int64_t panels,
+      const Input& in, int64_t from, const acc_t* weight, int64_t begin, int64_t end, const Slice& slice,
       const Store& store) {
-    multiply(in, from, round_up(end - begin, kRowStep), group, panel, panels);
-    const int64_t channel = group * op_.group_outputs() + panel * kLine;
-    const int64_t channels = std::min(panels * kLine, op_.group_outputs() - panel * kLine);
-    for (int64_t i = 0; i < panels * kLine; ++i) {
+    multiply(in, from, weight, round_up(end - begin, kRowStep), slice);
+    const int64_t channel = slice.group * op_.group_outputs() + slice.panel * kLine;
+    const int64_t channels = std::min(slice.panels * kLine, op_.group_outputs() - slice.panel * kLine);
+    for (int64_t i = 0; i < slice.panels * kLine; ++i) {
       const bool exists = op_.bias != nullptr && i < channels;
       bias_[i] = exists ? static_cast<acc_t>(op_.bias[channel + i]) : acc_t(0);
     }
@@ -463,18 +457,16 @@ class WinogradBlock {
   }
 
   // M of a slice of panels.
-  void multiply(const Input& in, int64_t from, int64_t rows, int64_t group, int64_t panel, int64_t panels) {
+  void multiply(const Input& in, int64_t from, const acc_t* weight, int64_t rows, const Slice& slice) {
     const int64_t inputs = op_.group_channels(), chunks = divide_up(inputs, kDepth);
-    const int64_t panel_stride = kPoints * inputs * kLine;
-    const acc_t* weight = op_.weight + (group * op_.group_panels() + panel) * panel_stride;
     for (int64_t point = 0; point < kPoints; ++point) {
       acc_t* sums = products_.get() + point * product_distance();
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         const int64_t k = chunk * kDepth;
-        const Rows<acc_t, kRow> a{in.at(group * chunks + chunk, point, from), 1, std::min(kDepth, inputs - k), 0};
-        const Panels<acc_t> b{weight + (point * inputs + k) * kLine, panel_stride};
+        const Rows<acc_t, kRow> a{in.at(slice.group * chunks + chunk, point, from), 1, std::min(kDepth, inputs - k), 0};
+        const Panels<acc_t> b{weight + (point * inputs + k) * kLine, panel_size(op_)};
         const Sums<acc_t> c(sums, columns_, chunk == 0 ? zeros_.get() : sums, chunk == 0 ? 0 : columns_);
-        gemm(a, b, panels, c, rows);
+        gemm(a, b, slice.panels, c, rows);
       }
     }
   }
@@ -564,15 +556,19 @@ class WinogradBlock {
   Scratch<acc_t> zeros_;
   scalar_t no_pixel_[kLine];
   Scratch<acc_t> pixels_;      // of a run, a line of channels
+  Scratch<acc_t> weight_;      // U of a slice
   Scratch<acc_t> products_;    // M
   Scratch<acc_t> bias_;        // of a slice
   Scratch<acc_t> results_;     // of a run
   Scratch<acc_t> by_channel_;  // a row of them
 };
 
-// kChannelsLast: of the output that `store` is for, see OutputBlock.  kDepth: see WinogradBlock.
+// kChannelsLast: of the output that `store` is for, see OutputBlock.  kDepth: see WinogradBlock.  `weight`: null if it
+// is transformed already.
 template <bool kChannelsLast, int kTile, int64_t kDepth, typename scalar_t, typename Store>
-inline void winograd_conv2d(const WinogradConv2d<scalar_t>& op, const WinogradBlocking& blocking, const Store& store) {
+inline void winograd_conv2d(
+    WinogradConv2d<scalar_t> op, const WinogradWeight<scalar_t>* weight, const WinogradBlocking& blocking,
+    const Store& store) {
   using acc_t = accumulate_t<scalar_t>;
   using Block = WinogradBlock<kChannelsLast, kTile, kDepth, scalar_t>;
   using Input = typename Block::Input;
@@ -583,7 +579,7 @@ inline void winograd_conv2d(const WinogradConv2d<scalar_t>& op, const WinogradBl
   const int threads = omp_get_max_threads();
   // Blocks are cut at multiples of kMicroRows, so that only the last has rows that do not fill a micro-tile.
   const int64_t units = divide_up(total, kMicroRows), limit = divide_up(blocking.tiles, kMicroRows);
-  // Few tiles: all of them are transformed first, and shared; then output channels are shared among threads as well.
+  // Few tiles: all of them are transformed first, and shared; then output channels are shared among threads.
   constexpr int64_t kBlocksPerThread = 2;
   const bool shared = units < kBlocksPerThread * threads * limit;
   const Tiling tiling(units, limit, shared ? 1 : threads);
@@ -596,33 +592,25 @@ inline void winograd_conv2d(const WinogradConv2d<scalar_t>& op, const WinogradBl
   // Allocated here, because no exception may leave the parallel region.
   const int64_t input_size = Input::size(Block::chunks(op), input_tiles);
   const Scratch<acc_t> inputs((shared ? 1 : threads) * input_size);
-  const bool transforms = op.weight == nullptr;
-  const Scratch<acc_t> transformed(transforms ? WeightTransform<kTile, scalar_t>::size(weight) : 0);
-  if (transforms) {
-    op.weight = transformed.get();
-  }
+  const bool once = weight != nullptr && !shared;  // the weight is transformed as a whole
+  const Scratch<acc_t> transformed(once ? op.groups * op.group_panels() * Block::panel_size(op) : 0);
   std::vector<Block> blocks;
   for (int thread = 0; thread < threads; ++thread) {
-    blocks.emplace_back(op, block_tiles, panels);
+    blocks.emplace_back(op, block_tiles, panels, weight != nullptr && shared);
+  }
+  if (once) {
+    winograd_weight<kTile>(*weight, transformed.get());
+    op.weight = transformed.get();
   }
 #pragma omp parallel num_threads(threads)
   {
     const int thread = omp_get_thread_num();
     Block& mine = blocks[thread];
     const Input input{inputs.get() + (shared ? 0 : thread * input_size), input_tiles};
-    const auto run = [&](int64_t block, int64_t slice) {
-      const int64_t panel = slice % group_slices * panels;
-      mine.run(
-          input, shared ? begin(block) : 0, begin(block), begin(block + 1), slice / group_slices, panel,
-          std::min(panels, op.group_panels() - panel), store);
+    const auto slice_at = [&](int64_t i) {
+      const int64_t panel = i % group_slices * panels;
+      return typename Block::Slice{i / group_slices, panel, std::min(panels, op.group_panels() - panel)};
     };
-    if (transforms) {
-      const WeightTransform<kTile, scalar_t> transform(weight, transformed.get());
-#pragma omp for schedule(static)
-      for (int64_t piece = 0; piece < transform.pieces(); ++piece) {
-        transform.run(piece);
-      }
-    }
     if (shared) {
 #pragma omp for schedule(dynamic)
       for (int64_t unit = 0; unit < units; ++unit) {
@@ -630,9 +618,15 @@ inline void winograd_conv2d(const WinogradConv2d<scalar_t>& op, const WinogradBl
         mine.transform_input(first, end, input, first);
         Block::pad_input(op, input, end, first + kMicroRows);
       }
+      // The weight of a slice is transformed once, so all blocks of the slice are done with it.
+      const int64_t parts = weight == nullptr ? tiling.tiles : 1;
 #pragma omp for schedule(dynamic)
-      for (int64_t i = 0; i < slices * tiling.tiles; ++i) {
-        run(i % tiling.tiles, i / tiling.tiles);
+      for (int64_t i = 0; i < slices * parts; ++i) {
+        const typename Block::Slice slice = slice_at(i / parts);
+        const acc_t* u = weight == nullptr ? mine.weight_of(slice) : mine.transform_weight(*weight, slice);
+        for (int64_t block = i % parts; block < tiling.tiles; block += parts) {
+          mine.run(input, begin(block), u, begin(block), begin(block + 1), slice, store);
+        }
       }
     } else {
 #pragma omp for schedule(dynamic)
@@ -640,12 +634,28 @@ inline void winograd_conv2d(const WinogradConv2d<scalar_t>& op, const WinogradBl
         const int64_t count = begin(block + 1) - begin(block);
         mine.transform_input(begin(block), begin(block + 1), input, 0);
         Block::pad_input(op, input, count, round_up(count, kRowStep));
-        for (int64_t slice = 0; slice < slices; ++slice) {
-          run(block, slice);
+        for (int64_t i = 0; i < slices; ++i) {
+          const typename Block::Slice slice = slice_at(i);
+          mine.run(input, 0, mine.weight_of(slice), begin(block), begin(block + 1), slice, store);
         }
       }
     }
   }
+}
+
+// Of a weight that is transformed.
+template <bool kChannelsLast, int kTile, int64_t kDepth, typename scalar_t, typename Store>
+inline void winograd_conv2d(const WinogradConv2d<scalar_t>& op, const WinogradBlocking& blocking, const Store& store) {
+  const WinogradWeight<scalar_t>* none = nullptr;
+  winograd_conv2d<kChannelsLast, kTile, kDepth>(op, none, blocking, store);
+}
+
+// Of a weight that is to be transformed in the call.
+template <bool kChannelsLast, int kTile, int64_t kDepth, typename scalar_t, typename Store>
+inline void winograd_conv2d(
+    const WinogradConv2d<scalar_t>& op, const WinogradWeight<scalar_t>& weight, const WinogradBlocking& blocking,
+    const Store& store) {
+  winograd_conv2d<kChannelsLast, kTile, kDepth>(op, &weight, blocking, store);
 }
 
 }  // namespace inductor_vision

@@ -210,7 +210,9 @@ template <bool kChannelsLast, int kTile, int64_t kDepth, typename scalar_t, type
 void run(const Call& call, const Tensors<scalar_t>& tensors, const Setting& setting, const Store& store) {
   using acc_t = accumulate_t<scalar_t>;
   const WinogradWeight<scalar_t> weight = tensors.view(call, setting.rotated);
-  const inductor_vision::Scratch<acc_t> transformed(inductor_vision::WeightTransform<kTile, scalar_t>::size(weight));
+  constexpr int64_t kPoints = (kTile + 2) * (kTile + 2);
+  const inductor_vision::Scratch<acc_t> transformed(
+      call.groups * weight.panels() * kPoints * call.inputs() * inductor_vision::kPanel<acc_t>);
   omp_set_num_threads(setting.threads);
   inductor_vision::winograd_weight<kTile>(weight, transformed.get());
   const WinogradConv2d<scalar_t> op{
@@ -228,7 +230,11 @@ void run(const Call& call, const Tensors<scalar_t>& tensors, const Setting& sett
       call.padding[1],
       call.groups};
   const WinogradBlocking blocking{setting.tiles, setting.panels};
-  inductor_vision::winograd_conv2d<kChannelsLast, kTile, kDepth>(op, weight, blocking, store);
+  if (setting.in_call) {
+    inductor_vision::winograd_conv2d<kChannelsLast, kTile, kDepth>(op, weight, blocking, store);
+  } else {
+    inductor_vision::winograd_conv2d<kChannelsLast, kTile, kDepth>(op, blocking, store);
+  }
 }
 
 // Runs the kernel once, with a store of blocks, or with the one that lets it write the output itself.
