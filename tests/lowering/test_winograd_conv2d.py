@@ -412,7 +412,8 @@ def test_padding_that_changes_is_left_to_the_decomposition():
     x, weight, _ = sample("plain").args
     program = torch.compile(lambda x, padding: winograd_conv2d(x, weight, padding=padding), dynamic=True)
     with recorded_paths() as paths:
-        assert_close(program(x, 2), winograd_conv2d(x.double(), weight.double(), padding=2), FP32)
+        result = program(x, 2)
+    assert_close(result, winograd_conv2d(x.double(), weight.double(), padding=2), FP32)
     assert [(path.kind, path.detail) for path in paths] == [
         ("decomposition", "stride, padding and dilation must be constants")
     ]
