@@ -1,8 +1,8 @@
 """winograd_conv2d as one C++ kernel, and the gradient of its input as another call of it: see cpp/winograd_conv2d.h.
 
 The transformed weight is four times as large as the weight. It is made once, when a graph is compiled, if the weight is
-a constant. For a large map, and for a weight too large for caches, it is made in each call, which costs little there,
-and a package does not grow.
+a constant and the map is small. For a large map it is made in each call, which costs little there, and a package does
+not grow.
 """
 
 from __future__ import annotations
@@ -38,9 +38,8 @@ from .inductor.codegen import DTYPE_TO_CPP, CppTemplateKernel, V, ir, optimizati
 
 _TILES = 48  # in a block: the transformed weight is read once for each, and costs little then
 
-# From so many tiles on, transforming the weight takes less than 3 % of a call. A transformed weight of so many bytes
-# does not stay in cache from one call to the next; to read the weight itself and to transform it takes about as long.
-_MANY_TILES, _MANY_BYTES = 800, 16 << 20
+# From so many tiles on, transforming the weight takes less than 3 % of a call: it takes as long as about 20 tiles.
+_MANY_TILES = 600
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +68,10 @@ class Winograd:
         """Products for each pair of channels and tile."""
         return (self.tile + KERNEL - 1) ** 2
 
-    def transforms_in_the_call(self, weight: Tensor, batch: Any, size: Sequence[Any]) -> bool:
+    def transforms_in_the_call(self, batch: Any, size: Sequence[Any]) -> bool:
         """Whether the weight is transformed in each call for a map of this size, and not before."""
         rows, columns = (optimization_hint(n, 0) // self.tile for n in size)
-        transformed = weight.numel() // KERNEL**2 * self.points * accumulate_dtype(weight.dtype).itemsize
-        return transformed >= _MANY_BYTES or optimization_hint(batch, 1) * rows * columns >= _MANY_TILES
+        return optimization_hint(batch, 1) * rows * columns >= _MANY_TILES
 
     def blocking(self) -> dict[str, int]:
         """WinogradBlocking: products of a slice of output channels take half of the second-level cache."""
@@ -93,7 +91,7 @@ def _convolved(
     input: Tensor, weight: Tensor, bias: Tensor | None, winograd: Winograd, size: Sequence[Any], like: Tensor
 ) -> Tensor:
     """The convolution by internal operators, with the memory format of ``like``."""
-    if winograd.transforms_in_the_call(weight, input.shape[0], size):
+    if winograd.transforms_in_the_call(input.shape[0], size):
         weight = weight.contiguous()
     else:
         weight = _transformed(weight, winograd.groups, winograd.tile, winograd.rotated)

@@ -133,6 +133,7 @@ inline void transform_weight(
   constexpr int64_t kChannels = 8;  // at a time
   alignas(kCacheLine) acc_t taps[kChannels * kTaps * kLine];
   alignas(kCacheLine) acc_t half[kSide * 3 * kLine];
+  alignas(kCacheLine) acc_t transformed[kSide * kSide * kChannels * kLine];
   const int64_t outputs = std::min(kLine, weight.outputs - panel * kLine);
   if (outputs < kLine) {
     std::fill_n(taps, kChannels * kTaps * kLine, acc_t(0));
@@ -149,7 +150,6 @@ inline void transform_weight(
     }
     for (int64_t c = 0; c < channels; ++c) {
       const acc_t* line = taps + c * kTaps * kLine;
-      acc_t* to = out + (first + c) * kLine;
       for (int64_t j = 0; j < 3; ++j) {
         ForcedUnroll<kVectors>{}([&](auto v) {
           Winograd<kTile>::template weight<acc_t>(
@@ -165,10 +165,14 @@ inline void transform_weight(
           Winograd<kTile>::template weight<acc_t>(
               [&](int j) { return Vec::loadu(half + (x * 3 + j) * kLine + v * Vec::size()); },
               [&](int y, const Vec& value) {
-                value.store(to + (x * kSide + y) * weight.inputs * kLine + v * Vec::size());
+                value.store(transformed + ((x * kSide + y) * kChannels + c) * kLine + v * Vec::size());
               });
         });
       }
+    }
+    for (int64_t point = 0; point < kSide * kSide; ++point) {  // some lines in a row: points share cache sets
+      std::copy_n(
+          transformed + point * kChannels * kLine, channels * kLine, out + (point * weight.inputs + first) * kLine);
     }
   }
 }

@@ -243,10 +243,10 @@ def test_another_weight_is_transformed_in_the_graph():
 
 
 @pytest.mark.slow
-def test_a_large_weight_is_transformed_in_the_call(monkeypatch):
-    """Slice by slice, where there are few tiles."""
-    monkeypatch.setattr(lowering, "_MANY_BYTES", 0)
-    for size in ((25, 34), SMALL, (60, 50)):
+def test_a_weight_may_be_transformed_in_the_call_for_small_maps_too(monkeypatch):
+    """Slice by slice, because there are few tiles."""
+    monkeypatch.setattr(lowering, "_MANY_TILES", 0)
+    for size in ((25, 34), SMALL):
         compiled = kernels_of(size, freezing=True)
         assert [path.detail for path in compiled.paths] == ["F(4 x 4, 3 x 3), weight transformed in the call, fused"]
 
@@ -438,11 +438,8 @@ def test_wrong_shapes_are_the_same_error_as_in_eager_mode():
         assert str(eager.value) in str(compiled.value)
 
 
-def test_what_is_transformed_in_the_call():
-    """A weight for many tiles, whatever the size of the map, and a weight that is large when it is transformed."""
+def test_large_maps_are_those_of_many_tiles():
+    """The number of tiles decides, not the size of the map."""
     winograd = lowering.Winograd(8, 1, (1, 1), 4, False)
-    weight = torch.empty(8, 8, 3, 3)
-    assert winograd.transforms_in_the_call(weight, 1, LARGE) and not winograd.transforms_in_the_call(weight, 1, SMALL)
-    assert winograd.transforms_in_the_call(weight, 140, SMALL)
-    assert winograd.transforms_in_the_call(torch.empty(512, 512, 3, 3), 1, SMALL)
-    assert not winograd.transforms_in_the_call(torch.empty(256, 256, 3, 3), 1, SMALL)
+    assert winograd.transforms_in_the_call(1, LARGE) and not winograd.transforms_in_the_call(1, SMALL)
+    assert winograd.transforms_in_the_call(140, SMALL)
