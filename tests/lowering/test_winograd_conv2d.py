@@ -35,12 +35,13 @@ FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.flo
 BACKWARD = OPS["winograd_conv2d_backward"]
 WEIGHT = ("winograd_conv2d", "transform of the weight")
 
+# Each memory format, tile, type and number of lines of channels is a kernel to compile: few of them.
 QUICK_FORWARD = {
     FP32: ["plain", "tile_2", "padding_beyond_the_kernel", "channels_3_to_17", "channels_64_to_40", "empty_batch",
-           "groups_3_of_17", "image_1x1", "input_stepped", "many_tiles"],
+           "image_1x1", "input_stepped", "many_tiles"],
     BF16: ["many_tiles_channels_last"],
 }  # fmt: skip
-QUICK_BACKWARD = {FP32: ["plain", "groups_2", "padding_beyond_the_kernel"]}
+QUICK_BACKWARD = {FP32: ["groups_2", "padding_beyond_the_kernel"]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,10 +235,12 @@ def kernels_of(size: tuple[int, int], **options: Any) -> Compiled:
     return compiled
 
 
+@pytest.mark.usefixtures("unoptimized")
 def test_a_constant_weight_is_transformed_once():
     assert [path.detail for path in kernels_of(SMALL, freezing=True).paths] == ["F(4 x 4, 3 x 3), fused"]
 
 
+@pytest.mark.usefixtures("unoptimized")
 def test_another_weight_is_transformed_in_the_graph():
     assert [path.detail for path in kernels_of(SMALL).paths] == [WEIGHT[1], "F(4 x 4, 3 x 3), fused"]
 
@@ -251,7 +254,8 @@ def test_a_weight_may_be_transformed_in_the_call_for_small_maps_too(monkeypatch)
         assert [path.detail for path in compiled.paths] == ["F(4 x 4, 3 x 3), weight transformed in the call, fused"]
 
 
-@pytest.mark.parametrize("freezing", [False, True])
+@pytest.mark.usefixtures("unoptimized")
+@pytest.mark.parametrize("freezing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_weight_for_a_large_map_is_transformed_in_the_call(freezing):
     compiled = kernels_of(LARGE, freezing=freezing)
     assert [path.detail for path in compiled.paths] == ["F(4 x 4, 3 x 3), weight transformed in the call, fused"]
@@ -362,6 +366,7 @@ def train(network: Callable[..., Tensor], parameters: Sequence[Tensor], x: Tenso
     return list(torch.autograd.grad(network(leaf).square().sum(), [leaf, *parameters]))
 
 
+@pytest.mark.usefixtures("unoptimized")
 def test_one_compilation_serves_all_sizes_in_training():
     network = Network()
     parameters = list(network.parameters())
@@ -390,6 +395,7 @@ def test_one_compilation_serves_all_sizes_in_training():
             assert_right(run(compiled.function, image(*size)), image(*size))
 
 
+@pytest.mark.usefixtures("unoptimized")
 def test_autocast_computes_in_lower_precision():
     s = sample("many_tiles_channels_last")
     with torch.autocast("cpu", BF16), torch.no_grad():
@@ -408,6 +414,7 @@ def test_errors_of_512_channels_are_small(tile, bound):
     assert (compiled.result[0] - exact).abs().max() < bound * exact.abs().max()
 
 
+@pytest.mark.usefixtures("unoptimized")
 def test_padding_that_changes_is_left_to_the_decomposition():
     x, weight, _ = sample("plain").args
     program = torch.compile(lambda x, padding: winograd_conv2d(x, weight, padding=padding), dynamic=True)

@@ -111,7 +111,7 @@ CASES = {
     "image_4x4": Case(size=(4, 4)),
     "image_5x80": Case(batch=1, size=(5, 80), layout="channels_last"),
     "one_output_pixel": Case(size=(3, 3), padding=0),
-    "many_tiles": Case(batch=1, channels=17, out_channels=18, size=(37, 66)),
+    "many_tiles": Case(batch=1, channels=16, out_channels=18, size=(37, 66)),
     "many_tiles_channels_last": Case(batch=3, channels=17, out_channels=18, size=(37, 23), layout="channels_last"),
     **{f"input_{layout}": Case(layout=layout) for layout in LAYOUTS[1:]},
     "weight_permuted": Case(weight_layout="permuted"),
