@@ -298,14 +298,20 @@ void run_patches() {
 
 void run_winograd() {
   const Tensor<float> input = tensor(kBatch, kIn, kHeight, kWidth, -1, 1), weight = tensor(kOut, kIn, 3, 3, -1, 1);
-  const WinogradConv2d<float> op{input.view(), nullptr, nullptr, kBatch, kIn, kHeight, kWidth,
-                                 kOut,         kHeight, kWidth,  1,      1,   1};
-  const WinogradWeight<float> weights{weight.view().data, 1, kOut, kIn, kOut * kIn * 9, kIn * 9, 9, false};
-  std::vector<float> out(kBatch * kOut * kHeight * kWidth);
-  run_out_of_memory("winograd_conv2d", [&] {
-    winograd_conv2d<false, 4, 16>(
-        op, weights, WinogradBlocking{6, 1}, DenseStore<false, float>{out.data(), kOut, kHeight, kWidth});
-  });
+  const Tensor<float> grad = tensor(kBatch, kOut, kHeight, kWidth, -1, 1);
+  const auto run = [&](const char* name, const View4d<float>& from, int64_t channels, int64_t out_channels,
+                       const WinogradWeight<float>& weights) {
+    const WinogradConv2d<float> op{from,         nullptr, nullptr, kBatch, channels, kHeight, kWidth,
+                                   out_channels, kHeight, kWidth,  1,      1,        1};
+    std::vector<float> out(kBatch * out_channels * kHeight * kWidth);
+    run_out_of_memory(name, [&] {
+      winograd_conv2d<false, 4, 16>(
+          op, weights, WinogradBlocking{6, 1}, DenseStore<false, float>{out.data(), out_channels, kHeight, kWidth});
+    });
+  };
+  const float* data = weight.view().data;
+  run("winograd_conv2d", input.view(), kIn, kOut, {data, 1, kOut, kIn, kOut * kIn * 9, kIn * 9, 9, false});
+  run("winograd_conv2d_backward", grad.view(), kOut, kIn, {data, 1, kIn, kOut, kOut * kIn * 9, 9, kIn * 9, true});
 }
 
 }  // namespace
