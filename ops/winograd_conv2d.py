@@ -71,7 +71,7 @@ def winograd_conv2d(
             f"weight.shape[1] must be input's channels / groups = {channels} / {groups}, got {group_channels}",
         )
     words = {"same": KERNEL // 2, "valid": 0}
-    number = words.get(padding, padding) if isinstance(padding, str) else padding
+    number: Any = words.get(padding, padding) if isinstance(padding, str) else padding
     return _op(input, weight, bias, pair("padding", number), tile)
 
 
