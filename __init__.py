@@ -5,6 +5,7 @@ from .export import export_detector as export_detector
 from .integrations.convolutions import (
     fold_norms as fold_norms,
     fuse_depthwise_separable as fuse_depthwise_separable,
+    use_winograd as use_winograd,
 )
 from .integrations.models import (
     accelerate as accelerate,

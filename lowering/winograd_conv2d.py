@@ -26,7 +26,7 @@ from ..ops.winograd_conv2d import (
     sums,
     transform_weight,
 )
-from .common.constants import fold_constant
+from .common.constants import fold_constant, may_grow
 from .common.geometry import by_axis, constant_geometry
 from .common.internal_op import define_internal_op
 from .common.layout import image_and_format
@@ -70,6 +70,8 @@ class Winograd:
 
     def transforms_in_the_call(self, batch: Any, size: Sequence[Any]) -> bool:
         """Whether the weight is transformed in each call for a map of this size, and not before."""
+        if not may_grow():
+            return True
         rows, columns = (optimization_hint(n, 0) // self.tile for n in size)
         return optimization_hint(batch, 1) * rows * columns >= _MANY_TILES
 
