@@ -5,6 +5,7 @@ from .export import export_detector as export_detector
 from .integrations.convolutions import (
     fold_norms as fold_norms,
     fuse_depthwise_separable as fuse_depthwise_separable,
+    use_winograd as use_winograd,
 )
 from .integrations.models import (
     accelerate as accelerate,
@@ -33,6 +34,7 @@ from .ops.ps_roi_pool import PSRoIPool as PSRoIPool, ps_roi_pool as ps_roi_pool
 from .ops.roi_align import RoIAlign as RoIAlign, roi_align as roi_align
 from .ops.roi_pool import RoIPool as RoIPool, roi_pool as roi_pool
 from .ops.soft_nms import batched_soft_nms as batched_soft_nms, soft_nms as soft_nms
+from .ops.winograd_conv2d import winograd_conv2d as winograd_conv2d
 from .target import package_target as package_target
 from .version import __version__ as __version__
 

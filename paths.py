@@ -17,8 +17,9 @@ class Path:
     Attributes:
         op: the operator's name.
         kind: ``"template"``, ``"triton"``, ``"decomposition"`` (lowered by Inductor) or ``"eager"``; from a pass over
-            graphs, ``"fused"`` or ``"left alone"``, which says what happened to operators that are not this package's.
-        detail: which template, or why none; what was fused, or why it was left alone.
+            graphs, ``"fused"``, ``"replaced"`` or ``"left alone"``, which says what happened to operators that are not
+            this package's.
+        detail: which template, or why none; what was fused or replaced, or why it was left alone.
     """
 
     op: str

@@ -230,6 +230,7 @@ class _Session:
             compiling=self.settings.compiling,
             calls_torchvision=self.seen.calls_torchvision,
             has_separable=self.seen.has_separable,
+            has_winograd=self.seen.has_winograd,
         )
         return [*whole, *layer_variants(self.layers)]
 

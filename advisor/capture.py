@@ -125,12 +125,14 @@ class Capture:
         seconds: of one run of the model.
         calls_torchvision: it calls operators of torchvision's compiled library.
         has_separable: a depthwise convolution is followed by a pointwise one on its result.
+        has_winograd: a convolution is one of 3 x 3 without stride and dilation.
     """
 
     layers: tuple[Layer, ...]
     seconds: float
     calls_torchvision: bool
     has_separable: bool
+    has_winograd: bool
 
     def share(self, layer: Layer) -> float:
         """The part of the model's time that a layer takes. What the clocks disagree on is left out of the sum."""
@@ -161,6 +163,7 @@ def capture(program: Program, seconds: float, say: Callable[[str], None]) -> Cap
         statistics.median(plain),
         recorder.calls_torchvision,
         _has_separable(recorder.calls),
+        any(_is_for_winograd(call.signature) for call in recorder.calls),
     )
 
 
@@ -303,3 +306,10 @@ def _has_separable(calls: Sequence[_Call]) -> bool:
         if following and _kind(following.signature) == "pointwise":
             return True
     return False
+
+
+def _is_for_winograd(signature: Signature) -> bool:
+    if _kind(signature) not in ("plain", "grouped"):
+        return False
+    _, weight, _, stride, _, dilation, *_ = signature.arguments
+    return tuple(weight.shape[2:]) == (3, 3) and {*stride, *dilation} == {1}

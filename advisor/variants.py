@@ -30,13 +30,14 @@ from .measure import Way
 from .target import Input, Program, Target, output_tensors
 
 COMPILE, FREEZE, ACCELERATE, FUSE = "compile", "freeze_weights", "accelerate_torchvision", "fuse_depthwise_separable"
-OPTIONS = "inference_options"
+OPTIONS, WINOGRAD = "inference_options", "use_winograd"
 _NAMES = {
     COMPILE: "torch.compile",
     FREEZE: "freeze_weights()",  # with fold_norms(), which has no effect without
     OPTIONS: "inference_options()",
     ACCELERATE: "accelerate_torchvision()",
     FUSE: "fuse_depthwise_separable()",
+    WINOGRAD: "use_winograd()",
 }
 
 
@@ -109,7 +110,13 @@ def _count(number: int, thing: str) -> str:
 
 
 def whole_model_variants(
-    program: Program, threads: int, *, compiling: bool, calls_torchvision: bool, has_separable: bool
+    program: Program,
+    threads: int,
+    *,
+    compiling: bool,
+    calls_torchvision: bool,
+    has_separable: bool,
+    has_winograd: bool,
 ) -> list[Variant]:
     """What is worth measuring of a model as a whole, each by itself."""
     variants = []
@@ -128,7 +135,7 @@ def whole_model_variants(
     variants += [Variant(threads=number) for number in thread_numbers(threads)]
     if compiling:
         variants += [Variant(compiler=(COMPILE,)), Variant(compiler=(COMPILE, FREEZE))]
-        served = [ACCELERATE] * calls_torchvision + [FUSE] * has_separable
+        served = [ACCELERATE] * calls_torchvision + [FUSE] * has_separable + [WINOGRAD] * has_winograd
         variants += [Variant(compiler=(COMPILE, FREEZE, call)) for call in served]
         variants += [Variant(compiler=(COMPILE, FREEZE, *served))] if len(served) > 1 else []
         variants += [Variant(compiler=(COMPILE, FREEZE, OPTIONS, *served))]
@@ -207,7 +214,7 @@ def replace_layers(model: nn.Module, replaced: Sequence[tuple[str, Sequence[str]
 
 def _calls(compiler: Sequence[str]) -> list[str]:
     """This package's functions that change what is compiled, in the order in which they are called."""
-    calls = [call for call in (ACCELERATE, FUSE) if call in compiler]
+    calls = [call for call in (ACCELERATE, FUSE, WINOGRAD) if call in compiler]
     return [*calls, "fold_norms", FREEZE] if FREEZE in compiler else calls
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..lowering.installation import installer
+from ..ops.winograd_conv2d import ALGORITHMS
 
 
 def fuse_depthwise_separable() -> None:
@@ -26,6 +27,43 @@ def fuse_depthwise_separable() -> None:
     pass that is *assigned* there later replaces it.
     """
     installer.fuse_depthwise_separable()
+
+
+def use_winograd(tile: int = 4, growth: float = 0.5) -> None:
+    """Have 3 x 3 convolutions of any model compile to Winograd's algorithm where that makes them faster.
+
+    After this call ``torch.compile`` and AOTInductor compute stock convolutions (modules, functions, those of blocks
+    such as torchvision's ``Conv2dNormActivation``) as :func:`inductor_vision.winograd_conv2d` does, in inference and in
+    training, where the gradient by the input is such a convolution too. It multiplies less than a half, and results
+    differ in the fifth digit: docs/numerics.md says how much. Models and eager mode are not changed.
+
+    Which ones become faster is estimated from their sizes, for the processor that code is generated for; of dynamic
+    sizes, those that the model is compiled with. Left alone are convolutions with other kernels than 3 x 3, a stride or
+    a dilation, those of float64, and those in a low precision that the processor multiplies by itself. Under freezing,
+    norms behind those that are taken are folded as :func:`inductor_vision.fold_norms` does it.
+
+    A weight that is a constant (under freezing, and in packages) is transformed at compile time, and is then 4 times as
+    large for tile 4, 1.8 times for tile 2; ``growth`` limits what that takes. Others are transformed in each call.
+
+    :func:`inductor_vision.explain` and the ``inductor_vision`` logger say of each convolution what became of it, and
+    why. Call it before compiling; the last call counts.
+
+    It is a pass in ``torch._inductor.config.joint_custom_pre_pass``, which runs after passes that are already there. A
+    pass that is *assigned* there later replaces it.
+
+    Args:
+        tile: 4, or 2 for a smaller error, at less gain.
+        growth: by how much of their size the constants of a model may grow. Those that save most time for their size
+            come first. 0 keeps packages as small as they are, ``math.inf`` is without limit.
+
+    Raises:
+        ValueError: there is no such tile, or ``growth`` is negative.
+    """
+    if tile not in ALGORITHMS:
+        raise ValueError(f"use_winograd: tile must be {' or '.join(map(str, ALGORITHMS))}, got {tile!r}")
+    if not growth >= 0:
+        raise ValueError(f"use_winograd: growth must not be negative, got {growth!r}")
+    installer.use_winograd(tile, growth)
 
 
 def fold_norms() -> None:

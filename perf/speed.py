@@ -80,6 +80,9 @@ _FLOAT32 = _Columns(
 )
 _MODELS_IN = {
     "float32": _Columns(_FLOAT32.ours, {"as a package": ("ours-aoti",), **_FLOAT32.others}),
+    "float32, `use_winograd()`": _Columns(
+        ("ours-winograd",), {"as a package": ("ours-aoti-winograd",), **_FLOAT32.others}
+    ),
     "bfloat16": _Columns(
         ("ours-bf16",),
         {

@@ -12,9 +12,8 @@ import inductor_vision
 import pytest
 import torch
 from inductor_vision import package_target
-from inductor_vision.lowering.common.machine import LEVELS, cache_bytes, cache_bytes_here
+from inductor_vision.lowering.common.machine import LEVELS, cache_bytes, cache_bytes_here, multiplied_dtypes
 from inductor_vision.lowering.common.panels import bf16_dot_products
-from inductor_vision.lowering.passes.depthwise_separable import _multiplied_dtypes
 from inductor_vision.tests.support.compiled import run_alone
 from inductor_vision.tests.support.machine_code import OF_NO_PROCESSOR, ONE_PACKAGE, assert_made_for, only_for_x86_64
 from torch import Tensor, nn
@@ -97,7 +96,7 @@ def test_nothing_follows_the_processor_at_hand(target, monkeypatch):
             assert isa.bit_width() == level.vector_bits
             assert not re.search("vnni|bf16|amx|fp16", isa.build_arch_flags())
             assert cache_bytes() == level.cache_bytes != cache_bytes_here()
-            assert not bf16_dot_products() and _multiplied_dtypes() == []
+            assert not bf16_dot_products() and multiplied_dtypes() == []
     assert cache_bytes() == cache_bytes_here() and config.cpp.march is None
 
 

@@ -1,13 +1,33 @@
-"""Constants of a graph that is compiled ahead of time."""
+"""Constants of a graph: what is computed of them at compile time."""
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import operator
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 
 from ..inductor.codegen import V, config, ir
+
+_may_grow: contextvars.ContextVar[bool] = contextvars.ContextVar("may_grow", default=True)
+
+
+def may_grow() -> bool:
+    """Whether a constant may be replaced by something larger that a kernel can make of it in each call, too."""
+    return _may_grow.get()
+
+
+@contextlib.contextmanager
+def kept_small() -> Iterator[None]:
+    """What is traced in this context makes no constant larger."""
+    token = _may_grow.set(False)
+    try:
+        yield
+    finally:
+        _may_grow.reset(token)
 
 
 def fold_constant(node: torch.fx.Node, value: ir.TensorBox) -> ir.TensorBox:

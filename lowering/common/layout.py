@@ -12,7 +12,8 @@ from ..inductor.codegen import V, ir
 from .sizes import depends_on_data
 
 _RESHAPING = (torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default)
-_MKLDNN_CONVOLUTION = "mkldnn._convolution"  # what freezing makes of convolutions; always channels_last
+# What freezing makes of convolutions, which is always channels_last, and what use_winograd() does, which is faster so.
+_CONVOLUTIONS = "mkldnn._convolution", "inductor_vision.winograd_conv2d"
 
 
 def channels_last_strides(strides: Sequence[Any], size: Sequence[Any]) -> bool:
@@ -28,7 +29,7 @@ def feeds_channels_last_convolution(node: torch.fx.Node) -> bool:
     def is_one(user: torch.fx.Node) -> bool:
         if user.target is torch.ops.aten.convolution.default:
             return V.graph.layout_opt and not depends_on_data(user.meta["val"].shape[0])
-        return str(user.target).startswith(_MKLDNN_CONVOLUTION)
+        return str(user.target).startswith(_CONVOLUTIONS)
 
     seen, pending = set(), [node]
     while pending:

@@ -50,3 +50,26 @@ def instructions_here() -> str:
     """The vector instructions of the machine at hand, on which it depends how weights are packed."""
     bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
     return torch.backends.cpu.get_cpu_capability() + (" bf16" if bf16 else "")
+
+
+# Where a processor has one of these, it multiplies the dtype by itself, and oneDNN makes use of that.
+_LOW_PRECISION_PRODUCTS = {
+    torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
+    torch.float16: ("avx512_fp16", "amx_fp16", "fp16"),
+}
+
+
+def multiplied_dtypes() -> list[torch.dtype]:
+    """The low precisions that processors multiply that code is generated for."""
+    if level() is not None:
+        return []  # no level has such instructions
+    capabilities = torch.cpu.get_capabilities()
+    return [dtype for dtype, names in _LOW_PRECISION_PRODUCTS.items() if any(map(capabilities.get, names))]
+
+
+def vector_bits() -> int:
+    """Of the processors that code is generated for."""
+    other = level()
+    if other is not None:
+        return other.vector_bits
+    return {"AVX512": 512, "AVX2": 256}.get(torch.backends.cpu.get_cpu_capability(), 128)

@@ -1,8 +1,10 @@
-"""Sizes that are known only when there are data."""
+"""Sizes that are dynamic, or known only when there are data."""
 
 from __future__ import annotations
 
 from typing import Any
+
+import torch
 
 
 def depends_on_data(*sizes: Any) -> bool:
@@ -12,3 +14,10 @@ def depends_on_data(*sizes: Any) -> bool:
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
     return bool(free_unbacked_symbols(sizes))
+
+
+def likely(size: int | torch.SymInt) -> int | None:
+    """A size, or that which a dynamic one has now; None where data decide about it."""
+    if isinstance(size, int):
+        return size
+    return int(size.node.hint) if size.node.has_hint() else None

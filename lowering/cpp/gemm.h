@@ -1,7 +1,7 @@
 // A register-blocked matrix product on packed weights: C[rows, 16 * panels] += A[rows, K] * B[panels, K, 16].
 //
 //   A      K may be cut in `runs` of `run` elements each (a run: the channels of one group at one tap).
-//          Rows: row-major, kRowDistance elements between rows, runs `run_stride` apart;
+//          Rows: row-major, kRow elements between rows, runs `run_stride` apart;
 //          TransposedRows: its transpose, likewise;
 //          ListedRows: runs wherever a list says
 //   B      packed: a panel holds kPanel output columns, one cache line for each k; panels lie `panel_stride` apart
@@ -38,9 +38,9 @@ constexpr int64_t kMaxDepth = 256;
 constexpr int64_t kRowDistance = kMaxDepth + 16;
 
 // A[row, k0 : k0 + K] of one matrix product, K cut in runs.
-template <typename value_t>
+template <typename value_t, int64_t kRow_ = kRowDistance>
 struct Rows {
-  static constexpr int64_t kRow = kRowDistance, kDepth = 1;  // elements between neighbouring rows, neighbouring k
+  static constexpr int64_t kRow = kRow_, kDepth = 1;  // elements between neighbouring rows, neighbouring k
   const value_t* data;
   int64_t runs;
   int64_t run;

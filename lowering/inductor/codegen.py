@@ -14,7 +14,7 @@ from torch._inductor.lowering import lowerings
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._inductor.utils import Placeholder
 from torch._inductor.virtualized import V, ops
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import optimization_hint, statically_known_true
 
 __all__ = [
     "DTYPE_TO_CPP",
@@ -32,6 +32,7 @@ __all__ = [
     "kernel_side_table",
     "lowerings",
     "ops",
+    "optimization_hint",
     "parse_expr_with_index_symbols",
     "pick_vec_isa",
     "statically_known_true",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch._inductor import config, custom_graph_pass, ir
 from torch._inductor.codegen import common as codegen_common
-from torch._inductor.decomposition import decompositions, fast_random_decomps
+from torch._inductor.decomposition import decompositions, fast_random_decomps, select_decomp_table
 from torch._inductor.lowering import (
     fallback_handler,
     fallbacks,
@@ -27,4 +27,5 @@ __all__ = [
     "lowerings",
     "needs_realized_inputs",
     "register_lowering",
+    "select_decomp_table",
 ]

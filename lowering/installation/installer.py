@@ -45,7 +45,9 @@ def install() -> None:
     warning says why.
     """
     global _not_installed
-    _not_installed = _enter(_register_operators, _serve_torchvision, _add_fusion_pass, _add_folding_pass)
+    _not_installed = _enter(
+        _register_operators, _serve_torchvision, _add_fusion_pass, _add_folding_pass, _add_convolution_pass
+    )
     if _not_installed is not None:
         logger.warning(
             "inductor_vision's operators have no kernels, and run in compiled graphs as they do eagerly: %s",
@@ -141,7 +143,7 @@ def _serve_torchvision() -> None:
 
     for name in _accelerated:
         decompositions[getattr(torch.ops.torchvision, name).default] = TORCHVISION[name]
-    _add_pass("post_grad_custom_post_pass", SkipConcatenations)
+    _add_pass("post_grad_custom_post_pass", SkipConcatenations(TAG))
     tag_caches("torchvision")  # the same graph compiles to something else from now on
 
 
@@ -159,7 +161,26 @@ def _add_fusion_pass() -> None:
     if _fuse_depthwise_separable:
         from ..passes.depthwise_separable import FuseDepthwiseSeparable
 
-        _add_pass("pre_grad_custom_pass", FuseDepthwiseSeparable)
+        _add_pass("pre_grad_custom_pass", FuseDepthwiseSeparable(TAG))
+
+
+_winograd: tuple[int, float] | None = None  # tile and growth
+
+
+def use_winograd(tile: int, growth: float) -> None:
+    """See :func:`inductor_vision.use_winograd`; takes effect now, or once Inductor is imported."""
+    global _winograd
+    _winograd = tile, growth
+    _enter_later("use_winograd", _add_convolution_pass)
+
+
+def _add_convolution_pass() -> None:
+    if _winograd is not None:
+        from ..passes.convolution_kernels import Winograd
+        from ..passes.convolutions import ChooseConvolutions
+
+        tile, growth = _winograd
+        _add_pass("joint_custom_pre_pass", ChooseConvolutions(TAG, [Winograd(tile)], growth))
 
 
 _fold_norms = False
@@ -177,14 +198,16 @@ def _add_folding_pass() -> None:
         from ..passes.affine_maps import FoldAffineMaps
         from ..workarounds.repeated_constants import MergeConstants
 
-        _add_pass("joint_custom_pre_pass", MergeConstants)
-        _add_pass("joint_custom_pre_pass", FoldAffineMaps)
+        _add_pass("joint_custom_pre_pass", MergeConstants(TAG))
+        _add_pass("joint_custom_pre_pass", FoldAffineMaps(TAG))
 
 
-def _add_pass(hook: str, kind: Callable[[str], Any]) -> None:
-    """Have a pass run behind those that are there, once."""
+def _add_pass(hook: str, added: Any) -> None:
+    """Have a pass run behind those that are there; in the place of one of its kind, if that has other settings."""
     from ..inductor.tables import config, custom_graph_pass
 
-    passes = custom_graph_pass.get_custom_graph_passes(getattr(config, hook))
-    if not any(type(other) is kind for other in passes):
-        setattr(config, hook, [*passes, kind(TAG)])
+    passes = [*custom_graph_pass.get_custom_graph_passes(getattr(config, hook))]
+    place = next((i for i, other in enumerate(passes) if type(other) is type(added)), len(passes))
+    if place == len(passes) or passes[place].uuid() != added.uuid():
+        passes[place:] = [added, *passes[place + 1 :]]
+        setattr(config, hook, passes)

@@ -29,6 +29,7 @@ from torch.fx import Graph, Node, map_arg
 from ...paths import record_path
 from ..common.graph_pass import GraphPass
 from ..inductor.tables import config
+from .constants import constants_of
 from .names import layer_of
 
 OP = "convolution"
@@ -53,20 +54,26 @@ class FoldAffineMaps(GraphPass):
         if not config.freezing or torch.is_grad_enabled():
             return  # weights are not constants
         try:
-            constants, rounded = _constants(graph), _rounded_later(graph)
+            constants, rounded = constants_of(graph), rounded_later(graph)
             for conv in graph.find_nodes(op="call_function", target=_aten.convolution.default):
-                steps = list(_steps(conv, constants))
-                if any(step.node.target is not _CAST for step in steps):
-                    reason = _why_not(conv, steps[-1].node, constants, rounded)
-                    if reason is None:
-                        _fold(conv, steps)
-                    record_path(OP, *_outcome(conv, steps, reason))
-            rounded = _rounded_later(graph)  # anew, with what is in the place of the maps
+                fold_maps(conv, constants, rounded)
+            rounded = rounded_later(graph)  # anew, with what is in the place of the maps
             for node in list(graph.nodes):
                 _cast_later(node, rounded)
         except Exception as error:  # of whatever kind: after each replacement the graph is one that compiles
             record_path(OP, "left alone", f"the graph could not be looked at: {type(error).__name__}: {error}")
         graph.eliminate_dead_code()
+
+
+def fold_maps(conv: Node, constants: set[Node], rounded: set[Node]) -> Node:
+    """Fold the maps behind a convolution, if there are any, and report it; the convolution as it is then."""
+    steps = list(_steps(conv, constants))
+    if all(step.node.target is _CAST for step in steps):
+        return conv
+    reason = _why_not(conv, steps[-1].node, constants, rounded)
+    folded = conv if reason is not None else _fold(conv, steps)
+    record_path(OP, *_outcome(conv, steps, reason))
+    return folded
 
 
 def _outcome(conv: Node, steps: list[_Step], reason: str | None) -> tuple[str, str]:
@@ -77,44 +84,6 @@ def _outcome(conv: Node, steps: list[_Step], reason: str | None) -> tuple[str, s
     maps = ", ".join(operator.__name__.partition(".")[0] for operator in operators)
     what = f"{layer_of(conv)[0] or 'a convolution'} ({kernel}, {conv.meta['val'].shape[1]} channels) with {maps}"
     return ("fused", what) if reason is None else ("left alone", f"{what}: {reason}")
-
-
-def _constants(graph: Graph) -> set[Node]:
-    """The nodes whose values are known when the graph is compiled."""
-    frozen = _frozen_inputs(graph)
-    constants: set[Node] = set()
-    for node in graph.nodes:
-        if node.op == "call_function":
-            pure = isinstance(node.target, torch._ops.OpOverload) and not (
-                node.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags
-            )
-            constant = pure and bool(node.all_input_nodes) and constants.issuperset(node.all_input_nodes)
-        else:
-            constant = node in frozen or (node.op == "get_attr" and isinstance(node.meta.get("val"), Tensor))
-        if constant:
-            constants.add(node)
-    return constants
-
-
-def _frozen_inputs(graph: Graph) -> set[Node]:
-    """The inputs that freezing replaces by constants: parameters, which come first, but those that are changed.
-
-    A subgraph has inputs of its own. If one were mistaken for a parameter, its maps would be folded at every call.
-    """
-    context = torch._guards.TracingContext.try_get()
-    inputs = graph.find_nodes(op="placeholder")
-    if context is None or context.fw_metadata is None or context.params_flat_unwrap_subclasses is None:
-        return set()
-    infos = context.fw_metadata.input_info
-    if len(inputs) != len(infos):
-        return set()
-    returned = {output.base_idx for output in context.fw_metadata.output_info}
-    parameters = enumerate(zip(inputs, infos, context.params_flat_unwrap_subclasses))
-    return {
-        node
-        for i, (node, info, parameter) in parameters
-        if isinstance(parameter, Tensor) and not info.mutates_data and i not in returned
-    }
 
 
 # What is done with a value before it is rounded, and leaves the error of its rounding as it is, relative to the result.
@@ -130,7 +99,7 @@ _KEEP_ROUNDING = {
 }
 
 
-def _rounded_later(graph: Graph) -> set[Node]:
+def rounded_later(graph: Graph) -> set[Node]:
     """The values that are rounded to a low precision wherever they go, sooner or later."""
     rounded: set[Node] = set()
 
@@ -225,8 +194,8 @@ def _why_not(conv: Node, last: Node, constants: set[Node], rounded: set[Node]) -
 _Value = Any  # a number, or a node whose value is a vector of float64, of one number or one for each channel
 
 
-def _fold(conv: Node, steps: list[_Step]) -> None:
-    """Put a convolution of other weights in the place of the last step, and of all before it."""
+def _fold(conv: Node, steps: list[_Step]) -> Node:
+    """Put a convolution of other weights, which is returned, in the place of the last step, and of all before it."""
     result, last = conv.meta["val"], steps[-1].node
     arguments: Any = conv.args
     input, weight, bias, stride, padding, dilation, transposed, output_padding, groups = arguments
@@ -251,11 +220,13 @@ def _fold(conv: Node, steps: list[_Step]) -> None:
             else:
                 scale = _call(_aten.reshape.default, scale, [-1, 1, *kernel])
         weight = _call(_CAST, _times(weight, scale), result.dtype)
-        out = _call(conv.target, input, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
-        out.meta = {**conv.meta, **out.meta}  # of which layer it is
+        folded = _call(conv.target, input, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
+        folded.meta = {**conv.meta, **folded.meta}  # of which layer it is
+        out = folded
         if last.meta["val"].dtype != result.dtype:
-            out = _call(_CAST, out, last.meta["val"].dtype)
+            out = _call(_CAST, folded, last.meta["val"].dtype)
     last.replace_all_uses_with(out)
+    return folded
 
 
 def _then(step: _Step, scale: _Value, shift: _Value) -> tuple[_Value, _Value]:

@@ -27,8 +27,9 @@ from ...ops.depthwise_separable_conv2d import IDENTITY
 from ...ops.registry import OPS
 from ...paths import record_path
 from ..common.graph_pass import GraphPass
-from ..common.machine import cache_bytes, level
+from ..common.machine import cache_bytes, multiplied_dtypes
 from ..common.registry import refusal
+from ..common.sizes import likely
 from .calls import (
     Activation,
     ConvolutionCall,
@@ -51,7 +52,7 @@ class FuseDepthwiseSeparable(GraphPass):
 
     def uuid(self) -> Any:
         """With all that decides what is done with a graph."""
-        return f"{super().uuid()}-{cache_bytes()}-{_multiplied_dtypes()}"
+        return f"{super().uuid()}-{cache_bytes()}-{multiplied_dtypes()}"
 
     def __call__(self, graph: Graph) -> None:
         candidates = [node for node in graph.nodes if (call := convolution_of(node)) and call.is_depthwise]
@@ -312,28 +313,7 @@ def _test_template(pair: Pair) -> str | None:
     return refusal(OPS[OP], *values, depthwise.stride, _padding(depthwise), depthwise.dilation, activation)
 
 
-# Where a processor has one of these, oneDNN multiplies the dtype by itself. The kernel multiplies in float32.
-_LOW_PRECISION_PRODUCTS = {
-    torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
-    torch.float16: ("avx512_fp16", "amx_fp16", "fp16"),
-}
-
 _TILE = 96  # pixels, see Separable.blocking
-
-
-def _multiplied_dtypes() -> list[torch.dtype]:
-    """The low precisions that processors multiply that code is generated for."""
-    if level() is not None:
-        return []  # no level has such instructions
-    capabilities = torch.cpu.get_capabilities()
-    return [dtype for dtype, names in _LOW_PRECISION_PRODUCTS.items() if any(map(capabilities.get, names))]
-
-
-def _likely(size: int | torch.SymInt) -> int | None:
-    """A size, or that which a dynamic one has now; None where data decide about it."""
-    if isinstance(size, int):
-        return size
-    return int(size.node.hint) if size.node.has_hint() else None
 
 
 def _test_gain(pair: Pair) -> str | None:
@@ -344,9 +324,9 @@ def _test_gain(pair: Pair) -> str | None:
     """
     input, out = value_of(pair.depthwise.input), value_of(pair.pointwise.node)
     weight, cache = value_of(pair.pointwise.weight), cache_bytes()
-    if out.dtype in _multiplied_dtypes():
+    if out.dtype in multiplied_dtypes():
         return f"the processor multiplies {out.dtype} by itself, which oneDNN makes use of"
-    sizes = [size for size in map(_likely, (*input.shape, *out.shape)) if size is not None]
+    sizes = [size for size in map(likely, (*input.shape, *out.shape)) if size is not None]
     if len(sizes) < 8:
         return None
     # 1.03 to 1.12: the pointwise weight does not stay in the cache, and each of many tiles reads it anew.

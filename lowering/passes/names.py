@@ -23,8 +23,9 @@ def name_of(node: Node) -> str:
 
 
 def layer_of(node: Node) -> tuple[str, str]:
-    """The path of the innermost module that calls an operator, and its class; "" of the model itself, or if unknown."""
-    stack = node.meta.get("nn_module_stack")
+    """The path of the innermost module that calls an operator, and its class; "" of the model itself, or if unknown. Of
+    an operator that computes gradients, that of the forward pass."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
     path, kind = list(stack.values())[-1] if stack else ("", "")
     path = re.sub(r"^L\['(self|fn)'\]\.?", "", path)  # the model; fn is one of a class of torch
     path = re.sub(r"^[LG]\['(\w+)'\]", r"\1", path)  # of a model in a variable

@@ -27,12 +27,16 @@ class Problem:
     batch: int
     size: int = 224
 
-    def model(self) -> nn.Module:
-        """The model with random weights, the same in every process; batch norms have the statistics of some images."""
+    def make(self) -> nn.Module:
+        """The model as torchvision makes it."""
         from torchvision import models
 
+        return getattr(models, self.name)(weights=None)
+
+    def model(self) -> nn.Module:
+        """The model with random weights, the same in every process; batch norms have the statistics of some images."""
         torch.manual_seed(0)
-        model = getattr(models, self.name)(weights=None)
+        model = self.make()
         for layer in model.modules():
             if isinstance(layer, nn.BatchNorm2d):
                 layer.momentum = 1.0
@@ -69,15 +73,16 @@ def _compiled(
     freezing: bool = True,
     bfloat16: bool = False,
     cheap_calls: bool = False,
+    winograd: bool = False,
 ) -> Prepared:
     if accelerated:
-        accelerate()
+        accelerate(winograd=winograd)
     with backends.compiled_with(**(inference_options() if cheap_calls else {})):
         return backends.compiled(*_in_format(job, channels_last, bfloat16), freezing=freezing)
 
 
-def _packaged(job: Job, bfloat16: bool = False) -> Prepared:
-    accelerate()
+def _packaged(job: Job, bfloat16: bool = False, winograd: bool = False) -> Prepared:
+    accelerate(winograd=winograd)
     return backends.packaged(*_in_format(job, False, bfloat16))
 
 
@@ -95,7 +100,7 @@ def _same(problem: Problem) -> Problem:
     return problem
 
 
-_MODELS = ("resnet50", "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0")
+_MODELS = ("resnet50", "vgg16", "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0")
 
 _ours = functools.partial(_compiled, accelerated=True)
 _stock = functools.partial(_compiled, accelerated=False)
@@ -114,6 +119,8 @@ SUITE = Suite(
         contender("ours-cheap-calls", "ours", functools.partial(_ours, cheap_calls=True), compiled=True),
         contender("ours-channels-last", "ours", functools.partial(_ours, channels_last=True), compiled=True),
         contender("ours-aoti", "ours", _packaged, compiled=True),
+        contender("ours-winograd", "ours", functools.partial(_ours, winograd=True), compiled=True),
+        contender("ours-aoti-winograd", "ours", functools.partial(_packaged, winograd=True), compiled=True),
         contender("ours-not-frozen", "ours", functools.partial(_ours, freezing=False), compiled=True),
         contender("ours-bf16", "ours", functools.partial(_ours, bfloat16=True), compiled=True, **_LOW_PRECISION),
         contender(

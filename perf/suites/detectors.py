@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...export import OneImage, export_detector
+from ...integrations.convolutions import use_winograd
 from ...integrations.models import accelerate
 from ...integrations.torchvision import accelerate_torchvision
 from .. import backends
@@ -232,14 +233,17 @@ def _compiled(
     freezing: bool = True,
     bfloat16: bool = False,
     converted: bool = False,
+    winograd: bool = False,
 ) -> Prepared:
-    accelerate()
+    accelerate(winograd=winograd)
     with _kernels_named():
         prepared = backends.compiled(*_detector(job, channels_last, bfloat16, converted), freezing=freezing)
     return dataclasses.replace(prepared, shares=functools.partial(_shares, prepared.call, _TEMPLATE_KERNEL))
 
 
-def _packaged(job: Job, bfloat16: bool = False, converted: bool = False) -> Prepared:
+def _packaged(job: Job, bfloat16: bool = False, converted: bool = False, winograd: bool = False) -> Prepared:
+    if winograd:
+        use_winograd()
     image, detector = job.inputs.image, job.inputs.detector.detector
     detector = backends.Autocast(detector) if bfloat16 else detector
     if converted:
@@ -347,6 +351,8 @@ SUITE = Suite(
         contender("ours-compiled", "ours", functools.partial(_compiled, freezing=False), compiled=True),
         contender("ours-channels-last", "ours", functools.partial(_compiled, channels_last=True), compiled=True),
         contender("ours-aoti", "ours", _packaged, compiled=True),
+        contender("ours-winograd", "ours", functools.partial(_compiled, winograd=True), compiled=True),
+        contender("ours-aoti-winograd", "ours", functools.partial(_packaged, winograd=True), compiled=True),
         contender("ours-bf16", "ours", functools.partial(_compiled, bfloat16=True), compiled=True, **_LOW_PRECISION),
         contender(
             "ours-aoti-bf16", "ours", functools.partial(_packaged, bfloat16=True), compiled=True, **_LOW_PRECISION

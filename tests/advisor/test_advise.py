@@ -228,19 +228,20 @@ def test_variants_of_a_model(models):
     program = program_of(models)
 
     def names(program, **more):
-        options = {"compiling": False, "calls_torchvision": True, "has_separable": True, **more}
+        options = {"compiling": False, "calls_torchvision": True, "has_separable": True, "has_winograd": True}
+        options |= more
         return [variant.name for variant in variants.whole_model_variants(program, 4, **options)]
 
     assert names(program) == ["channels_last", "bfloat16", "image by image", "1 thread", "2 threads"]
-    calls = ["accelerate_torchvision()", "fuse_depthwise_separable()"]
+    calls = ["accelerate_torchvision()", "fuse_depthwise_separable()", "use_winograd()"]
     assert names(program, compiling=True)[5:] == [
         "torch.compile",
         "torch.compile, freeze_weights()",
         *(f"torch.compile, freeze_weights(), {call}" for call in calls),
-        f"torch.compile, freeze_weights(), {calls[0]}, {calls[1]}",
-        f"torch.compile, freeze_weights(), inference_options(), {calls[0]}, {calls[1]}",
+        f"torch.compile, freeze_weights(), {', '.join(calls)}",
+        f"torch.compile, freeze_weights(), inference_options(), {', '.join(calls)}",
     ]
-    assert names(program, compiling=True, calls_torchvision=False, has_separable=False)[5:] == [
+    assert names(program, compiling=True, calls_torchvision=False, has_separable=False, has_winograd=False)[5:] == [
         "torch.compile",
         "torch.compile, freeze_weights()",
         "torch.compile, freeze_weights(), inference_options()",

@@ -124,6 +124,12 @@ def test_depthwise_separable_convolutions_are_noticed():
     assert not seen(Chain("p d", p=nn.Conv2d(8, 8, 1), d=depthwise), IMAGE).has_separable
 
 
+def test_convolutions_for_winograd_are_noticed():
+    assert seen(Chain("c", c=nn.Conv2d(8, 8, 3)), IMAGE).has_winograd
+    others = {"stride": 2}, {"dilation": 2}, {"kernel_size": 5}
+    assert not any(seen(Chain("c", c=nn.Conv2d(8, 8, **{"kernel_size": 3, **o})), IMAGE).has_winograd for o in others)
+
+
 class Deformable(nn.Module):
     def __init__(self, layer):
         super().__init__()

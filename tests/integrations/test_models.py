@@ -18,7 +18,8 @@ from torch._inductor.utils import run_and_get_code
 def calls(monkeypatch) -> list[str]:
     """What accelerate() calls, which does nothing here; torchvision is installed."""
     made: list[str] = []
-    for name in ("accelerate_torchvision", "fuse_depthwise_separable", "fold_norms", "freeze_weights", "keep_memory"):
+    names = "accelerate_torchvision", "fuse_depthwise_separable", "fold_norms", "use_winograd", "freeze_weights"
+    for name in (*names, "keep_memory"):
         monkeypatch.setattr(models, name, lambda name=name: made.append(name))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     return made
@@ -32,7 +33,7 @@ def calls(monkeypatch) -> list[str]:
             {"freezing": True, "memory": True},
             ["accelerate_torchvision", "fuse_depthwise_separable", "fold_norms", "freeze_weights", "keep_memory"],
         ),
-        ({"torchvision": False}, ["fuse_depthwise_separable", "fold_norms"]),
+        ({"torchvision": False, "winograd": True}, ["fuse_depthwise_separable", "fold_norms", "use_winograd"]),
         ({"depthwise_separable": False, "norms": False}, ["accelerate_torchvision"]),
         ({"torchvision": False, "depthwise_separable": False, "norms": False}, []),
     ],

@@ -12,8 +12,8 @@ from inductor_vision.lowering.installation import installer
 @pytest.fixture
 def switch(monkeypatch) -> Iterator[None]:
     """What the test switches on is undone."""
-    for name in ("_fuse_depthwise_separable", "_fold_norms"):
-        monkeypatch.setattr(installer, name, False)
+    for name, off in (("_fuse_depthwise_separable", False), ("_fold_norms", False), ("_winograd", None)):
+        monkeypatch.setattr(installer, name, off)
     from torch._inductor import config
 
     with config.patch(pre_grad_custom_pass=None, joint_custom_pre_pass=None):

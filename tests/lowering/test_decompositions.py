@@ -14,6 +14,7 @@ from inductor_vision.tests.support import (
     deform_conv2d as deformable,
     depthwise_separable_conv2d as separable,
     patch_conv2d as patches,
+    winograd_conv2d as winograd,
 )
 from inductor_vision.tests.support.boxes import Boxes, RotatedBoxes
 from inductor_vision.tests.support.compare import assert_close
@@ -29,6 +30,7 @@ CONVOLUTIONS = {
     "deform_conv2d": deformable,
     "patch_conv2d": patches,
     "depthwise_separable_conv2d": separable,
+    "winograd_conv2d": winograd,
 }
 
 

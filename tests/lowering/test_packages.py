@@ -29,6 +29,7 @@ from inductor_vision.tests.support import (
     patch_conv2d as patches,
     regions,
     upsample_bilinear2d as upsampling,
+    winograd_conv2d as winograd,
 )
 from inductor_vision.tests.support.boxes import (
     Boxes,
@@ -175,6 +176,30 @@ def patch_conv2d() -> Part:
     ops = ["patch_conv2d"] * 3 + ["patch_conv2d_backward"] * 2  # gradients of the input and of the others
     constants = ["1, 3, 9, 20, 16", "1, 2, 9, 40, 16", "40"]
     return Part(model, calls, ((0, 1, 3, 4),) * 3, same_as_in_float64(model), ops, constants)
+
+
+class ByWinograd(nn.Module):
+    """A layer, and the gradient of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(24, 28, 3, 3) / 16)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        out = inductor_vision.winograd_conv2d(x, self.weight).relu()
+        gradients = OPS["winograd_conv2d_backward"](out, x, self.weight, None, [1, 1], 4, [True, False, False])
+        return out, gradients[0]
+
+
+def winograd_conv2d() -> Part:
+    model = ByWinograd()
+    calls = [
+        (winograd.sample(winograd.Case(batch, 28, size=size, layout="channels_last")).args[0],)
+        for batch, size in ((3, (7, 9)), (1, (7, 9)), (2, (3, 2)), (5, (20, 73)))
+    ]
+    ops = ["winograd_conv2d", "winograd_conv2d_backward"]
+    constants = ["1, 2, 36, 28, 16", "1, 2, 36, 24, 16"]
+    return Part(model, calls, (0, 2, 3), same_as_in_float64(model), ops, constants)
 
 
 # Regions
@@ -379,6 +404,7 @@ PARTS: dict[str, Callable[[], Part]] = {
         depthwise_separable_conv2d,
         depthwise_separable_conv2d_backward,
         patch_conv2d,
+        winograd_conv2d,
         on_regions,
         on_regions_backward,
         keypoints,
@@ -509,6 +535,7 @@ def test_one_file_has_all_kernels_fused_with_their_neighbours(package):
     for op in with_templates():
         assert any(op in name for name in names), op
     fused = ["add_deform_conv2d_relu", "depthwise_separable_conv2d_relu", *["patch_conv2d_relu"] * 3]
+    fused += ["relu_winograd_conv2d"]
     assert sorted(name for name in names if "relu" in name) == fused
 
 

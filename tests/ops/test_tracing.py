@@ -31,6 +31,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         (X, torch.randn(2, 18, 8, 9), torch.randn(4, 12, 3, 3)),
     ),
     "patch_conv2d": (lambda x, w: inductor_vision.patch_conv2d(x[None], w, padding=1), (X, torch.randn(4, 12, 3, 3))),
+    "winograd_conv2d": (inductor_vision.winograd_conv2d, (X, torch.randn(4, 12, 3, 3))),
     "depthwise_separable_conv2d": (
         lambda x, w, v: inductor_vision.depthwise_separable_conv2d(x, w, v, depthwise_activation="relu"),
         (X, DEPTHWISE, POINTWISE),

@@ -20,6 +20,7 @@ from inductor_vision import (
     roi_align,
     roi_pool,
     soft_nms,
+    winograd_conv2d,
 )
 from inductor_vision.ops.heatmaps_to_keypoints import heatmaps_to_keypoints
 from inductor_vision.ops.registry import OPS
@@ -88,6 +89,11 @@ DIFFERENTIABLE = {
     "patch_conv2d": Call(
         lambda input, weight, bias: patch_conv2d(input, weight, bias, padding=1, groups=2),
         lambda: {"input": randn(2, 3, 4, 5, 4), "weight": randn(6, 2, 3, 3), "bias": randn(6)},
+        ("input", "weight", "bias"),
+    ),
+    "winograd_conv2d": Call(
+        functools.partial(winograd_conv2d, groups=2),
+        lambda: {"input": randn(2, 4, 5, 6), "weight": randn(6, 2, 3, 3), "bias": randn(6)},
         ("input", "weight", "bias"),
     ),
     "depthwise_separable_conv2d": Call(

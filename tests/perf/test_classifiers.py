@@ -32,7 +32,8 @@ def switches(monkeypatch):
     monkeypatch.setattr(backends, "compiled", eager)
     monkeypatch.setattr(backends, "packaged", eager)
     monkeypatch.setattr(installer, "_fuse_depthwise_separable", False)
-    with config.patch(pre_grad_custom_pass=None):
+    monkeypatch.setattr(installer, "_winograd", None)
+    with config.patch(pre_grad_custom_pass=None, joint_custom_pre_pass=None):
         yield on
 
 

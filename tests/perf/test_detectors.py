@@ -2,11 +2,13 @@
 
 import contextlib
 import functools
+import importlib
 import io
 import time
 
 import pytest
 import torch
+from inductor_vision.lowering.installation import installer
 from inductor_vision.perf import backends, interleaving, machine
 from inductor_vision.perf.isolated import prepare_in_own_process
 from inductor_vision.perf.progress import Progress
@@ -17,6 +19,7 @@ from inductor_vision.perf.spec import Case, Contender, Job, Prepared, Suite, Una
 from inductor_vision.perf.suites import detectors
 from inductor_vision.perf.suites.detectors import SUITE, Problem, detections_error, missed_share
 from inductor_vision.tests.support.detectors import R_CNNS, small_detector
+from torch._inductor import config
 
 PROBLEMS = {
     kind: Problem(functools.partial(small_detector, kind), (90, 120), (4, 8))
@@ -25,6 +28,15 @@ PROBLEMS = {
 CONTENDERS = {contender.name: contender for contender in SUITE.contenders}
 
 pytestmark = pytest.mark.usefixtures("torchvision")
+
+
+@pytest.fixture(autouse=True)
+def _switched_off_again(monkeypatch):
+    """What contenders switch on for a process of their own, and would change what other tests compile."""
+    importlib.import_module("torch._inductor.lowering")  # as each compilation does; what was asked for begins with it
+    monkeypatch.setattr(installer, "_winograd", None)
+    with config.patch(joint_custom_pre_pass=config.joint_custom_pre_pass):
+        yield
 
 
 def job_of(kind):

@@ -12,6 +12,7 @@
 #include "roi_pool.h"
 #include "soft_nms.h"
 #include "upsample_bilinear2d.h"
+#include "winograd_conv2d.h"
 
 #include <atomic>
 #include <cinttypes>
@@ -295,6 +296,24 @@ void run_patches() {
   run_out_of_memory("patch_conv2d_backward", [&] { patch_conv2d_backward(op, gradients, PatchBlocking{2048}); });
 }
 
+void run_winograd() {
+  const Tensor<float> input = tensor(kBatch, kIn, kHeight, kWidth, -1, 1), weight = tensor(kOut, kIn, 3, 3, -1, 1);
+  const Tensor<float> grad = tensor(kBatch, kOut, kHeight, kWidth, -1, 1);
+  const auto run = [&](const char* name, const View4d<float>& from, int64_t channels, int64_t out_channels,
+                       const WinogradWeight<float>& weights) {
+    const WinogradConv2d<float> op{from,         nullptr, nullptr, kBatch, channels, kHeight, kWidth,
+                                   out_channels, kHeight, kWidth,  1,      1,        1};
+    std::vector<float> out(kBatch * out_channels * kHeight * kWidth);
+    run_out_of_memory(name, [&] {
+      winograd_conv2d<false, 4, 16>(
+          op, weights, WinogradBlocking{6, 1}, DenseStore<false, float>{out.data(), out_channels, kHeight, kWidth});
+    });
+  };
+  const float* data = weight.view().data;
+  run("winograd_conv2d", input.view(), kIn, kOut, {data, 1, kOut, kIn, kOut * kIn * 9, kIn * 9, 9, false});
+  run("winograd_conv2d_backward", grad.view(), kOut, kIn, {data, 1, kIn, kOut, kOut * kIn * 9, 9, kIn * 9, true});
+}
+
 }  // namespace
 
 int main() {
@@ -305,4 +324,5 @@ int main() {
   run_deform();
   run_separable();
   run_patches();
+  run_winograd();
 }

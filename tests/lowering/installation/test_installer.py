@@ -59,7 +59,10 @@ def tables_of_inductor() -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("step", ["_register_operators", "_serve_torchvision", "_add_fusion_pass", "_add_folding_pass"])
+STEPS = "_register_operators", "_serve_torchvision", "_add_fusion_pass", "_add_folding_pass", "_add_convolution_pass"
+
+
+@pytest.mark.parametrize("step", STEPS)
 def test_what_fails_leaves_inductor_as_it_was(step, monkeypatch, caplog):
     original = getattr(installer, step)
 
