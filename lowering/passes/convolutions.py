@@ -196,7 +196,8 @@ def _faster(convolution: Convolution | None, kernels: Sequence[ConvolutionKernel
     """The ways to compute it that are faster than oneDNN's, and by how many seconds; and why others are not taken."""
     if convolution is None:
         return {}, "what is faster depends on the size"
-    usual, faster, reasons = library_seconds(convolution), {}, []
+    usual, reasons = library_seconds(convolution), []
+    faster: dict[Choice, float] = {}
     for kernel in kernels:
         reason = kernel.refusal(convolution)
         if reason is not None:
