@@ -196,8 +196,8 @@ def epilogues() -> st.SearchStrategy[Epilogue]:
     )
 
 
-# Each is compiled.
-@settings(max_examples=settings.default.max_examples // 4, suppress_health_check=[HealthCheck.too_slow])
+# Each is compiled, with all its programs.
+@settings(max_examples=settings.default.max_examples // 8, suppress_health_check=[HealthCheck.too_slow])
 @given(
     template=st.sampled_from(sorted(TEMPLATES)),
     size=coinciding_sizes(),
