@@ -7,6 +7,7 @@ from typing import Any
 
 from ..memory import keep_memory
 from .convolutions import fold_norms, fuse_depthwise_separable
+from .sampling import accelerate_sampling
 from .torchvision import accelerate_torchvision
 
 
@@ -15,6 +16,7 @@ def accelerate(
     torchvision: bool = True,
     depthwise_separable: bool = True,
     norms: bool = True,
+    sampling: bool = True,
     freezing: bool = False,
     memory: bool = False,
 ) -> None:
@@ -25,6 +27,7 @@ def accelerate(
     * :func:`inductor_vision.accelerate_torchvision`, if torchvision is installed,
     * :func:`inductor_vision.fuse_depthwise_separable`,
     * :func:`inductor_vision.fold_norms`,
+    * :func:`inductor_vision.accelerate_sampling`,
     * with ``freezing``, :func:`inductor_vision.freeze_weights`; not by default, since what is compiled then does not
       see later changes of weights,
     * with ``memory``, :func:`inductor_vision.keep_memory`; not by default, since the process then stays as large as it
@@ -35,7 +38,7 @@ def accelerate(
     compiling; what was called before is not done twice.
 
     Args:
-        torchvision, depthwise_separable, norms, freezing, memory: whether to make these calls.
+        torchvision, depthwise_separable, norms, sampling, freezing, memory: whether to make these calls.
 
     Raises:
         TypeError: an argument is not a bool; nothing was called then.
@@ -44,6 +47,7 @@ def accelerate(
         "torchvision": torchvision,
         "depthwise_separable": depthwise_separable,
         "norms": norms,
+        "sampling": sampling,
         "freezing": freezing,
         "memory": memory,
     }
@@ -56,6 +60,8 @@ def accelerate(
         fuse_depthwise_separable()
     if norms:
         fold_norms()
+    if sampling:
+        accelerate_sampling()
     if freezing:
         freeze_weights()
     if memory:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from .common.layout import layout_is_free, realize_image, writes_channels_last
 from .common.registry import Template, serve_all, template_for
 from .common.template import BlocksTemplate, size_in_cpp, sizes, struct, view
@@ -82,4 +84,8 @@ class UpsampleBilinear2dTemplate(BlocksTemplate):
         return f"inductor_vision::upsample_bilinear2d<{str(self.channels_last).lower()}>({op}, {store});"
 
 
-template_for("upsample_bilinear2d", Template(serve_all, _lower))
+def _leaves(input: Tensor, *_: Any) -> str | None:
+    return None if input.is_floating_point() else "integers are interpolated in fixed point"
+
+
+template_for("upsample_bilinear2d", Template(serve_all, _lower, leaves=_leaves))

@@ -1,0 +1,147 @@
+"""What grid_sampler_2d and its gradients compile to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, strategies as st
+from inductor_vision.tests.support.compare import assert_close
+from inductor_vision.tests.support.compiled import Compiled, compile_and_run
+from inductor_vision.tests.support.grid_sampler_2d import BACKWARD, MODES, OP, Case
+from inductor_vision.tests.support.layouts import arrange
+from torch import Tensor
+
+ATEN = torch.ops.aten.grid_sampler_2d.default
+ATEN_BACKWARD = torch.ops.aten.grid_sampler_2d_backward.default
+
+
+def in_all_modes(op: Any, *tensors: Tensor) -> list[Tensor]:
+    return [op(*tensors, *modes) for modes in MODES]
+
+
+def backward_in_all_modes(op: Any, *tensors: Tensor) -> list[Tensor]:
+    return [gradient for modes in MODES for gradient in op(*tensors, *modes, [True, True])]
+
+
+def call(case: Case) -> tuple[Tensor, ...]:
+    return case.grad(), case.input(), case.grid()
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Compiled:
+    """All modes and their gradients, for all sizes."""
+
+    def function(grad: Tensor, input: Tensor, grid: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        return in_all_modes(OP, input, grid), backward_in_all_modes(BACKWARD, grad, input, grid)
+
+    compiled = compile_and_run(function, *call(Case()), dynamic=True, config={"aot_inductor.debug_compile": True})
+    assert compiled.kinds == ["template"] * 2 * len(MODES)
+    return compiled
+
+
+SIZES = st.integers(2, 40)
+
+
+@given(
+    case=st.builds(
+        Case,
+        batch=st.integers(2, 3),
+        channels=st.sampled_from([2, 3, 7, 8, 9, 17, 33]),
+        size=st.tuples(SIZES, SIZES),
+        out=st.tuples(SIZES, SIZES),
+        hostile=st.booleans(),
+    ),
+)
+def test_values_for_all_sizes(compiled, case):
+    """What aten computes, NaN, infinite and huge coordinates included; of the latter gradients are not asked for."""
+    grad, input, grid = call(case)
+    results, gradients = compiled.function(grad, input, grid)
+    for result, stock, modes in zip(results, in_all_modes(ATEN, input, grid), MODES):
+        assert_close(result, stock, torch.float32, str(modes))
+    if not case.hostile:
+        for gradient, stock in zip(gradients, backward_in_all_modes(ATEN_BACKWARD, grad, input, grid)):
+            assert_close(gradient, stock, torch.float32)
+
+
+def test_bits_do_not_depend_on_threads(compiled):
+    tensors = call(Case(batch=3, channels=19, size=(90, 60), out=(40, 33)))
+    results, gradients = compiled.function(*tensors)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        again = compiled.function(*tensors)
+        assert all(map(torch.equal, again[0], results)) and all(map(torch.equal, again[1], gradients))
+
+
+@pytest.mark.usefixtures("unoptimized")
+def test_every_layout_gives_the_same():
+    case = Case(channels=19)
+    layouts = ("contiguous", "channels_last", "sliced", "stepped", "transposed", "expanded")
+    images = [arrange(case.input(), layout) for layout in layouts]
+    images[-1] = images[-1].expand(2, -1, -1, -1)
+
+    def function(grad: Tensor, grid: Tensor, *images: Tensor) -> list[tuple[Tensor, ...]]:
+        calls = [(OP(image, grid, 0, 0, False), image) for image in images]
+        return [(out, *BACKWARD(grad, image, grid, 0, 0, False, [True, True])) for out, image in calls]
+
+    compiled = compile_and_run(function, case.grad(), case.grid(), *images)
+    assert set(compiled.kinds) == {"template"}
+    for image, (result, *gradients) in zip(images, compiled.result):
+        assert result.is_contiguous()
+        assert_close(result, ATEN(image, case.grid(), 0, 0, False), torch.float32)
+        stock = ATEN_BACKWARD(case.grad(), image, case.grid(), 0, 0, False, [True, True])
+        for gradient, right in zip(gradients, stock):
+            assert_close(gradient, right, torch.float32)
+    for result, *_ in compiled.result[1:-1]:
+        assert torch.equal(result, compiled.result[0][0])
+
+
+@pytest.mark.usefixtures("unoptimized")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_dtypes(dtype):
+    """Against aten in float64: in a low precision its own coordinates are rounded."""
+    cases = [Case(channels=channels, dtype=dtype, modes=MODES[0]) for channels in (3, 19)]
+    cases += [Case(channels=9, dtype=dtype, modes=MODES[7]), Case(channels=2, dtype=dtype, modes=MODES[15])]
+
+    def function(*tensors: Tensor) -> list[Tensor]:
+        calls = zip(cases, tensors[::3], tensors[1::3], tensors[2::3])
+        return [
+            result
+            for case, grad, input, grid in calls
+            for result in (
+                OP(input, grid, *case.modes),
+                *BACKWARD(grad, input, grid, *case.modes, [True, True]),
+            )
+        ]
+
+    tensors = [tensor for case in cases for tensor in call(case)]
+    compiled = compile_and_run(function, *tensors)
+    assert compiled.kinds == ["template"] * 2 * len(cases)
+    for i, (case, results) in enumerate(zip(cases, zip(*[iter(compiled.result)] * 3))):
+        grad, input, grid = (tensor.double() for tensor in tensors[3 * i : 3 * i + 3])
+        right = ATEN(input, grid, *case.modes), *ATEN_BACKWARD(grad, input, grid, *case.modes, [True, True])
+        for result, expected in zip(results, right):
+            assert result.dtype == dtype
+            assert_close(result, expected, dtype, str(case))
+
+
+@pytest.mark.usefixtures("unoptimized")
+def test_neighbours_are_fused():
+    """Pointwise ones into the store, which is channels_last before a convolution that is."""
+    case = Case(batch=1, channels=16, size=(20, 24), out=(18, 20))
+    weight = torch.randn(8, 16, 3, 3)
+
+    def function(input: Tensor, grid: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        sampled = OP(input, grid, 0, 0, False)
+        return (sampled + other).relu(), F.conv2d(OP(input, grid, 0, 1, False) * 2, weight)
+
+    other = torch.randn(1, 16, 18, 20)
+    with torch.no_grad():
+        compiled = compile_and_run(function, case.input(), case.grid(), other)
+        stock = [ATEN(case.input(), case.grid(), 0, padding, False) for padding in (0, 1)]
+        assert_close(compiled.result[1], F.conv2d(stock[1] * 2, weight), torch.float32)
+    assert (compiled.templates, compiled.fused) == (2, 2)
+    assert "grid_sampler_2d<inductor_vision::GridInterpolation::bilinear, true>" in compiled.source
+    assert_close(compiled.result[0], (stock[0] + other).relu(), torch.float32)
