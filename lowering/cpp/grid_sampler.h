@@ -13,6 +13,8 @@
 #ifndef INDUCTOR_VISION_GRID_SAMPLER_H
 #define INDUCTOR_VISION_GRID_SAMPLER_H
 
+#include <limits>
+
 #include "base.h"
 
 namespace [[gnu::visibility("hidden")]] inductor_vision {
@@ -265,31 +267,60 @@ class GridOffsets {
  public:
   using acc_t = accumulate_t<scalar_t>;
   using Vec = Vectorized<acc_t>;
+  using index_t = at::vec::int_same_size_t<acc_t>;
+  using IndexVec = Vectorized<index_t>;
   static constexpr int kTaps = grid_taps(kMode), kPixels = kTaps * kTaps;
 
-  void find(const GridTile<kMode, scalar_t>& tile, const View4d<scalar_t>& image) {
-    for (int j = 0; j < kTaps; ++j) {
-      for (int k = 0; k < kTaps; ++k) {
-        int64_t* offset = offset_[j * kTaps + k];
-        for (int64_t i = 0; i < tile.pixels; ++i) {
-          const int64_t y = tile.rows.index[j][i], x = tile.columns.index[k][i];
-          offset[i] = (y | x) < 0 ? -1 : y * image.row + x * image.column;
-        }
+  explicit GridOffsets(const GridSampler2d<scalar_t>& op)
+      : row_(op.input.row),
+        column_(op.input.column),
+        fits_((op.height - 1) * row_ + (op.width - 1) * column_ <= std::numeric_limits<index_t>::max()) {
+  }
+
+  void find(const GridTile<kMode, scalar_t>& tile) {
+    tile_ = &tile;
+    const IndexVec outside(-1), row(static_cast<index_t>(row_)), column(static_cast<index_t>(column_));
+    for (int p = 0; fits_ && p < kPixels; ++p) {
+      for (int64_t i = 0; i < tile.pixels; i += Vec::size()) {
+        const IndexVec y = IndexVec::loadu(tile.rows.index[p / kTaps] + i);
+        const IndexVec x = IndexVec::loadu(tile.columns.index[p % kTaps] + i);
+        IndexVec::blendv(outside, y * row + x * column, (y > outside) & (x > outside)).store(offset_[p] + i);
       }
     }
   }
-  // values[i] = that pixel of the tile's samples, in a plane.
-  void gather(int pixel, const scalar_t* plane, int64_t pixels, acc_t* values) const {
-    static constexpr scalar_t kOutside{};
-    const int64_t* offset = offset_[pixel];
-    for (int64_t i = 0; i < pixels; ++i) {
-      const scalar_t* from = offset[i] < 0 ? &kOutside : plane + offset[i];
-      values[i] = static_cast<acc_t>(*from);
+  // values[i] = that pixel of the tile's samples, in a plane; up to a whole vector.
+  void gather(int pixel, const scalar_t* plane, acc_t* values) const {
+    const index_t* offset = offset_[pixel];
+    if (!fits_) {
+      gather_far(pixel, plane, values);
+    } else if constexpr (std::is_same_v<scalar_t, acc_t>) {
+      for (int64_t i = 0; i < tile_->pixels; i += Vec::size()) {
+        const IndexVec at = IndexVec::loadu(offset + i);
+        Vec inside = at::vec::cast<acc_t>(at > IndexVec(-1));
+        at::vec::mask_gather<sizeof(acc_t)>(Vec(0), plane, at, inside).store(values + i);
+      }
+    } else {
+      static constexpr scalar_t kOutside{};
+      for (int64_t i = 0; i < tile_->pixels; ++i) {
+        const scalar_t* from = offset[i] < 0 ? &kOutside : plane + offset[i];
+        values[i] = static_cast<acc_t>(*from);
+      }
     }
   }
 
  private:
-  alignas(kCacheLine) int64_t offset_[kPixels][kGridTile];
+  // Where 32 bits are too few for an offset.
+  void gather_far(int pixel, const scalar_t* plane, acc_t* values) const {
+    for (int64_t i = 0; i < tile_->pixels; ++i) {
+      const int64_t y = tile_->rows.index[pixel / kTaps][i], x = tile_->columns.index[pixel % kTaps][i];
+      values[i] = (y | x) < 0 ? acc_t(0) : static_cast<acc_t>(plane[y * row_ + x * column_]);
+    }
+  }
+
+  const int64_t row_, column_;
+  const bool fits_;
+  const GridTile<kMode, scalar_t>* tile_ = nullptr;
+  alignas(kCacheLine) index_t offset_[kPixels][kGridTile];
 };
 
 }  // namespace inductor_vision

@@ -48,8 +48,7 @@ inline void sample_pixel(
       }
     }
   }
-  for (int64_t c = 0; c < channels; c += Vec::size()) {
-    const int64_t count = std::min<int64_t>(Vec::size(), channels - c);
+  const auto sum = [&](int64_t c, int64_t count) {
     Vec sum = load_vector(pixels[0] + c, count);
     if constexpr (kMode != GridInterpolation::nearest) {
       sum = sum * Vec(weights[0]);
@@ -57,7 +56,14 @@ inline void sample_pixel(
         sum = at::vec::fmadd(load_vector(pixels[p] + c, count), Vec(weights[p]), sum);
       }
     }
-    sum.store(out + c, count);
+    return sum;
+  };
+  int64_t c = 0;
+  for (; c + Vec::size() <= channels; c += Vec::size()) {
+    sum(c, Vec::size()).store(out + c);
+  }
+  if (c < channels) {
+    sum(c, channels - c).store(out + c, channels - c);
   }
 }
 
@@ -135,7 +141,7 @@ inline void sample_planes(const GridSampler2d<scalar_t>& op, const Store& store)
 #pragma omp parallel num_threads(threads)
   {
     GridTile<kMode, scalar_t> tile(op);
-    GridOffsets<kMode, scalar_t> offsets;
+    GridOffsets<kMode, scalar_t> offsets(op);
     alignas(kCacheLine) acc_t weights[kPixels][kGridTile];
     alignas(kCacheLine) acc_t values[kPixels][kGridTile] = {};
     alignas(kCacheLine) acc_t samples[kBlock * kGridTile], turned[kBlock * kGridTile];
@@ -143,7 +149,7 @@ inline void sample_planes(const GridSampler2d<scalar_t>& op, const Store& store)
     for (int64_t unit = 0; unit < op.batch * tiling.count(); ++unit) {
       OutputBlock block = tiling.tile(unit / tiling.count(), unit % tiling.count());
       tile.find(block);
-      offsets.find(tile, op.input);
+      offsets.find(tile);
       for (int p = 0; p < (kMode == GridInterpolation::nearest ? 0 : kPixels); ++p) {
         for (int64_t i = 0; i < tile.pixels; i += Vec::size()) {
           const Vec row = Vec::loadu(tile.rows.weight[p / kTaps] + i);
@@ -156,10 +162,10 @@ inline void sample_planes(const GridSampler2d<scalar_t>& op, const Store& store)
           const scalar_t* plane = op.input.at(block.image, 0, 0) + (block.channel + c) * op.input.channel;
           acc_t* out = samples + c * kGridTile;
           if constexpr (kMode == GridInterpolation::nearest) {
-            offsets.gather(0, plane, tile.pixels, out);
+            offsets.gather(0, plane, out);
           } else {
             for (int p = 0; p < kPixels; ++p) {
-              offsets.gather(p, plane, tile.pixels, values[p]);
+              offsets.gather(p, plane, values[p]);
             }
             for (int64_t i = 0; i < tile.pixels; i += Vec::size()) {
               Vec sum = Vec::loadu(values[0] + i) * Vec::loadu(weights[0] + i);

@@ -107,8 +107,8 @@ class GridGradient {
   void sum_planes(
       const GridTile<kMode, scalar_t>& tile, const OutputBlock& block, const acc_t* grad,
       acc_t (&sums)[kPixels][kGridTile]) const {
-    GridOffsets<kMode, scalar_t> offsets;
-    offsets.find(tile, op_.input);
+    GridOffsets<kMode, scalar_t> offsets(op_);
+    offsets.find(tile);
     alignas(kCacheLine) acc_t of_channel[kGridTile] = {}, values[kGridTile] = {};
     for (int64_t c = 0; c < op_.channels; ++c) {
       for (int64_t i = 0; i < tile.pixels; ++i) {
@@ -116,7 +116,7 @@ class GridGradient {
       }
       const scalar_t* plane = op_.input.at(block.image, 0, 0) + c * op_.input.channel;
       for (int p = 0; p < kPixels; ++p) {
-        offsets.gather(p, plane, tile.pixels, values);
+        offsets.gather(p, plane, values);
         for (int64_t i = 0; i < tile.pixels; i += Vec::size()) {
           at::vec::fmadd(Vec::loadu(of_channel + i), Vec::loadu(values + i), Vec::loadu(sums[p] + i))
               .store(sums[p] + i);

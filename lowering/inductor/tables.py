@@ -16,12 +16,13 @@ from torch._inductor.lowering import (
     register_lowering,
 )
 from torch._inductor.virtualized import V
-from torch.fx.experimental import proxy_tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 
 def current_decompositions() -> Mapping[Any, Callable[..., Any]]:
     """The table of decompositions that the graph at hand is traced with; empty, if none is."""
-    return proxy_tensor.CURRENT_DECOMPOSITION_TABLE
+    mode = get_proxy_mode()
+    return {} if mode is None else mode.decomposition_table
 
 
 __all__ = [

@@ -14,7 +14,7 @@ from ...ops.registry import ATEN, OPS, TORCHVISION
 from ...paths import logger
 from ..common import registry
 from ..common.cache_key import TAG, backend_passes, tag_caches
-from ..workarounds import data_dependent_convolutions, data_dependent_views, device_assertions
+from ..workarounds import adaptive_pooling, data_dependent_convolutions, data_dependent_views, device_assertions
 from .hook import INDUCTOR_LOWERING, when_inductor_is_imported
 
 _not_installed: str | None = None
@@ -111,7 +111,7 @@ def _register_operators() -> None:
     for op in OPS.values():
         decompositions[op.overload] = registry.decompose_or_keep(op)
         register_lowering(op.overload, type_promotion_kind=None)(registry.lowering_of(op))
-    for workaround in (data_dependent_convolutions, data_dependent_views, device_assertions):
+    for workaround in (adaptive_pooling, data_dependent_convolutions, data_dependent_views, device_assertions):
         workaround.install()
     _ = config.cpu_backend  # read in every compilation: let it be missed now
     tag_caches()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.compiler.config
 from inductor_vision import accelerate_sampling, fuse_depthwise_separable
 from inductor_vision.lowering.installation import installer
 from inductor_vision.ops.registry import ATEN
@@ -33,11 +34,11 @@ def sampling(monkeypatch) -> Iterator[None]:
     from torch._inductor.decomposition import decompositions, fast_random_decomps
 
     monkeypatch.setattr(installer, "_sampling", False)
-    monkeypatch.setattr("torch.compiler.config.cache_key_tag", torch.compiler.config.cache_key_tag)
     tables = [decompositions, *(overload.py_kernels for overload in ATEN)]
     before = [table.copy() for table in tables]
-    accelerate_sampling()
-    yield
+    with torch.compiler.config.patch(cache_key_tag="before"):
+        accelerate_sampling()
+        yield
     for table, entries in zip(tables, before):
         table.clear()
         table.update(entries)

@@ -168,14 +168,21 @@ Expected plain_loop(const Call& call, GridInterpolation mode, const Sample<scala
             const double pixel = outside ? 0 : sample.input(b, c, row.at, column.at), g = sample.grad(b, c, y, x);
             const int64_t plane = b * call.channels + c;
             const bool weighted = mode != GridInterpolation::nearest;
-            expected.out.add(plane * out_pixels + i, weighted ? row.weight * column.weight * pixel : pixel);
+            // Cubic weights are small differences of large numbers: errors are those of a weight of 1.
+            const auto add = [&](Numbers& numbers, int64_t at, double weight, double scale, double value) {
+              const bool cubic = mode == GridInterpolation::bicubic;
+              numbers.add(at, weight * value, std::abs((cubic ? scale : weight) * value));
+            };
+            add(expected.out, plane * out_pixels + i, weighted ? row.weight * column.weight : 1, 1, pixel);
             if (!outside) {
-              expected.grad_input.add(
-                  (plane * call.height + row.at) * call.width + column.at, row.weight * column.weight * g);
+              const int64_t at = (plane * call.height + row.at) * call.width + column.at;
+              add(expected.grad_input, at, row.weight * column.weight, 1, g);
             }
             if (weighted) {
-              expected.grad_grid.add(b * 2 * out_pixels + i, row.weight * column.slope * pixel * g);
-              expected.grad_grid.add((b * 2 + 1) * out_pixels + i, row.slope * column.weight * pixel * g);
+              const double by_column = row.weight * column.slope, by_row = row.slope * column.weight;
+              const double columns = static_cast<double>(call.width), rows = static_cast<double>(call.height);
+              add(expected.grad_grid, b * 2 * out_pixels + i, by_column, columns, pixel * g);
+              add(expected.grad_grid, (b * 2 + 1) * out_pixels + i, by_row, rows, pixel * g);
             }
           }
         }
