@@ -10,10 +10,9 @@ def accelerate_sampling() -> None:
     """Have ``grid_sample`` and bilinear ``interpolate``, in any model, compile to this package's kernels.
 
     After this call ``torch.compile`` and AOTInductor compile :func:`torch.nn.functional.grid_sample` of images (all
-    interpolation and padding modes, and their gradients) and :func:`torch.nn.functional.interpolate` with
+    interpolation and padding modes; not yet the gradients) and :func:`torch.nn.functional.interpolate` with
     ``mode="bilinear"`` to the kernels of this package, wherever these were measured to be faster than what Inductor
-    makes of them. Values, borders and what becomes of NaN are aten's. Results differ by rounding, and gradients no
-    longer depend on the number of threads. Eager mode, ``torch.export``, and what is compiled for other devices, stay
+    makes of them. Values, borders and what becomes of NaN are aten's. Results differ by rounding. Eager mode, ``torch.export``, and what is compiled for other devices, stay
     as they are.
 
     :func:`inductor_vision.explain` and the ``inductor_vision`` logger say which calls are served, and why others are

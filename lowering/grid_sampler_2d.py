@@ -6,6 +6,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..ops.registry import GRADIENTS
 from .common.layout import image_and_format, realize_image
 from .common.registry import Template, serve_all, template_for
@@ -14,6 +17,7 @@ from .inductor.codegen import DTYPE_TO_CPP, CppTemplateKernel, V, ir
 
 _INTERPOLATIONS = "bilinear", "nearest", "bicubic"
 _PADDINGS = "zeros", "border", "reflection"
+_FEW_CHANNELS = 8  # of float32: a vector, as pixels are read
 
 
 def _lower(input: ir.TensorBox, grid: ir.TensorBox, *modes: Any) -> ir.TensorBox:
@@ -121,5 +125,16 @@ def _grid_view(kernel: CppTemplateKernel, grid: ir.IRNode) -> str:
     return members(data=pointer(kernel, grid), **in_order)
 
 
-template_for("grid_sampler_2d", Template(serve_all, _lower))
-template_for("grid_sampler_2d_backward", Template(serve_all, _lower_backward))
+def _leaves(input: Tensor, *_: Any) -> str | None:
+    channels = input.shape[1]
+    if input.dtype in (torch.float32, torch.float64) and isinstance(channels, int) and channels < _FEW_CHANNELS:
+        return f"images of {channels} channels in {input.dtype} were not measured to be sampled faster"
+    return None
+
+
+def _leaves_backward(*_: Any) -> str | None:
+    return "the kernel of the gradients was not measured to be faster"
+
+
+template_for("grid_sampler_2d", Template(serve_all, _lower, leaves=_leaves))
+template_for("grid_sampler_2d_backward", Template(serve_all, _lower_backward, leaves=_leaves_backward))

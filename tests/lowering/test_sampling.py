@@ -9,12 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from inductor_vision import explain
+from inductor_vision.paths import recorded_paths
 from inductor_vision.tests.support.compare import assert_close
-from inductor_vision.tests.support.compiled import compile_and_run, source_of_package, trace_and_run
+from inductor_vision.tests.support.compiled import compile_and_run, trace_and_run
 from inductor_vision.tests.support.grid_sampler_2d import Case
 from torch import Tensor, nn
 
-CASE = Case(batch=1, channels=3, size=(11, 14), out=(6, 8))
+CASE = Case(batch=1, channels=16, size=(11, 14), out=(6, 8))
 
 
 class Warp(nn.Module):
@@ -43,7 +44,7 @@ def test_calls_are_served(sampling, context):
 
 
 @pytest.mark.usefixtures("unoptimized")
-def test_gradients_are_served(sampling):
+def test_gradients_are_right(sampling):
     """And sizes change from call to call."""
 
     def step(compiled: nn.Module, case: Case) -> list[Tensor]:
@@ -65,9 +66,9 @@ def test_gradients_are_served(sampling):
 def test_exported_programs_are_served(sampling, tmp_path):
     arguments = CASE.input(), CASE.grid()
     program = torch.export.export(Warp(), arguments)
-    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "warp.pt2"))
-    source = source_of_package(package)
-    assert source.count("inductor_vision") or "upsample_bilinear2d" not in source
+    with recorded_paths() as paths:
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "warp.pt2"))
+    assert sorted((path.op, path.kind) for path in paths) == [(op, "template") for op in SERVED]
     results = torch._inductor.aoti_load_package(package)(*arguments)
     for result, stock in zip(results, Warp()(*arguments)):
         assert_close(result, stock, torch.float32)
@@ -102,6 +103,13 @@ def test_what_is_left_alone_says_why(sampling, function, reason):
     (path,) = trace_and_run(function, CASE.input()).paths
     assert path.op == "upsample_bilinear2d"
     assert (path.kind, reason is None or reason in path.detail) == ("eager" if reason is None else "left alone", True)
+
+
+def test_few_channels_are_left_alone(sampling):
+    case = dataclasses.replace(CASE, channels=3)
+    sample = lambda input, grid: F.grid_sample(input, grid, align_corners=False)  # noqa: E731 (a name for one call)
+    (path,) = trace_and_run(sample, case.input(), case.grid()).paths
+    assert path.kind == "left alone" and "channels" in path.detail
 
 
 def test_where_inductor_generates_no_cpp(sampling):
