@@ -12,8 +12,9 @@ def accelerate_sampling() -> None:
     After this call ``torch.compile`` and AOTInductor compile :func:`torch.nn.functional.grid_sample` of images, in all
     modes, its gradients, and :func:`torch.nn.functional.interpolate` with ``mode="bilinear"`` to the kernels of this
     package. Left to Inductor are images of fewer than 8 channels in float32 and float64, and the gradients of such
-    images in any dtype. Values, borders and what becomes of NaN are aten's. Results differ by rounding. Eager mode,
-    ``torch.export``, and what is compiled for other devices, stay as they are.
+    images in any dtype; ``interpolate`` of channels_last images in float32 and float64. Values, borders and what
+    becomes of NaN are aten's. Results differ by rounding. Eager mode, ``torch.export``, and what is compiled for other
+    devices, stay as they are.
 
     :func:`inductor_vision.explain` and the ``inductor_vision`` logger say which calls are served, and why others are
     left alone. A program in which aten's operators were decomposed before, by
