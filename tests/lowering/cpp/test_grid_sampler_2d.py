@@ -14,7 +14,7 @@ OPTIMIZATION = "-O1"
 pytestmark = pytest.mark.slow
 
 # Calls of random shape for each of 5 pairs of dtype and interpolation.
-CALLS = {"AVX-512": 60, "AVX2": 60, "no vector instructions": 25}
+CALLS = {"AVX-512": 40, "AVX2": 40, "no vector instructions": 15}
 
 
 @pytest.mark.parametrize("name", CAPABILITIES)
