@@ -42,11 +42,11 @@ struct GridSampler2d {
 
 // How places along an axis come from coordinates, in aten's order of operations, and from places the taps.
 template <typename acc_t>
-class GridAxis {
+class GridSamplerAxis {
  public:
   using Vec = Vectorized<acc_t>;
 
-  GridAxis(int64_t size, GridPadding padding, bool align_corners)
+  GridSamplerAxis(int64_t size, GridPadding padding, bool align_corners)
       : size_(static_cast<acc_t>(size)),
         scale_(align_corners ? static_cast<acc_t>(size - 1) / 2 : static_cast<acc_t>(size) / 2),
         offset_(align_corners ? acc_t(0) : acc_t(0.5)),
@@ -155,7 +155,7 @@ struct GridTaps {
 
   // `coordinates`: those of the tile; they are read up to a whole vector.
   template <bool kSlopes>
-  void find(const GridAxis<acc_t>& axis, const acc_t* coordinates, int64_t pixels) {
+  void find(const GridSamplerAxis<acc_t>& axis, const acc_t* coordinates, int64_t pixels) {
     const Vec zero(0), one(1);
     for (int64_t i = 0; i < pixels; i += Vec::size()) {
       const Vec unpadded = axis.place(Vec::loadu(coordinates + i));
@@ -190,7 +190,7 @@ struct GridTaps {
   }
 
  private:
-  void set_index(int tap, int64_t i, const GridAxis<acc_t>& axis, const Vec& place) {
+  void set_index(int tap, int64_t i, const GridSamplerAxis<acc_t>& axis, const Vec& place) {
     const Vec known = Vec::blendv(Vec(-1), place, axis.inside(place));  // before it is converted
     at::vec::convert_to_int_of_same_size(known).store(index[tap] + i);
   }
@@ -257,7 +257,7 @@ class GridTile {
 
  private:
   const GridSampler2d<scalar_t>& op_;
-  const GridAxis<acc_t> row_axis_, column_axis_;
+  const GridSamplerAxis<acc_t> row_axis_, column_axis_;
   alignas(kCacheLine) acc_t x_[kGridTile], y_[kGridTile];
 };
 
