@@ -13,6 +13,7 @@ from .integrations.models import (
     inference_options as inference_options,
 )
 from .integrations.onnx import onnx_translation_table as onnx_translation_table
+from .integrations.sampling import accelerate_sampling as accelerate_sampling
 from .integrations.torchvision import accelerate_torchvision as accelerate_torchvision
 from .lowering.installation.installer import install_when_inductor_is_imported
 from .memory import keep_memory as keep_memory

@@ -18,7 +18,7 @@ class Path:
         op: the operator's name.
         kind: ``"template"``, ``"triton"``, ``"decomposition"`` (lowered by Inductor) or ``"eager"``; from a pass over
             graphs, ``"fused"``, ``"replaced"`` or ``"left alone"``, which says what happened to operators that are not
-            this package's.
+            this package's; also of aten's operators, if they are not served, ``"left alone"``.
         detail: which template, or why none; what was fused or replaced, or why it was left alone.
     """
 

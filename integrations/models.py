@@ -7,6 +7,7 @@ from typing import Any
 
 from ..memory import keep_memory
 from .convolutions import fold_norms, fuse_depthwise_separable, use_winograd
+from .sampling import accelerate_sampling
 from .torchvision import accelerate_torchvision
 
 
@@ -15,6 +16,7 @@ def accelerate(
     torchvision: bool = True,
     depthwise_separable: bool = True,
     norms: bool = True,
+    sampling: bool = True,
     winograd: bool = False,
     freezing: bool = False,
     memory: bool = False,
@@ -26,6 +28,7 @@ def accelerate(
     * :func:`inductor_vision.accelerate_torchvision`, if torchvision is installed,
     * :func:`inductor_vision.fuse_depthwise_separable`,
     * :func:`inductor_vision.fold_norms`,
+    * :func:`inductor_vision.accelerate_sampling`,
     * with ``winograd``, :func:`inductor_vision.use_winograd`; not by default, since numbers change in the fifth digit,
     * with ``freezing``, :func:`inductor_vision.freeze_weights`; not by default, since what is compiled then does not
       see later changes of weights,
@@ -37,7 +40,7 @@ def accelerate(
     compiling; what was called before is not done twice.
 
     Args:
-        torchvision, depthwise_separable, norms, winograd, freezing, memory: whether to make these calls.
+        torchvision, depthwise_separable, norms, sampling, winograd, freezing, memory: whether to make these calls.
 
     Raises:
         TypeError: an argument is not a bool; nothing was called then.
@@ -46,6 +49,7 @@ def accelerate(
         "torchvision": torchvision,
         "depthwise_separable": depthwise_separable,
         "norms": norms,
+        "sampling": sampling,
         "winograd": winograd,
         "freezing": freezing,
         "memory": memory,
@@ -59,6 +63,8 @@ def accelerate(
         fuse_depthwise_separable()
     if norms:
         fold_norms()
+    if sampling:
+        accelerate_sampling()
     if winograd:
         use_winograd()
     if freezing:

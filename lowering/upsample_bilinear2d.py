@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
 from .common.layout import layout_is_free, realize_image, writes_channels_last
 from .common.registry import Template, serve_all, template_for
 from .common.template import BlocksTemplate, size_in_cpp, sizes, struct, view
@@ -82,4 +86,12 @@ class UpsampleBilinear2dTemplate(BlocksTemplate):
         return f"inductor_vision::upsample_bilinear2d<{str(self.channels_last).lower()}>({op}, {store});"
 
 
-template_for("upsample_bilinear2d", Template(serve_all, _lower))
+def _leaves(input: Tensor, *_: Any) -> str | None:
+    if not input.is_floating_point():
+        return "integers are interpolated in fixed point"
+    if input.dtype in (torch.float32, torch.float64) and suggest_memory_format(input) == torch.channels_last:
+        return f"channels_last images in {input.dtype} were measured not to become faster"
+    return None
+
+
+template_for("upsample_bilinear2d", Template(serve_all, _lower, leaves=_leaves))

@@ -78,6 +78,22 @@ TORCHVISION: dict[str, Callable[..., Any]] = {}
 TORCHVISION_PYTHON: dict[str, Callable[..., Any]] = {}
 
 
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """What computes calls of one of aten's operators, see `serves_aten`.
+
+    Attributes:
+        op: this package's operator.
+        arguments: from the arguments of aten's operator, those of ``op``.
+    """
+
+    op: VisionOp
+    arguments: Callable[..., tuple[Any, ...]]
+
+
+ATEN: dict[torch._ops.OpOverload, Served] = {}
+
+
 def define_op(
     schema: str,
     *,
@@ -270,5 +286,21 @@ def replaces_torchvision(function: str) -> Callable[[Callable[..., Any]], Callab
             raise ValueError(f"torchvision.{function} is replaced twice")
         TORCHVISION_PYTHON[function] = replacement
         return replacement
+
+    return register
+
+
+def serves_aten(op: VisionOp, *overloads: torch._ops.OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Declare that an operator computes what these of aten's do: a function from their arguments to its own.
+
+    :func:`inductor_vision.accelerate_sampling` puts it to use.
+    """
+
+    def register(arguments: Callable[..., Any]) -> Callable[..., Any]:
+        for overload in overloads:
+            if overload in ATEN:
+                raise ValueError(f"{overload} is served twice")
+            ATEN[overload] = Served(op, arguments)
+        return arguments
 
     return register

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from .gradients import Gradient
-from .registry import check, define_op
+from .registry import check, define_op, serves_aten
 from .transforms import as_one_batch
 
 
@@ -126,3 +126,25 @@ _op = define_op(
     autocast=False,  # nor does it cast aten's on a CPU
     fold=as_one_batch("input"),
 )
+
+
+@serves_aten(_op, torch.ops.aten.upsample_bilinear2d.default)
+def _unpadded(
+    input: Tensor,
+    output_size: Sequence[int],
+    align_corners: bool,
+    scales_h: float | None = None,
+    scales_w: float | None = None,
+) -> tuple[Any, ...]:
+    return input, output_size, align_corners, scales_h, scales_w, (0, 0)
+
+
+@serves_aten(_op, torch.ops.aten.upsample_bilinear2d.vec)
+def _of_either_size(
+    input: Tensor, output_size: Sequence[int] | None, align_corners: bool, scale_factors: Sequence[float] | None
+) -> tuple[Any, ...]:
+    """``output_size`` is None where ``scale_factors`` are given."""
+    if output_size is None:
+        assert scale_factors is not None  # or interpolate would have raised
+        output_size = [torch.sym_int(length * scale) for length, scale in zip(input.shape[2:], scale_factors)]
+    return _unpadded(input, output_size, align_corners, *(scale_factors or ()))

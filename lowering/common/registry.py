@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from ...ops.registry import OPS, VisionOp
+from ...ops.registry import OPS, Served, VisionOp
 from ...paths import logger, record_path
 from ...version import tested_torch
 
@@ -37,11 +37,14 @@ class Template:
         prepack: instead of ``lower``, for operators with weights: a function of the operator's arguments (fake tensors)
             that brings the weight into the kernel's order with aten operators and calls an internal operator that
             takes it so (:func:`define_internal_op`). Where the weight is a constant, the former runs at compile time.
+        leaves: from the operator's arguments (fake tensors), why a call of aten's operator that this one can compute
+            (:func:`~inductor_vision.ops.registry.serves_aten`) is better left to Inductor; None if it is not.
     """
 
     refusal: Callable[..., str | None]
     lower: Callable[..., Any] | None = None
     prepack: Callable[..., Any] | None = None
+    leaves: Callable[..., str | None] = lambda *args: None
 
 
 def serve_all(*args: Any) -> str | None:
@@ -174,6 +177,28 @@ def refusal(op: VisionOp, *args: Any, **kwargs: Any) -> str | None:
     if template is not None:
         return _refusal(template, *args, **kwargs)
     return _why_missing(op.family, "template") or "this operator has no template"
+
+
+def serve_or_leave(name: str, served: Served, stock: Callable[..., Any] | None) -> Callable[..., Any]:
+    """What decides about one of aten's operators, call by call, as its entry among Inductor's decompositions.
+
+    Args:
+        name: the operator's, for reports.
+        stock: the entry as it was; None if there was none.
+    """
+
+    def serve(*args: Any, **kwargs: Any) -> Any:
+        call = served.arguments(*args, **kwargs)
+        template = _template(served.op)
+        left = refusal(served.op, *call)
+        if left is None and template is not None:
+            left = template.leaves(*call)
+        if left is None:
+            return served.op(*call)
+        record_path(name, "left alone", left)
+        return NotImplemented if stock is None else stock(*args, **kwargs)
+
+    return serve
 
 
 def _refusal(template: Template, *args: Any, **kwargs: Any) -> str | None:

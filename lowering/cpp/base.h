@@ -288,6 +288,38 @@ struct View4d {
   }
 };
 
+// A [B, channels, height, width] tensor that is written.
+template <typename scalar_t>
+struct Output4d {
+  scalar_t* data;
+  int64_t image, channel, row, column;
+
+  scalar_t* at(int64_t b, int64_t c, int64_t y, int64_t x) const {
+    return data + (b * image + c * channel + y * row + x * column);
+  }
+};
+
+// values[i * distance + c] to pixel i of a row and channel c, from column `x` and channel `c` on: `pixels` pixels of a
+// few channels.
+template <typename acc_t, typename scalar_t>
+inline void store_pixels(
+    const acc_t* values, int64_t distance, const Output4d<scalar_t>& out, int64_t b, int64_t c, int64_t y, int64_t x,
+    int64_t pixels, int64_t channels) {
+  if (out.channel == 1) {
+    store_block(values, distance, out.at(b, c, y, x), out.column, pixels, channels);
+    return;
+  }
+  constexpr int64_t kChannels = kCacheLine / static_cast<int64_t>(sizeof(acc_t)), kLength = 64;
+  alignas(kCacheLine) acc_t by_channel[kChannels * kLength];
+  for (int64_t m = 0; m < channels; m += kChannels) {
+    for (int64_t i = 0; i < pixels; i += kLength) {
+      const int64_t rows = std::min(kChannels, channels - m), count = std::min(kLength, pixels - i);
+      transpose(values + i * distance + m, distance, by_channel, kLength, count, rows);
+      store_block(by_channel, kLength, out.at(b, c + m, y, x + i), out.channel, rows, count);
+    }
+  }
+}
+
 template <typename scalar_t>
 struct Images {
   View4d<scalar_t> view;

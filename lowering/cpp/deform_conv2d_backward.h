@@ -27,17 +27,6 @@
 
 namespace [[gnu::visibility("hidden")]] inductor_vision {
 
-// A [B, channels, height, width] tensor that is written.
-template <typename scalar_t>
-struct Output4d {
-  scalar_t* data;
-  int64_t image, channel, row, column;
-
-  scalar_t* at(int64_t b, int64_t c, int64_t y, int64_t x) const {
-    return data + (b * image + c * channel + y * row + x * column);
-  }
-};
-
 // What is computed; bits of a number.
 enum DeformGradient : int {
   kGradInput = 1,
@@ -537,20 +526,9 @@ class DeformBackward {
   void end_slab(int64_t m, int64_t s, int64_t b) const {
     if constexpr (wanted(kGradInput)) {
       const DeformSlab& slab = slabs_[s];
-      const Output4d<scalar_t>& out = gradients_.input;
-      constexpr int64_t kLength = 64;
-      alignas(kCacheLine) acc_t by_channel[kSlab * kLength];
       for (int64_t y = 0; y < op_.height; ++y) {
         const acc_t* from = grad_slab(m, s) + padded_.index(y, 0) * kSlab;
-        if (out.channel == 1) {
-          store_block(from, kSlab, out.at(b, slab.begin, y, 0), out.column, op_.width, slab.count);
-          continue;
-        }
-        for (int64_t x = 0; x < op_.width; x += kLength) {
-          const int64_t count = std::min(kLength, op_.width - x);
-          transpose(from + x * kSlab, kSlab, by_channel, kLength, count, slab.count);
-          store_block(by_channel, kLength, out.at(b, slab.begin, y, x), out.channel, slab.count, count);
-        }
+        store_pixels(from, kSlab, gradients_.input, b, slab.begin, y, 0, op_.width, slab.count);
       }
     }
   }

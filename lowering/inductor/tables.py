@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 from torch._inductor import config, custom_graph_pass, ir
 from torch._inductor.codegen import common as codegen_common
 from torch._inductor.decomposition import decompositions, fast_random_decomps, select_decomp_table
@@ -13,11 +16,20 @@ from torch._inductor.lowering import (
     register_lowering,
 )
 from torch._inductor.virtualized import V
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+
+def current_decompositions() -> Mapping[Any, Callable[..., Any]]:
+    """The table of decompositions that the graph at hand is traced with; empty, if none is."""
+    mode = get_proxy_mode()
+    return {} if mode is None else mode.decomposition_table
+
 
 __all__ = [
     "V",
     "codegen_common",
     "config",
+    "current_decompositions",
     "custom_graph_pass",
     "decompositions",
     "fallback_handler",

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 import torch.compiler.config
 
-from ...ops.registry import OPS, TORCHVISION
+from ...ops.registry import ATEN, OPS, TORCHVISION
 from ...paths import logger
 from ..common import registry
 from ..common.cache_key import TAG, backend_passes, tag_caches
-from ..workarounds import data_dependent_convolutions, data_dependent_views, device_assertions
+from ..workarounds import adaptive_pooling, data_dependent_convolutions, data_dependent_views, device_assertions
 from .hook import INDUCTOR_LOWERING, when_inductor_is_imported
 
 _not_installed: str | None = None
@@ -46,7 +46,8 @@ def install() -> None:
     """
     global _not_installed
     _not_installed = _enter(
-        _register_operators, _serve_torchvision, _add_fusion_pass, _add_folding_pass, _add_convolution_pass
+        *(_register_operators, _serve_torchvision, _serve_aten),
+        *(_add_fusion_pass, _add_folding_pass, _add_convolution_pass),
     )
     if _not_installed is not None:
         logger.warning(
@@ -84,7 +85,8 @@ def _all_or_nothing() -> Iterator[None]:
         needs_realized_inputs,
     )
 
-    changed = decompositions, lowerings, fallbacks, needs_realized_inputs, backend_passes()
+    kernels = (overload.py_kernels for overload in ATEN)
+    changed = decompositions, lowerings, fallbacks, needs_realized_inputs, backend_passes(), *kernels
     tables = [(table, table.copy()) for table in changed]
     hooks = "pre_grad_custom_pass", "joint_custom_pre_pass", "post_grad_custom_post_pass"
     passes = {name: getattr(config, name) for name in hooks}
@@ -97,6 +99,8 @@ def _all_or_nothing() -> Iterator[None]:
         for table, before in tables:
             table.clear()
             table.update(before)
+        for overload in ATEN:
+            overload._dispatch_cache.clear()
         for name, before in passes.items():
             setattr(config, name, before)
         torch.compiler.config.cache_key_tag = tag
@@ -110,7 +114,7 @@ def _register_operators() -> None:
     for op in OPS.values():
         decompositions[op.overload] = registry.decompose_or_keep(op)
         register_lowering(op.overload, type_promotion_kind=None)(registry.lowering_of(op))
-    for workaround in (data_dependent_convolutions, data_dependent_views, device_assertions):
+    for workaround in (adaptive_pooling, data_dependent_convolutions, data_dependent_views, device_assertions):
         workaround.install()
     _ = config.cpu_backend  # read in every compilation: let it be missed now
     tag_caches()
@@ -145,6 +149,49 @@ def _serve_torchvision() -> None:
         decompositions[getattr(torch.ops.torchvision, name).default] = TORCHVISION[name]
     _add_pass("post_grad_custom_post_pass", SkipConcatenations(TAG))
     tag_caches("torchvision")  # the same graph compiles to something else from now on
+
+
+_sampling = False
+
+
+def accelerate_sampling() -> None:
+    """See :func:`inductor_vision.accelerate_sampling`; takes effect now, or once Inductor is imported."""
+    global _sampling
+    if not _sampling:
+        _sampling = True
+        _enter_later("accelerate_sampling", _serve_aten)
+
+
+def _serve_aten() -> None:
+    """Have Inductor's entries for aten's operators, where there are any, give way to this package's operators.
+
+    Some of aten's operators have decompositions that run before Inductor's table is looked at, and before gradients are
+    derived. These are asked too, but only while a graph is traced for Inductor.
+    """
+    if not _sampling:
+        return
+    from ..inductor.tables import decompositions
+
+    for overload, served in ATEN.items():
+        name = overload._schema.name.removeprefix("aten::")
+        serve = registry.serve_or_leave(name, served, decompositions.get(overload))
+        decompositions[overload] = serve
+        for key in (torch._C.DispatchKey.Autograd, torch._C.DispatchKey.CompositeImplicitAutograd):
+            if key in overload.py_kernels:
+                overload.py_kernels[key] = _for_inductor(overload, serve, overload.py_kernels[key])
+        overload._dispatch_cache.clear()
+    tag_caches("sampling")  # the same graph compiles to something else from now on
+
+
+def _for_inductor(overload: Any, serve: Callable[..., Any], stock: Callable[..., Any]) -> Callable[..., Any]:
+    """A decomposition of aten's that is ``serve`` in graphs that are traced with Inductor's table."""
+    from ..inductor.tables import current_decompositions
+
+    def decompose(*args: Any, **kwargs: Any) -> Any:
+        served = serve(*args, **kwargs) if current_decompositions().get(overload) is serve else NotImplemented
+        return stock(*args, **kwargs) if served is NotImplemented else served
+
+    return decompose
 
 
 _fuse_depthwise_separable = False

@@ -18,8 +18,11 @@ from torch._inductor.utils import run_and_get_code
 def calls(monkeypatch) -> list[str]:
     """What accelerate() calls, which does nothing here; torchvision is installed."""
     made: list[str] = []
-    names = "accelerate_torchvision", "fuse_depthwise_separable", "fold_norms", "use_winograd", "freeze_weights"
-    for name in (*names, "keep_memory"):
+    names = (
+        *("accelerate_torchvision", "fuse_depthwise_separable", "fold_norms", "accelerate_sampling"),
+        *("use_winograd", "freeze_weights", "keep_memory"),
+    )
+    for name in names:
         monkeypatch.setattr(models, name, lambda name=name: made.append(name))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     return made
@@ -28,14 +31,17 @@ def calls(monkeypatch) -> list[str]:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ({}, ["accelerate_torchvision", "fuse_depthwise_separable", "fold_norms"]),
+        ({}, ["accelerate_torchvision", "fuse_depthwise_separable", "fold_norms", "accelerate_sampling"]),
         (
-            {"freezing": True, "memory": True},
+            {"sampling": False, "freezing": True, "memory": True},
             ["accelerate_torchvision", "fuse_depthwise_separable", "fold_norms", "freeze_weights", "keep_memory"],
         ),
-        ({"torchvision": False, "winograd": True}, ["fuse_depthwise_separable", "fold_norms", "use_winograd"]),
-        ({"depthwise_separable": False, "norms": False}, ["accelerate_torchvision"]),
-        ({"torchvision": False, "depthwise_separable": False, "norms": False}, []),
+        (
+            {"torchvision": False, "winograd": True},
+            ["fuse_depthwise_separable", "fold_norms", "accelerate_sampling", "use_winograd"],
+        ),
+        ({"depthwise_separable": False, "norms": False, "sampling": False}, ["accelerate_torchvision"]),
+        ({"torchvision": False, "depthwise_separable": False, "norms": False, "sampling": False}, []),
     ],
     ids=str,
 )
@@ -47,7 +53,7 @@ def test_what_is_called(calls, arguments, expected):
 def test_without_torchvision(calls, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     accelerate()
-    assert calls == ["fuse_depthwise_separable", "fold_norms"]
+    assert calls == ["fuse_depthwise_separable", "fold_norms", "accelerate_sampling"]
 
 
 def test_all_or_nothing(calls, monkeypatch):

@@ -1,12 +1,15 @@
-"""Switches of passes, each undone when a test has ended."""
+"""Switches of what is compiled, each undone when a test has ended."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
-from inductor_vision import fuse_depthwise_separable
+import torch
+import torch.compiler.config
+from inductor_vision import accelerate_sampling, fuse_depthwise_separable
 from inductor_vision.lowering.installation import installer
+from inductor_vision.ops.registry import ATEN
 
 
 @pytest.fixture
@@ -23,3 +26,22 @@ def switch(monkeypatch) -> Iterator[None]:
 @pytest.fixture
 def switched_on(switch) -> None:
     fuse_depthwise_separable()
+
+
+@pytest.fixture
+def sampling(monkeypatch) -> Iterator[None]:
+    """accelerate_sampling()."""
+    from torch._inductor.decomposition import decompositions, fast_random_decomps
+
+    monkeypatch.setattr(installer, "_sampling", False)
+    tables = [decompositions, *(overload.py_kernels for overload in ATEN)]
+    before = [table.copy() for table in tables]
+    with torch.compiler.config.patch(cache_key_tag="before"):
+        accelerate_sampling()
+        yield
+    for table, entries in zip(tables, before):
+        table.clear()
+        table.update(entries)
+    for overload in ATEN:
+        overload._dispatch_cache.clear()
+    fast_random_decomps.cache_clear()

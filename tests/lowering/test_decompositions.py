@@ -18,6 +18,7 @@ from inductor_vision.tests.support import (
 )
 from inductor_vision.tests.support.boxes import Boxes, RotatedBoxes
 from inductor_vision.tests.support.compare import assert_close
+from inductor_vision.tests.support.grid_sampler_2d import Case as Warp
 from inductor_vision.tests.support.heatmaps_to_keypoints import Heatmaps
 from inductor_vision.tests.support.regions import OPERATORS, sample as sample_regions
 from inductor_vision.tests.support.upsample_bilinear2d import Case as Resize
@@ -53,6 +54,8 @@ def calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "heatmaps_to_keypoints", Heatmaps().tensors()
     yield "upsample_bilinear2d", Resize().positional
     yield "upsample_bilinear2d_backward", Resize().positional_backward
+    yield "grid_sampler_2d", Warp().positional
+    yield "grid_sampler_2d_backward", Warp().positional_backward
 
 
 def backward(op: str, s: convolution.Sample) -> tuple[Any, ...]:

@@ -25,6 +25,7 @@ from inductor_vision.tests.support import (
     convolution,
     deform_conv2d as deform,
     depthwise_separable_conv2d as separable,
+    grid_sampler_2d as sampling,
     heatmaps_to_keypoints as heatmaps,
     patch_conv2d as patches,
     regions,
@@ -316,6 +317,29 @@ def upsample_bilinear2d() -> Part:
     return Part(function, calls, (image, image, (2, 3), (2, 3)), same_as_eagerly(function), ["upsample_bilinear2d"] * 2)
 
 
+def grid_sampler_2d() -> Part:
+    """Of few channels and of many, and the gradients of the latter."""
+
+    def function(few: Tensor, many: Tensor, grid: Tensor) -> tuple[Tensor, ...]:
+        sampled = sampling.OP(many, grid, 0, 2, False)
+        gradients = sampling.BACKWARD(sampled, many, grid, 0, 2, False, [True, True])
+        return sampling.OP(few, grid, 2, 0, True), sampled, *gradients
+
+    def call(batch: int, few: tuple[int, int], many: tuple[int, int], out: tuple[int, int]) -> Call:
+        images = [torch.randn(batch, *size) for size in ((3, *few), (20, *many))]
+        return *images, torch.rand(batch, *out, 2) * 2.6 - 1.3
+
+    calls = [
+        call(2, (20, 30), (4, 6), (9, 11)),
+        call(1, (1, 1), (1, 1), (1, 1)),
+        call(3, (70, 41), (33, 9), (80, 50)),
+    ]
+    varies = ((0, 2, 3), (0, 2, 3), (0, 1, 2))
+    return Part(
+        function, calls, varies, same_as_eagerly(function), ["grid_sampler_2d"] * 2 + ["grid_sampler_2d_backward"]
+    )
+
+
 # Boxes
 
 LARGE = 6000  # boxes, enough for more than one thread, with gaps for several grids
@@ -409,6 +433,7 @@ PARTS: dict[str, Callable[[], Part]] = {
         on_regions_backward,
         keypoints,
         upsample_bilinear2d,
+        grid_sampler_2d,
         nms,
         nms_rotated,
         soft_nms,

@@ -118,6 +118,11 @@ DIFFERENTIABLE = {
         lambda: {"input": randn(2, 3, 5, 6)},
         ("input",),
     ),
+    "grid_sampler_2d": Call(
+        lambda input, grid: torch.ops.inductor_vision.grid_sampler_2d(input, grid, 0, 0, False),
+        lambda: {"input": randn(2, 3, 5, 6), "grid": torch.rand(2, 3, 4, 2, dtype=torch.float64) * 2 - 1},
+        ("input", "grid"),
+    ),
     "roi_align": on_maps(roi_align, (2, 3), 1.0, 2),
     "roi_align_adaptive": on_maps(roi_align, (2, 3)),
     "roi_pool": on_maps(roi_pool, (2, 3)),

@@ -2,6 +2,8 @@
 #include "box_iou_rotated.h"
 #include "deform_conv2d_backward.h"
 #include "depthwise_separable_conv2d_backward.h"
+#include "grid_sampler_2d.h"
+#include "grid_sampler_2d_backward.h"
 #include "harness.h"
 #include "heatmaps_to_keypoints.h"
 #include "nms_rotated.h"
@@ -141,6 +143,20 @@ void run_images() {
   run_out_of_memory("upsample_bilinear2d_of_pixels", [&] {
     upsample_bilinear2d<true>(pixels, DenseStore<true, float>{out.data(), 20, 40, 50});
   });
+}
+
+void run_samples() {
+  constexpr auto kMode = GridInterpolation::bilinear;
+  const Tensor<float> images = tensor(2, 20, 9, 11, -1, 1), grid = tensor(2, 2, 12, 13, -1, 1);
+  const Tensor<float> grad = tensor(2, 20, 12, 13, -1, 1);
+  std::vector<float> out(2 * 20 * 12 * 13), grad_images(2 * 20 * 9 * 11), grad_grid(2 * 2 * 12 * 13);
+  const GridSampler2d<float> many{images.view(), grid.view(), 2, 20, 9, 11, 12, 13, GridPadding::zeros, false};
+  const GridSampler2dGradients<float> gradients{
+      grad.view(), {grad_images.data(), 20 * 99, 99, 11, 1}, {grad_grid.data(), 2 * 156, 156, 13, 1}};
+  run_out_of_memory("grid_sampler_2d", [&] {
+    grid_sampler_2d<kMode, false>(many, DenseStore<false, float>{out.data(), 20, 12, 13});
+  });
+  run_out_of_memory("grid_sampler_2d_backward", [&] { grid_sampler_2d_backward<kMode>(many, gradients); });
 }
 
 void run_regions() {
@@ -320,6 +336,7 @@ int main() {
   omp_set_num_threads(3);
   run_boxes();
   run_images();
+  run_samples();
   run_regions();
   run_deform();
   run_separable();
