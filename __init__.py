@@ -21,6 +21,10 @@ from .ops.depthwise_separable_conv2d import (
     DepthwiseSeparableConv2d as DepthwiseSeparableConv2d,
     depthwise_separable_conv2d as depthwise_separable_conv2d,
 )
+from .ops.multiscale_deformable_attention import (
+    MultiScaleDeformableAttention as MultiScaleDeformableAttention,
+    multiscale_deformable_attention as multiscale_deformable_attention,
+)
 from .ops.multiscale_roi_align import (
     MultiScaleRoIAlign as MultiScaleRoIAlign,
     multiscale_roi_align as multiscale_roi_align,
