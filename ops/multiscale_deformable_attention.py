@@ -235,7 +235,7 @@ class _Sampling:
 
     def __init__(self, call: Arguments) -> None:
         self.dtype = accumulate_dtype(call.value.dtype)
-        self.table = call.value.to(self.dtype).permute(0, 2, 1, 3)  # [B, H, S, D]
+        self.table = call.value.to(self.dtype).transpose(1, 2)  # [B, H, S, D]
         self.discrete = call.method == "discrete"
         shapes = _shapes(call)  # [L, 2]
         pixels = shapes.prod(1)
@@ -289,7 +289,7 @@ class _Sampling:
         for corner in self.corners():
             share = (corner.weight[..., None] * samples).where(corner.exists[..., None], 0)
             table = table.scatter_add(2, self._expanded(corner), share.flatten(2, 3))
-        return table.permute(0, 2, 1, 3)
+        return table.transpose(1, 2)
 
     def _shape(self, corner: _Corner) -> tuple[Any, ...]:
         return (*corner.index.shape, self.table.shape[3])
@@ -310,7 +310,9 @@ def _shapes(call: Arguments) -> Tensor:
         # Not torch.tensor, which would make constants of sizes that are symbolic.
         sizes = [torch.full((1,), size, dtype=torch.int64, device=device) for size in call.sizes]
         return torch.cat(sizes).reshape(-1, 2)
-    fits = (call.shapes > 0).all() & (call.shapes.prod(1).sum() == call.value.shape[1])
+    pixels = call.value.shape[1]
+    each = (call.shapes > 0) & (call.shapes <= pixels)  # or a product could overflow
+    fits = each.all() & (call.shapes.where(each, 0).prod(1).sum() == pixels)
     message = "value_spatial_shapes must be positive, and have as many pixels as value"
     torch._assert_async(fits, f"multiscale_deformable_attention: {message}")
     return call.shapes.where(fits, 1)  # a GPU may read before it finds out
@@ -320,10 +322,10 @@ def _decomposition(*args: Any) -> Tensor:
     call = Arguments(*args)
     shape = check_arguments(call)
     sampling = _Sampling(call)
-    weights = call.weights.to(sampling.dtype).permute(0, 2, 1, 3)  # [B, H, Q, K]
+    weights = call.weights.to(sampling.dtype).transpose(1, 2)  # [B, H, Q, K]
     weights = weights.where(sampling.inside, 0)
     out = (weights[..., None] * sampling.samples()).sum(3)  # [B, H, Q, D]
-    return out.permute(0, 2, 1, 3).reshape(shape).to(call.value.dtype)
+    return out.transpose(1, 2).reshape(shape).to(call.value.dtype).contiguous()
 
 
 def _check_backward(op: str, grad: Tensor, **arguments: Any) -> None:
@@ -345,9 +347,9 @@ def _backward(grad: Tensor, *args: Any, wanted: Sequence[bool]) -> list[Tensor |
     """
     call = Arguments(*args)
     sampling = _Sampling(call)
-    batch, queries, heads, _, _ = call.locations.shape
-    grad = grad.to(sampling.dtype).reshape(batch, queries, heads, -1).permute(0, 2, 1, 3)[:, :, :, None]
-    weights = call.weights.to(sampling.dtype).permute(0, 2, 1, 3)  # [B, H, Q, K]; grad is [B, H, Q, 1, D]
+    _, _, heads, channels = call.value.shape
+    grad = grad.to(sampling.dtype).unflatten(2, (heads, channels)).transpose(1, 2)[:, :, :, None]  # [B, H, Q, 1, D]
+    weights = call.weights.to(sampling.dtype).transpose(1, 2)  # [B, H, Q, K]
     weights = weights.where(sampling.inside, 0)
     results: list[Tensor | None] = [None] * 3
     if wanted[0]:
@@ -366,12 +368,16 @@ def _backward(grad: Tensor, *args: Any, wanted: Sequence[bool]) -> list[Tensor |
     return results
 
 
+def _contiguous(gradient: Tensor, tensor: Tensor) -> Tensor:
+    return gradient.contiguous()  # values and weights are no images, even if sizes and strides would do for it
+
+
 _op = define_op(
     "multiscale_deformable_attention(Tensor value, SymInt[] sizes, Tensor? shapes, Tensor locations, Tensor weights, "
     "int[] points, str method) -> Tensor",
     decomposition=_decomposition,
     fake=_fake,
-    gradient=Gradient(_backward, of="value, locations, weights", check=_check_backward),
+    gradient=Gradient(_backward, of="value, locations, weights", check=_check_backward, arrange=_contiguous),
     autocast=False,  # it computes in float32 as it is, and takes dtypes that differ
     fold=as_one_batch("value", "locations", "weights"),
 )
