@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -114,7 +115,8 @@ def test_every_number_of_threads_gives_the_same_bits(monkeypatch):
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_one_compilation_serves_all_sizes(as_tensor):
     """Also those of levels, whether they come as numbers or as a tensor."""
-    first = Case(points=(2, 3), sizes=((6, 5), (3, 4)), as_tensor=as_tensor)
+    # No two sizes are the same: torch.compile takes those for one.
+    first = Case(points=(2, 3), sizes=((6, 9), (4, 10)), batch=7, queries=11, as_tensor=as_tensor)
     others = [
         dataclasses.replace(first, sizes=((17, 9), (2, 7)), batch=3, queries=33),
         dataclasses.replace(first, sizes=((2, 3), (11, 4)), queries=2),
@@ -193,7 +195,7 @@ class Layer(nn.Module):
 
 
 def test_a_layer_is_trained():
-    """Its value is written in the order that the kernel reads, instead of being copied."""
+    """Its value is written in the order that the kernel reads best, one head after the other."""
     layer = Layer()
     maps = [torch.empty(6, 5), torch.empty(3, 4)]
     tensors = [torch.randn(2, 9, 32), torch.rand(2, 9, 2), torch.randn(2, 42, 32)]
@@ -209,6 +211,12 @@ def test_a_layer_is_trained():
         (FORWARD.name, "template"), (BACKWARD.name, "template")
     }  # fmt: skip
     assert not any("no neighbours" in path.detail for path in compiled.paths)
+    strides = set(
+        re.findall(
+            r"\.pixel = static_cast<int64_t>\((\d+)L\), \.head = static_cast<int64_t>\((\d+)L\)", compiled.source
+        )
+    )
+    assert strides == {("8", str(8 * 42))}
     for actual, expected in zip(compiled.result, train(layer, *tensors)):
         assert_close(actual, expected, FP32)
 
