@@ -74,26 +74,27 @@ def multiscale_deformable_attention(
         shapes = shapes.long()
     else:
         shapes, sizes = None, [size for shape in value_spatial_shapes for size in shape]
-        require(
-            all(len(shape) == 2 for shape in value_spatial_shapes),
-            f"value_spatial_shapes must be pairs of (height, width), got {value_spatial_shapes}",
-        )
+        # A message is made only where it is raised: Dynamo takes none of sizes that are symbols.
+        if not all(len(shape) == 2 for shape in value_spatial_shapes):
+            require(False, f"value_spatial_shapes must be pairs of (height, width), got {value_spatial_shapes}")
     levels = len(value_spatial_shapes)
     locations, weights = sampling_locations, attention_weights
     if locations.dim() == 6:
-        require(
-            weights.dim() == 5 and locations.shape[3] == levels,
-            f"sampling_locations must be [B, Q, H, {levels}, P, 2] and attention_weights [B, Q, H, {levels}, P], or "
-            f"both without levels; got shapes {tuple(locations.shape)} and {tuple(weights.shape)}",
-        )
+        if weights.dim() != 5 or locations.shape[3] != levels:
+            require(
+                False,
+                f"sampling_locations must be [B, Q, H, {levels}, P, 2] and attention_weights [B, Q, H, {levels}, P], "
+                f"or both without levels; got shapes {tuple(locations.shape)} and {tuple(weights.shape)}",
+            )
         locations, weights = locations.flatten(3, 4), weights.flatten(3, 4)
     if num_points is None:
         points = int(locations.shape[3]) if locations.dim() == 5 else 0
-        require(
-            levels > 0 and points % levels == 0,
-            f"sampling_locations of {points} points must have as many on each of {levels} levels, or num_points must "
-            "say how many",
-        )
+        if levels == 0 or points % levels != 0:
+            require(
+                False,
+                f"sampling_locations of {points} points must have as many on each of {levels} levels, or num_points "
+                "must say how many",
+            )
         num_points = [points // levels] * levels
     return _op(value, sizes, shapes, locations, weights, list(num_points), method)
 
