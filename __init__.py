@@ -13,6 +13,7 @@ from .integrations.models import (
 )
 from .integrations.onnx import onnx_translation_table as onnx_translation_table
 from .integrations.torchvision import accelerate_torchvision as accelerate_torchvision
+from .integrations.transformers import accelerate_transformers as accelerate_transformers
 from .lowering.installation.installer import install_when_inductor_is_imported
 from .memory import keep_memory as keep_memory
 from .ops.box_iou_rotated import box_iou_rotated as box_iou_rotated

@@ -8,11 +8,13 @@ from typing import Any
 from ..memory import keep_memory
 from .convolutions import fold_norms, fuse_depthwise_separable
 from .torchvision import accelerate_torchvision
+from .transformers import accelerate_transformers
 
 
 def accelerate(
     *,
     torchvision: bool = True,
+    transformers: bool = True,
     depthwise_separable: bool = True,
     norms: bool = True,
     freezing: bool = False,
@@ -23,6 +25,7 @@ def accelerate(
     It makes the calls that apply here, each of which says what it changes:
 
     * :func:`inductor_vision.accelerate_torchvision`, if torchvision is installed,
+    * :func:`inductor_vision.accelerate_transformers`, if transformers is installed,
     * :func:`inductor_vision.fuse_depthwise_separable`,
     * :func:`inductor_vision.fold_norms`,
     * with ``freezing``, :func:`inductor_vision.freeze_weights`; not by default, since what is compiled then does not
@@ -35,13 +38,14 @@ def accelerate(
     compiling; what was called before is not done twice.
 
     Args:
-        torchvision, depthwise_separable, norms, freezing, memory: whether to make these calls.
+        torchvision, transformers, depthwise_separable, norms, freezing, memory: whether to make these calls.
 
     Raises:
         TypeError: an argument is not a bool; nothing was called then.
     """
     arguments = {
         "torchvision": torchvision,
+        "transformers": transformers,
         "depthwise_separable": depthwise_separable,
         "norms": norms,
         "freezing": freezing,
@@ -52,6 +56,8 @@ def accelerate(
             raise TypeError(f"accelerate: {name} must be True or False, got {value!r}")
     if torchvision and importlib.util.find_spec("torchvision") is not None:
         accelerate_torchvision()  # first: a broken torchvision raises when it is imported, and nothing was changed then
+    if transformers and importlib.util.find_spec("transformers") is not None:
+        accelerate_transformers()
     if depthwise_separable:
         fuse_depthwise_separable()
     if norms:

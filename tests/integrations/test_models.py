@@ -16,9 +16,16 @@ from torch._inductor.utils import run_and_get_code
 
 @pytest.fixture
 def calls(monkeypatch) -> list[str]:
-    """What accelerate() calls, which does nothing here; torchvision is installed."""
+    """What accelerate() calls, which does nothing here; torchvision and transformers are installed."""
     made: list[str] = []
-    for name in ("accelerate_torchvision", "fuse_depthwise_separable", "fold_norms", "freeze_weights", "keep_memory"):
+    for name in (
+        "accelerate_torchvision",
+        "accelerate_transformers",
+        "fuse_depthwise_separable",
+        "fold_norms",
+        "freeze_weights",
+        "keep_memory",
+    ):
         monkeypatch.setattr(models, name, lambda name=name: made.append(name))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     return made
@@ -27,14 +34,22 @@ def calls(monkeypatch) -> list[str]:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ({}, ["accelerate_torchvision", "fuse_depthwise_separable", "fold_norms"]),
+        ({}, ["accelerate_torchvision", "accelerate_transformers", "fuse_depthwise_separable", "fold_norms"]),
         (
             {"freezing": True, "memory": True},
-            ["accelerate_torchvision", "fuse_depthwise_separable", "fold_norms", "freeze_weights", "keep_memory"],
+            [
+                "accelerate_torchvision",
+                "accelerate_transformers",
+                "fuse_depthwise_separable",
+                "fold_norms",
+                "freeze_weights",
+                "keep_memory",
+            ],
         ),
-        ({"torchvision": False}, ["fuse_depthwise_separable", "fold_norms"]),
-        ({"depthwise_separable": False, "norms": False}, ["accelerate_torchvision"]),
-        ({"torchvision": False, "depthwise_separable": False, "norms": False}, []),
+        ({"torchvision": False}, ["accelerate_transformers", "fuse_depthwise_separable", "fold_norms"]),
+        ({"torchvision": False, "transformers": False}, ["fuse_depthwise_separable", "fold_norms"]),
+        ({"depthwise_separable": False, "norms": False}, ["accelerate_torchvision", "accelerate_transformers"]),
+        ({"torchvision": False, "transformers": False, "depthwise_separable": False, "norms": False}, []),
     ],
     ids=str,
 )
@@ -43,7 +58,7 @@ def test_what_is_called(calls, arguments, expected):
     assert calls == expected
 
 
-def test_without_torchvision(calls, monkeypatch):
+def test_without_either_library(calls, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     accelerate()
     assert calls == ["fuse_depthwise_separable", "fold_norms"]
