@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from inductor_vision import accelerate_torchvision, export_detector
-from inductor_vision.export import _export_any_size
+from inductor_vision.export import OneImage, _export_any_size
 from inductor_vision.perf.backends import Autocast
 from inductor_vision.tests.support.compiled import run_alone, run_python, source_of_package
 from inductor_vision.tests.support.detectors import agreement, assert_same_detections, small_detector
@@ -83,7 +83,7 @@ def test_nothing_is_decided_for_one_size(torchvision_python, kind):
     image = torch.rand(3, 90, 120)
     with torch.no_grad():
         detector([image])
-        exported = _export_any_size(detector, image).module()
+        exported = _export_any_size(OneImage(detector), image).module()
         for size in ((120, 90), (70, 300)):
             image = torch.rand(3, *size)
             assert_same_detections(exported(image), detector([image])[0])

@@ -1,0 +1,23 @@
+"""Tensors of sizes stay symbolic while torch.export traces."""
+
+import torch
+from inductor_vision.lowering.workarounds.sizes_in_tensors import sizes_in_tensors
+from torch import Tensor, nn
+from torch.export import Dim
+
+
+class Shapes(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        height, width = x.shape
+        pairs = torch.as_tensor([(height, 3), (width // 2, 5)], dtype=torch.long, device=x.device)
+        return pairs, torch.tensor([[width, height]], dtype=torch.float32), torch.tensor([1.5, 2.0])
+
+
+def test_sizes_stay_symbols():
+    sides = {0: Dim("height", min=4, max=99), 1: Dim("width", min=4, max=99)}
+    with sizes_in_tensors():
+        exported = torch.export.export(Shapes(), (torch.rand(6, 8),), dynamic_shapes=(sides,)).module()
+    for size in ((6, 8), (10, 21)):
+        x = torch.rand(size)
+        for ours, eager in zip(exported(x), Shapes()(x)):
+            assert torch.equal(ours, eager) and ours.dtype == eager.dtype
