@@ -74,6 +74,11 @@ def _check(cond: Any, msg: Any, error_type: type[Exception] = ValueError) -> Non
         torch._check(cond() if callable(cond) else cond)
 
 
+def _int(x: Any) -> Any:
+    """transformers' ``torch_int``, which makes a constant of a size that is a symbol."""
+    return torch.sym_int(x)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Users:
     """Whose modules are looked through.
@@ -203,8 +208,8 @@ _USERS = (
     ),
     _Users(
         _TRANSFORMERS,
-        ("transformers.utils.import_utils",),
-        {"torch_compilable_check": _check},
+        ("transformers.utils.import_utils", "transformers.utils.generic"),
+        {"torch_compilable_check": _check, "torch_int": _int},
         in_compiled_code,
     ),
     _Users(Library("mmcv", "2.2"), ("mmcv.ops.",), {"multi_scale_deformable_attn_pytorch": _of_function}, _choose),

@@ -1,4 +1,4 @@
-"""torch.tensor makes constants of sizes that are symbols, where torch.export traces without Dynamo."""
+"""torch.tensor and torch.linspace make constants of sizes that are symbols, where torch.export traces without Dynamo."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 
 class sizes_in_tensors(TorchFunctionMode):  # a context, as its neighbours are
-    """Have tensors of numbers, some of them symbols, be made number by number within this context."""
+    """Have tensors of numbers, some of them symbols, be made number by number within this context, and those of evenly
+    spaced numbers, as many of them as a symbol says, from their indices."""
 
     def __torch_function__(
         self,
@@ -22,14 +23,17 @@ class sizes_in_tensors(TorchFunctionMode):  # a context, as its neighbours are
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
-        numbers = args[0] if args else kwargs.get("data")
-        if func in (torch.tensor, torch.as_tensor) and isinstance(numbers, (list, tuple)):
-            leaves = tree_leaves(numbers)
-            if any(isinstance(leaf, torch.SymInt) for leaf in leaves) and not any(
-                isinstance(leaf, Tensor) for leaf in leaves
-            ):
-                dtype = args[1] if len(args) > 1 else kwargs.get("dtype")
-                return _stacked(numbers, dtype or torch.int64, kwargs.get("device"))
+        if func in (torch.tensor, torch.as_tensor):
+            numbers = args[0] if args else kwargs.get("data")
+            if isinstance(numbers, (list, tuple)):
+                leaves = tree_leaves(numbers)
+                if any(isinstance(leaf, torch.SymInt) for leaf in leaves) and not any(
+                    isinstance(leaf, Tensor) for leaf in leaves
+                ):
+                    dtype = args[1] if len(args) > 1 else kwargs.get("dtype")
+                    return _stacked(numbers, dtype or torch.int64, kwargs.get("device"))
+        if func is torch.linspace and len(args) == 3 and isinstance(args[2], torch.SymInt):
+            return _spaced(*args, **kwargs)
         return func(*args, **kwargs)
 
 
@@ -37,3 +41,12 @@ def _stacked(numbers: Any, dtype: torch.dtype, device: Any) -> Tensor:
     if isinstance(numbers, (list, tuple)):
         return torch.stack([_stacked(number, dtype, device) for number in numbers])
     return torch.full((), numbers, dtype=dtype, device=device)
+
+
+def _spaced(start: Any, end: Any, steps: torch.SymInt, dtype: torch.dtype | None = None, device: Any = None) -> Tensor:
+    """What aten computes: the second half from the end."""
+    dtype = dtype or torch.get_default_dtype()
+    index = torch.arange(steps, dtype=torch.promote_types(dtype, torch.float32), device=device)
+    step = (end - start) / torch.sym_max(steps - 1, 1)
+    from_start, from_end = start + step * index, end - step * (steps - 1 - index)
+    return torch.where(index < steps // 2, from_start, from_end).to(dtype)
