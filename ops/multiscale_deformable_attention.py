@@ -219,7 +219,7 @@ class _Corner(NamedTuple):
     """A pixel that a sample is interpolated from: where it is among all levels' pixels, its weight, and whether it
     exists; else it is not to be read. ``[B, H, Q, K]`` each."""
 
-    index: Tensor
+    pixel: Tensor
     weight: Tensor
     exists: Tensor
 
@@ -293,11 +293,11 @@ class _Sampling:
         return table.transpose(1, 2)
 
     def _shape(self, corner: _Corner) -> tuple[Any, ...]:
-        return (*corner.index.shape, self.table.shape[3])
+        return (*corner.pixel.shape, self.table.shape[3])
 
     def _expanded(self, corner: _Corner) -> Tensor:
         """The index of a corner for each channel. [B, H, Q * K, D]"""
-        return corner.index[..., None].expand(self._shape(corner)).flatten(2, 3)
+        return corner.pixel[..., None].expand(self._shape(corner)).flatten(2, 3)
 
 
 def _shapes(call: Arguments) -> Tensor:
