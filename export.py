@@ -79,7 +79,7 @@ def export_detector(
         any_size: True if images may have any height and width, from 2 to 65536 pixels (models of transformers from 128,
             some only multiples of 32 or the like), with neither more than ten times the other; False if all have the
             size of ``example_image``, which compiles faster. Not every model allows True: one whose ``max_size`` is so
-            small that a feature map may become a single pixel does not.
+            small that a feature map may become a single pixel does not, nor does transformers' RF-DETR.
         labels: names of the classes; they are put into the package's metadata under "labels", separated by commas.
         threshold: what scores must be above, in a model of transformers; None: 0.5. Those of torchvision have a
             threshold of their own.

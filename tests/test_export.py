@@ -99,10 +99,10 @@ def exporting_transformers(kind: str) -> tuple[nn.Module, dict[str, Tensor]]:
     return small_model(kind), inputs
 
 
-@pytest.mark.parametrize("kind", ["deformable_detr", pytest.param("mask2former", marks=pytest.mark.slow)])
-def test_transformers_nothing_is_decided_for_one_size(transformers, kind):
+@pytest.mark.slow
+def test_transformers_nothing_is_decided_for_one_size(transformers):
     accelerate_transformers()
-    model, inputs = exporting_transformers(kind)
+    model, inputs = exporting_transformers("deformable_detr")
     detector = one_image(model, -2.0, inputs)  # every query is a detection
     with torch.no_grad():
         exported = _export_any_size(detector, torch.rand(3, 128, 160)).module()
@@ -112,13 +112,18 @@ def test_transformers_nothing_is_decided_for_one_size(transformers, kind):
 
 
 @pytest.mark.slow
+def test_transformers_sizes_that_a_model_decides_on(transformers, tmp_path):
+    """RF-DETR adds its embeddings of positions as they are to a square image."""
+    model, _ = exporting_transformers("rf_detr")
+    with pytest.raises(ValueError, match="does not allow images of any height and width; with any_size=False it can"):
+        export_detector(model, torch.rand(3, 128, 160), tmp_path / "model.pt2")
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("unoptimized")
 def test_transformers_package_runs_alone(transformers, tmp_path):
     model, inputs = exporting_transformers("rt_detr_v2")
-    names = ["cat", "dog"]
-    path = export_detector(
-        model, torch.rand(3, 128, 160), tmp_path / "model.pt2", threshold=-2.0, inputs=inputs, labels=names
-    )
+    path = export_detector(model, torch.rand(3, 128, 160), tmp_path / "model.pt2", threshold=-2.0, inputs=inputs)
     images = [torch.rand(3, *size) for size in ((128, 160), (192, 352))]
     detector = one_image(model, -2.0, inputs)
     results = run_alone(path, [(image,) for image in images], tmp_path)

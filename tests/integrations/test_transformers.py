@@ -120,6 +120,7 @@ assert type(late.__loader__).__name__ == type(late.__spec__.loader).__name__ == 
 """
 
 
+@pytest.mark.slow
 def test_nothing_changes_before_the_call(transformers):
     run_python(BEFORE_AND_AFTER)
 
@@ -230,8 +231,11 @@ def test_wrong_arguments(monkeypatch):
 
 @pytest.mark.parametrize(
     "kind",
-    ["rt_detr_v2", "mask2former"]
-    + [pytest.param(kind, marks=pytest.mark.slow) for kind in ("d_fine", "rf_detr", "grounding_dino", "oneformer")],
+    ["mask2former"]
+    + [
+        pytest.param(kind, marks=pytest.mark.slow)
+        for kind in ("rt_detr_v2", "d_fine", "rf_detr", "grounding_dino", "oneformer")
+    ],
 )
 def test_model_is_one_graph(accelerated, kind):
     """The others are in tests/stock_transformers.py."""

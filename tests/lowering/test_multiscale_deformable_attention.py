@@ -248,6 +248,7 @@ def test_a_layer_is_trained():
         assert_close(actual, expected, FP32)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unoptimized")
 def test_only_the_gradients_that_are_wanted():
     grad, *arguments, _ = Case().positional_backward

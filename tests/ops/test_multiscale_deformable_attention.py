@@ -65,7 +65,7 @@ def test_gradients(name):
         assert_close(result, expected, case.dtype, f"gradient of {what}")
 
 
-@pytest.mark.parametrize("method", ["default", "discrete"])
+@pytest.mark.parametrize("method", ["default", pytest.param("discrete", marks=pytest.mark.slow)])
 def test_gradients_are_those_of_the_function(method):
     case = Case(
         method=method, locations="smooth", dtype=FP64, batch=1, heads=2, channels=3, queries=3, points=(3, 1, 2)
@@ -162,7 +162,10 @@ def test_levels_may_be_a_dimension_of_their_own():
         module(value, None, None, None, *by_level)
 
 
-@pytest.mark.parametrize("name", ["points that differ", "tensor of sizes", "discrete"])
+@pytest.mark.parametrize(
+    "name",
+    ["points that differ", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tensor of sizes", "discrete"))],
+)
 def test_opcheck(name):
     pytest.importorskip("expecttest")
     case = CASES[name]
