@@ -6,21 +6,23 @@
 # pinned version (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL), it prefers that one. To use another torch, or your own environment:
 #     make test TORCH=torch==2.15.0 TORCHVISION= TRITON=  (which brings its own Triton)
 #     make test TORCH=wheels/torch-2.13.0+cpu-cp312-cp312-linux_x86_64.whl
-#     make test TORCH= TORCHVISION= TRITON= VENV=my-environment
+#     make test TORCH= TORCHVISION= TRITON= TRANSFORMERS= VENV=my-environment
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-# What goes with it, for tests: torchvision, whose operators and models this package serves, and Triton. Empty, TORCHVISION=
-# and TRITON= keep what is there (a Triton-CPU, for one), or do without: tests that need it are skipped.
+# What goes with it, for tests: torchvision and transformers, whose models this package serves, and Triton. Empty,
+# TORCHVISION=, TRANSFORMERS= and TRITON= keep what is there (a Triton-CPU, for one), or do without: tests that need it are
+# skipped.
 # torchvision comes without what it depends on, since pip would exchange torch for a build that it likes better.
 TORCHVISION ?= torchvision==0.28.0
 TRITON ?= triton==3.7.1
+TRANSFORMERS ?= transformers==5.24.0
 VENV ?= .venv
 
 PY := $(VENV)/bin/python
 PYTEST := $(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 PIP := $(PY) -m pip install --disable-pip-version-check --quiet
-# Stamps: the environment holds what pyproject.toml asked for when they were touched, and these three.
-READY := $(VENV)/.ready-$(shell printf '%s' '$(TORCH) $(TORCHVISION) $(TRITON)' | cksum | cut -d ' ' -f 1)
+# Stamps: the environment holds what pyproject.toml asked for when they were touched, and these four.
+READY := $(VENV)/.ready-$(shell printf '%s' '$(TORCH) $(TORCHVISION) $(TRITON) $(TRANSFORMERS)' | cksum | cut -d ' ' -f 1)
 PERF_READY := $(READY)-perf
 DOCS_READY := $(READY)-docs
 
@@ -93,6 +95,7 @@ $(READY): pyproject.toml | $(PY)
 	$(if $(TORCH),$(PIP) $(foreach word,$(TORCH),'$(word)'))
 	$(if $(TRITON),$(PIP) $(foreach word,$(TRITON),'$(word)'))
 	$(if $(TORCHVISION),$(PIP) --no-deps $(foreach word,$(TORCHVISION),'$(word)'))
+	$(if $(TRANSFORMERS),$(PIP) $(foreach word,$(TRANSFORMERS),'$(word)'))
 	$(PIP) -e '.[test,examples]'
 	@rm -f $(VENV)/.ready-* && touch $@
 

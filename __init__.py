@@ -15,6 +15,7 @@ from .integrations.models import (
 from .integrations.onnx import onnx_translation_table as onnx_translation_table
 from .integrations.sampling import accelerate_sampling as accelerate_sampling
 from .integrations.torchvision import accelerate_torchvision as accelerate_torchvision
+from .integrations.transformers import accelerate_transformers as accelerate_transformers
 from .lowering.installation.installer import install_when_inductor_is_imported
 from .memory import keep_memory as keep_memory
 from .ops.box_iou_rotated import box_iou_rotated as box_iou_rotated
@@ -22,6 +23,10 @@ from .ops.deform_conv2d import DeformConv2d as DeformConv2d, deform_conv2d as de
 from .ops.depthwise_separable_conv2d import (
     DepthwiseSeparableConv2d as DepthwiseSeparableConv2d,
     depthwise_separable_conv2d as depthwise_separable_conv2d,
+)
+from .ops.multiscale_deformable_attention import (
+    MultiScaleDeformableAttention as MultiScaleDeformableAttention,
+    multiscale_deformable_attention as multiscale_deformable_attention,
 )
 from .ops.multiscale_roi_align import (
     MultiScaleRoIAlign as MultiScaleRoIAlign,

@@ -9,11 +9,13 @@ from ..memory import keep_memory
 from .convolutions import fold_norms, fuse_depthwise_separable, use_winograd
 from .sampling import accelerate_sampling
 from .torchvision import accelerate_torchvision
+from .transformers import accelerate_transformers
 
 
 def accelerate(
     *,
     torchvision: bool = True,
+    transformers: bool = True,
     depthwise_separable: bool = True,
     norms: bool = True,
     sampling: bool = True,
@@ -26,6 +28,7 @@ def accelerate(
     It makes the calls that apply here, each of which says what it changes:
 
     * :func:`inductor_vision.accelerate_torchvision`, if torchvision is installed,
+    * :func:`inductor_vision.accelerate_transformers`, if transformers is installed,
     * :func:`inductor_vision.fuse_depthwise_separable`,
     * :func:`inductor_vision.fold_norms`,
     * :func:`inductor_vision.accelerate_sampling`,
@@ -40,13 +43,15 @@ def accelerate(
     compiling; what was called before is not done twice.
 
     Args:
-        torchvision, depthwise_separable, norms, sampling, winograd, freezing, memory: whether to make these calls.
+        torchvision, transformers, depthwise_separable, norms, sampling, winograd, freezing, memory: whether to make
+            these calls.
 
     Raises:
         TypeError: an argument is not a bool; nothing was called then.
     """
     arguments = {
         "torchvision": torchvision,
+        "transformers": transformers,
         "depthwise_separable": depthwise_separable,
         "norms": norms,
         "sampling": sampling,
@@ -59,6 +64,8 @@ def accelerate(
             raise TypeError(f"accelerate: {name} must be True or False, got {value!r}")
     if torchvision and importlib.util.find_spec("torchvision") is not None:
         accelerate_torchvision()  # first: a broken torchvision raises when it is imported, and nothing was changed then
+    if transformers and importlib.util.find_spec("transformers") is not None:
+        accelerate_transformers()
     if depthwise_separable:
         fuse_depthwise_separable()
     if norms:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
-import inspect
-import logging
 import pkgutil
 import sys
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -20,11 +16,9 @@ from ..lowering.workarounds.tracing import install_for_tracing
 from ..ops import heatmaps_to_keypoints, torchvision_detection  # noqa: F401  (declare what they replace)
 from ..ops.boxes import check_scored_boxes
 from ..ops.registry import TORCHVISION, TORCHVISION_PYTHON
-from ..version import __version__
+from .exchange import Library, always, in_compiled_code, logger
 
-logger = logging.getLogger("inductor_vision")
-
-TESTED = "torchvision 0.28"
+_TORCHVISION = Library("torchvision", "0.28")
 
 # The operators of its compiled library, as it declares them.
 _SCHEMAS = (
@@ -87,30 +81,18 @@ def accelerate_torchvision() -> None:
     if _stand_ins is None and not _compiled_library_loads():
         _define_operators()
     for function, replacement in TORCHVISION_PYTHON.items():
-        _exchange(function, replacement, _in_compiled_code)
-    _exchange("_meta_registrations.meta_nms", _fake_nms, _always)
+        _exchange(function, replacement, in_compiled_code)
+    _exchange("_meta_registrations.meta_nms", _fake_nms, always)
     install_for_tracing()
     schemas = {schema.partition("(")[0]: torch._C.parse_schema(f"torchvision::{schema}") for schema in _SCHEMAS}
     installer.accelerate_torchvision(
-        [name for name in TORCHVISION if _is_as_tested(name, _declared_schema(name), schemas[name])]
+        [name for name in TORCHVISION if _TORCHVISION.is_as_tested(name, _declared_schema(name), schemas[name])]
     )
 
 
 def _declared_schema(name: str) -> torch._C.FunctionSchema | None:
     operator = getattr(torch.ops.torchvision, name, None)
     return None if operator is None or "default" not in operator.overloads() else operator.default._schema
-
-
-def _is_as_tested(name: str, found: object, expected: object) -> bool:
-    """Whether torchvision declares something as this package knows it; if not, a warning says so."""
-    if str(found) == str(expected):
-        return True
-    version = getattr(sys.modules.get("torchvision"), "__version__", "of unknown version")
-    logger.warning(
-        "torchvision's %s is left as it is: expected %s, got %s (this is torchvision %s; %s)",
-        *(name, expected, found, version, f"inductor_vision {__version__} is tested with {TESTED}"),
-    )
-    return False
 
 
 def _compiled_library_loads() -> bool:
@@ -152,57 +134,12 @@ def _has_ops():
 
 
 def _exchange(path: str, replacement: Callable[..., Any], choose: Callable[..., Callable[..., Any]]) -> None:
-    """Have a function of torchvision's, or a method of one of its classes, run what is chosen at each call.
-
-    What is exchanged is the function's code, not the name of the function in a module: who has imported the function
-    before, or keeps it in a class, a closure, a default argument or a partial, has the very same object, so that
-    there is nobody whom this does not reach. ``__wrapped__`` is the function as it was, which is where its signature
-    and the source that torch.jit.script compiles are looked up.
-
-    Args:
-        choose: from the replacement and the function as it was, what runs.
-    """
-    owner_path, _, name = f"torchvision.{path}".rpartition(".")
     try:
-        owner = pkgutil.resolve_name(owner_path)
-        function: Any = getattr(owner, name)
+        owner = pkgutil.resolve_name(f"torchvision.{path}".rpartition(".")[0])
     except (ImportError, AttributeError) as error:
-        _is_as_tested(path, error, "a function")
+        _TORCHVISION.is_as_tested(path, error, "a function")
         return
-    if not isinstance(function, types.FunctionType) or function.__closure__:
-        _is_as_tested(path, function, "a function that is not decorated")
-        return
-    chosen = f"_inductor_vision_{function.__qualname__.replace('.', '_')}"  # in the function's module
-    if chosen in function.__globals__:
-        return
-    first = 1 if inspect.isclass(owner) else 0  # `self` has other names here
-    found, expected = (list(inspect.signature(of).parameters)[first:] for of in (function, replacement))
-    if not _is_as_tested(path, found, expected):
-        return
-    stock: Any = types.FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
-    )
-    functools.update_wrapper(stock, function, updated=())
-    del stock.__wrapped__
-    stock.__kwdefaults__ = function.__kwdefaults__
-    function.__globals__[chosen] = functools.partial(choose, replacement, stock)
-    function.__code__ = _run_chosen.__code__.replace(co_name=function.__name__, co_names=(chosen,))
-    function.__defaults__ = function.__kwdefaults__ = None  # those of what runs count
-    function.__wrapped__ = stock  # type: ignore[attr-defined]  # functions take any attribute
-
-
-def _run_chosen(*args: Any, **kwargs: Any) -> Any:
-    return _CHOOSE()(*args, **kwargs)  # type: ignore[name-defined]  # noqa: F821 (a copy of this code names it)
-
-
-def _in_compiled_code(replacement: Callable[..., Any], stock: Callable[..., Any]) -> Callable[..., Any]:
-    # Programs for ONNX have no use for this package's operators, and its exporter does not know them.
-    for_inductor = torch.compiler.is_compiling() and not torch.onnx.is_in_onnx_export()
-    return replacement if for_inductor else stock
-
-
-def _always(replacement: Callable[..., Any], stock: Callable[..., Any]) -> Callable[..., Any]:
-    return replacement
+    _TORCHVISION.exchange(path, owner, replacement, choose)
 
 
 def _fake_nms(dets: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:

@@ -5,6 +5,7 @@ For these a model is exported to ONNX once, and the file kept.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -29,14 +30,21 @@ REMARK = (
 
 _OPSET = 19  # the first with all that this package's operators become
 _INPUT = "input"
-_PACKAGES = ("torch", "torchvision", "onnx", "onnxscript")
+_PACKAGES = ("torch", "torchvision", "transformers", "onnx", "onnxscript")
 
 
-def contender(name: str, role: str, prepare: Callable[[Job], Prepared], *modules: str, **more: Any) -> Contender:
-    """A model of torchvision in a process of its own, where these modules are installed besides."""
+def contender(
+    name: str,
+    role: str,
+    prepare: Callable[[Job], Prepared],
+    *modules: str,
+    library: Callable[[], None] = backends.needs_torchvision,
+    **more: Any,
+) -> Contender:
+    """A model in a process of its own, where these modules are installed, and the library that it is from."""
 
     def check() -> None:
-        backends.needs_torchvision()
+        library()
         backends.needs(*modules)()
 
     return Contender(name, role, prepare, check=check, isolated=True, **more)
@@ -56,19 +64,26 @@ class OnnxModel:
         return dataclasses.replace(prepared, output=results)
 
 
-def runtimes(export: Callable[[Job], OnnxModel], **low_precision: Any) -> tuple[Contender, ...]:
+def runtimes(
+    export: Callable[[Job], OnnxModel],
+    *,
+    library: Callable[[], None] = backends.needs_torchvision,
+    **low_precision: Any,
+) -> tuple[Contender, ...]:
     """ONNX Runtime, and OpenVINO in float32 and in the precision that it chooses by itself.
 
     Args:
         export: the model of a job; must be picklable.
+        library: see :func:`contender`.
         low_precision: what a contender has that computes in bfloat16, such as a tolerance.
     """
+    make = functools.partial(contender, library=library)
     onnxruntime, openvino = (functools.partial(run, export=export) for run in (_onnxruntime, _openvino))
     by_itself = functools.partial(openvino, dtype=None)
     return (
-        contender("onnxruntime", "peer", onnxruntime, "onnxscript", "onnxruntime"),
-        contender("openvino", "peer", openvino, "onnxscript", "openvino"),
-        contender("openvino-default", "peer", by_itself, "onnxscript", "openvino", **low_precision),
+        make("onnxruntime", "peer", onnxruntime, "onnxscript", "onnxruntime"),
+        make("openvino", "peer", openvino, "onnxscript", "openvino"),
+        make("openvino-default", "peer", by_itself, "onnxscript", "openvino", **low_precision),
     )
 
 
@@ -130,7 +145,8 @@ def _fingerprint(model: nn.Module, input: Tensor) -> str:
     """A digest of weights, input, this package's code and the versions of others: all that an ONNX file depends on."""
     digest = hashlib.sha256()
     for package in _PACKAGES:
-        digest.update(f"{package} {importlib.metadata.version(package)}\n".encode())
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # one of the libraries may be missing
+            digest.update(f"{package} {importlib.metadata.version(package)}\n".encode())
     root = Path(__file__).parents[1]
     for folder in ("ops", "integrations", "perf"):
         for source in sorted((root / folder).rglob("*.py")):

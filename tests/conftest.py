@@ -41,6 +41,7 @@ def _poison_fresh_memory() -> bool:
 MEMORY_IS_POISONED = _poison_fresh_memory()
 
 # Why a test is skipped, and what to do about it.
+TRANSFORMERS_IS_MISSING = "transformers is not installed: pip install 'inductor_vision[transformers]'"
 TORCHVISION_IS_MISSING = "torchvision is not installed: pip install --no-deps the torchvision that goes with this torch"
 KERNELS_DO_NOT_LOAD = (
     "torchvision's compiled operators do not load beside this torch: install torch and torchvision from one source, "
@@ -157,6 +158,16 @@ def torchvision_python() -> ModuleType:
         import torchvision as module
         import torchvision.ops
     return module
+
+
+@pytest.fixture(scope="session")
+def transformers() -> ModuleType:
+    """transformers, whose models need nothing from the network here."""
+    if importlib.util.find_spec("transformers") is None:
+        pytest.skip(TRANSFORMERS_IS_MISSING)
+    import transformers
+
+    return transformers
 
 
 @pytest.fixture(scope="session")

@@ -114,7 +114,7 @@ MAY_IMPORT_INDUCTOR = {
     "explain": "reports what could not be imported, and so must not need it",
     "integrations.models": "a setting, as a user would make it",
     "perf.backends": "settings of a contender, as a user would make them",
-    "perf.suites.detectors": "settings of a contender, as a user would make them",
+    "perf.one_image": "settings of a contender, as a user would make them",
 }
 
 

@@ -7,12 +7,15 @@ import re
 
 import pytest
 import torch
-from inductor_vision import accelerate_torchvision, export_detector
-from inductor_vision.export import _export_any_size
+from inductor_vision import accelerate_torchvision, accelerate_transformers, export_detector
+from inductor_vision.export import OneImage, _export_any_size
+from inductor_vision.integrations.one_image import one_image
 from inductor_vision.perf.backends import Autocast
+from inductor_vision.perf.suites.detectors import detections_error  # in any order of equal scores
 from inductor_vision.tests.support.compiled import run_alone, run_python, source_of_package
 from inductor_vision.tests.support.detectors import agreement, assert_same_detections, small_detector
 from inductor_vision.tests.support.machine_code import assert_made_for
+from inductor_vision.tests.support.transformers_models import inputs_of, small_model
 from torch import Tensor, nn
 
 SIZES = [(90, 120), (120, 90), (60, 60), (333, 500), (700, 1000), (50, 400), (300, 30), (2, 2)]
@@ -83,10 +86,50 @@ def test_nothing_is_decided_for_one_size(torchvision_python, kind):
     image = torch.rand(3, 90, 120)
     with torch.no_grad():
         detector([image])
-        exported = _export_any_size(detector, image).module()
+        exported = _export_any_size(OneImage(detector), image).module()
         for size in ((120, 90), (70, 300)):
             image = torch.rand(3, *size)
             assert_same_detections(exported(image), detector([image])[0])
+
+
+def exporting_transformers(kind: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A model of transformers, and what it is called with besides an image."""
+    inputs = inputs_of(kind)
+    del inputs["pixel_values"]
+    return small_model(kind), inputs
+
+
+@pytest.mark.slow
+def test_transformers_nothing_is_decided_for_one_size(transformers):
+    accelerate_transformers()
+    model, inputs = exporting_transformers("deformable_detr")
+    detector = one_image(model, -2.0, inputs)  # every query is a detection
+    with torch.no_grad():
+        exported = _export_any_size(detector, torch.rand(3, 128, 160)).module()
+        for size in ((160, 128), (192, 352)):
+            image = torch.rand(3, *size)
+            assert detections_error(exported(image), detector(image)) < 1e-3
+
+
+@pytest.mark.slow
+def test_transformers_sizes_that_a_model_decides_on(transformers, tmp_path):
+    """RF-DETR adds its embeddings of positions as they are to a square image."""
+    model, _ = exporting_transformers("rf_detr")
+    with pytest.raises(ValueError, match="does not allow images of any height and width; with any_size=False it can"):
+        export_detector(model, torch.rand(3, 128, 160), tmp_path / "model.pt2")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unoptimized")
+def test_transformers_package_runs_alone(transformers, tmp_path):
+    model, inputs = exporting_transformers("rt_detr_v2")
+    path = export_detector(model, torch.rand(3, 128, 160), tmp_path / "model.pt2", threshold=-2.0, inputs=inputs)
+    images = [torch.rand(3, *size) for size in ((128, 160), (192, 352))]
+    detector = one_image(model, -2.0, inputs)
+    results = run_alone(path, [(image,) for image in images], tmp_path)
+    with torch.no_grad():
+        for image, ours in zip(images, results):
+            assert detections_error(ours, detector(image)) < 1e-3
 
 
 class Bright(nn.Module):

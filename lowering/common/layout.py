@@ -82,6 +82,14 @@ def layout_is_free(x: ir.TensorBox) -> bool:
     return not isinstance(box.data, ir.Buffer) or isinstance(box.data.get_layout(), ir.FlexibleLayout)
 
 
+def is_unwritten(x: ir.TensorBox) -> bool:
+    """Whether x, or what it is a view of, is yet to be computed: into whatever order costs nothing."""
+    node = x.data
+    while isinstance(node, ir.BaseView):
+        node = node.data
+    return isinstance(node, ir.StorageBox) and not isinstance(node.data, ir.Buffer)
+
+
 def realize_image(x: ir.TensorBox) -> ir.IRNode:
     """``x``, ``[B, C, H, W]``, realized with neighbouring channels or neighbouring columns.
 

@@ -155,6 +155,29 @@ inline void store_vector(const Vectorized<acc_t>& value, value_t* p, int64_t cou
   }
 }
 
+// How many neighbouring channels are done at once: their sums stay in registers, their results in the first-level
+// cache.
+template <typename acc_t>
+constexpr int64_t kChunk = 4 * Vectorized<acc_t>::size();
+
+// use(U, first, count) for the channels [first, first + count) of 0 <= n: U whole vectors of them, at most kChunk, or
+// one that may be a part.
+template <typename acc_t, typename Use>
+inline void for_vectors(int64_t n, const Use& use) {
+  constexpr int64_t kLanes = Vectorized<acc_t>::size();
+  int64_t first = 0;
+  for (; first + 4 * kLanes <= n; first += 4 * kLanes) {
+    use(std::integral_constant<int, 4>(), first, 4 * kLanes);
+  }
+  if (first + 2 * kLanes <= n) {
+    use(std::integral_constant<int, 2>(), first, 2 * kLanes);
+    first += 2 * kLanes;
+  }
+  for (; first < n; first += kLanes) {
+    use(std::integral_constant<int, 1>(), first, std::min(kLanes, n - first));
+  }
+}
+
 // total[i] += part[i] for i < count.
 template <typename acc_t>
 inline void add_to(acc_t* total, const acc_t* part, int64_t count) {

@@ -164,30 +164,6 @@ struct ChannelBlocks {
   }
 };
 
-// How many neighbouring channels are done at once: their sums stay in registers, their results in the first-level
-// cache.
-template <typename acc_t>
-constexpr int64_t kChunk = 4 * Vectorized<acc_t>::size();
-
-// use(U, first, count) for the channels [first, first + count) of 0 <= n <= kChunk: U whole vectors of them, or one
-// that may be a part.
-template <typename acc_t, typename Use>
-inline void for_vectors(int64_t n, const Use& use) {
-  constexpr int64_t kLanes = Vectorized<acc_t>::size();
-  int64_t first = 0;
-  if (first + 4 * kLanes <= n) {
-    use(std::integral_constant<int, 4>(), first, 4 * kLanes);
-    first += 4 * kLanes;
-  }
-  if (first + 2 * kLanes <= n) {
-    use(std::integral_constant<int, 2>(), first, 2 * kLanes);
-    first += 2 * kLanes;
-  }
-  for (; first < n; first += kLanes) {
-    use(std::integral_constant<int, 1>(), first, std::min(kLanes, n - first));
-  }
-}
-
 }  // namespace inductor_vision
 
 #endif  // INDUCTOR_VISION_REGIONS_H

@@ -1,4 +1,4 @@
-"""Runs something once Inductor is imported, without importing it."""
+"""Runs something once a module is imported, without importing it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ INDUCTOR_LOWERING = "torch._inductor.lowering"  # every compilation imports it b
 
 
 class _Loader(importlib.abc.Loader):
-    """Loads Inductor's module as its own loader would, then runs what waits for it."""
+    """Loads a module as its own loader would, then runs what waits for it."""
 
-    def __init__(self, loader: importlib.abc.Loader, run: Callable[[], None]) -> None:
+    def __init__(self, loader: importlib.abc.Loader, run: Callable[[ModuleType], None]) -> None:
         self.loader = loader
         self.run = run
 
@@ -27,27 +27,38 @@ class _Loader(importlib.abc.Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader
         self.loader.exec_module(module)
-        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
-        self.run()
+        self.run(module)
 
 
-class _Finder(importlib.abc.MetaPathFinder):
-    """Finds one module as the other finders do, and gives it our loader."""
+class ImportHook(importlib.abc.MetaPathFinder):
+    """Finds some modules as the other finders do, and gives them our loader.
 
-    def __init__(self, run: Callable[[], None]) -> None:
+    Args:
+        waits_for: whether a module of this name is one of those.
+        run: what is called with each of them, right after it was imported.
+    """
+
+    def __init__(self, waits_for: Callable[[str], bool], run: Callable[[ModuleType], None]) -> None:
+        self.waits_for = waits_for
         self.run = run
-        self.asking_others = False
+        self.asked: set[str] = set()  # what the other finders are being asked for
+
+    def install(self) -> None:
+        sys.meta_path.insert(0, self)
+
+    def remove(self) -> None:
+        sys.meta_path.remove(self)
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != INDUCTOR_LOWERING or self.asking_others:
+        if fullname in self.asked or not self.waits_for(fullname):
             return None
-        self.asking_others = True
+        self.asked.add(fullname)
         try:
             spec = importlib.util.find_spec(fullname)
         finally:
-            self.asking_others = False
+            self.asked.remove(fullname)
         if spec is not None and spec.loader is not None:
             spec.loader = _Loader(spec.loader, self.run)
         return spec
@@ -57,5 +68,11 @@ def when_inductor_is_imported(run: Callable[[], None]) -> None:
     """Have ``run`` called right after Inductor's lowerings are defined: now, if they are."""
     if INDUCTOR_LOWERING in sys.modules:
         run()
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder(run))
+        return
+
+    def run_once(_: ModuleType) -> None:
+        hook.remove()
+        run()
+
+    hook = ImportHook(lambda name: name == INDUCTOR_LOWERING, run_once)
+    hook.install()

@@ -14,10 +14,7 @@ import functools
 import math
 import pkgutil
 import re
-import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -25,16 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...export import OneImage, export_detector
+from ...export import OneImage
 from ...integrations.convolutions import use_winograd
-from ...integrations.models import accelerate
 from ...integrations.torchvision import accelerate_torchvision
 from .. import backends
 from ..models import REMARK, OnnxModel, contender, exported, runtimes
+from ..one_image import MULTIPLYING, compiled, eager, multiplications, packaged, shares, stock_compiled
 from ..spec import Case, Job, Prepared, Suite
 from ..verify import relative_error
-
-_MULTIPLYING = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 
 # Random weights give logits that are much the same everywhere, and boxes as large as the image. So what the last layers
 # give is shifted and scaled: to these means in each channel, and these standard deviations.
@@ -63,8 +58,6 @@ _FUNCTIONS = {
 }
 _RECORD = "operator "  # what these functions are called in a profile begins so
 _TORCHVISION_KERNEL = r"torchvision::(\w+)"
-_TEMPLATE_KERNEL = r"graph_\d+_((?!cpp_)\w+?)_(?:kernel|cpp_\w*)"  # see KernelTemplate.source
-_PROFILED_CALLS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +90,7 @@ class Problem:
         owner = getattr(detector.detector, "roi_heads", detector.detector)
         owner.score_thresh = 0.0
         with torch.no_grad(), _scaling(detector.detector):
-            owner.score_thresh = _threshold(detector(self.image)["scores"], *self.detections)
+            owner.score_thresh = threshold_in_a_gap(detector(self.image)["scores"], *self.detections)
         return detector
 
 
@@ -120,7 +113,7 @@ def _scaling(model: nn.Module) -> Iterator[None]:
 
     handles = []
     for name, layer in model.named_modules():
-        if not isinstance(layer, _MULTIPLYING):
+        if not isinstance(layer, MULTIPLYING):
             continue
         for pattern, (mean, deviation) in _MEAN_AND_DEVIATION.items():
             if re.search(rf"\b{pattern}$", f"{type(model).__name__}.{name}"):
@@ -131,7 +124,7 @@ def _scaling(model: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
-def _threshold(scores: Tensor, fewest: int, most: int) -> float:
+def threshold_in_a_gap(scores: Tensor, fewest: int, most: int) -> float:
     """A score in the widest gap between scores, best first, that leaves neither too few detections nor too many.
 
     Candidates below a threshold have no influence on what is detected above it.
@@ -186,10 +179,14 @@ def detections_error(found: Any, right: Mapping[str, Tensor]) -> float:
 
 
 def _nearest(found: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Tensor:
-    """For each of the right detections, the index of the one found of its class whose box is nearest."""
+    """For each of the right detections, the index of the one found of its class whose box is nearest.
+
+    Of equal boxes, in which masks may differ, it is the one whose score is nearest.
+    """
     if not len(right["boxes"]):
         return torch.empty(0, dtype=torch.int64)
     distance = torch.cdist(right["boxes"], found["boxes"], p=math.inf)
+    distance = distance + (right["scores"][:, None] - found["scores"]).abs()  # much less than a pixel
     return distance.masked_fill(right["labels"][:, None] != found["labels"], math.inf).argmin(1)
 
 
@@ -205,40 +202,7 @@ def missed_share(found: Any, right: Mapping[str, Tensor]) -> float:
     return 1 - (alike.any(0).sum() + alike.any(1).sum()).item() / sum(alike.shape)
 
 
-def _detector(
-    job: Job, channels_last: bool, bfloat16: bool = False, converted: bool = False
-) -> tuple[nn.Module, tuple[Tensor]]:
-    """``bfloat16``: under autocast; ``converted``: weights and image are in bfloat16."""
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    detector = job.inputs.detector.to(memory_format=layout)
-    if converted:
-        return detector.bfloat16(), (job.inputs.image.bfloat16(),)
-    return backends.Autocast(detector) if bfloat16 else detector, (job.inputs.image,)
-
-
-def _eager(job: Job, channels_last: bool = False) -> Prepared:
-    prepared = backends.eager(*_detector(job, channels_last))
-    return dataclasses.replace(prepared, shares=functools.partial(_shares_of_functions, prepared.call))
-
-
-def _stock_compiled(job: Job, bfloat16: bool = False) -> Prepared:
-    prepared = backends.compiled(*_detector(job, False, bfloat16), freezing=False, fullgraph=False)
-    return dataclasses.replace(prepared, shares=functools.partial(_shares, prepared.call, _TORCHVISION_KERNEL))
-
-
-def _compiled(
-    job: Job,
-    *,
-    channels_last: bool = False,
-    freezing: bool = True,
-    bfloat16: bool = False,
-    converted: bool = False,
-    winograd: bool = False,
-) -> Prepared:
-    accelerate(winograd=winograd)
-    with _kernels_named():
-        prepared = backends.compiled(*_detector(job, channels_last, bfloat16, converted), freezing=freezing)
-    return dataclasses.replace(prepared, shares=functools.partial(_shares, prepared.call, _TEMPLATE_KERNEL))
+_stock_compiled = functools.partial(stock_compiled, pattern=_TORCHVISION_KERNEL)
 
 
 def _packaged(job: Job, bfloat16: bool = False, converted: bool = False, winograd: bool = False) -> Prepared:
@@ -248,11 +212,7 @@ def _packaged(job: Job, bfloat16: bool = False, converted: bool = False, winogra
     detector = backends.Autocast(detector) if bfloat16 else detector
     if converted:
         image, detector = image.bfloat16(), detector.bfloat16()
-    with tempfile.TemporaryDirectory(prefix="inductor_vision_perf_") as folder:
-        with _kernels_named():
-            path = export_detector(detector, image, Path(folder, "model.pt2"), any_size=False)
-        prepared = backends.eager(torch._inductor.aoti_load_package(path), (image,))
-    return dataclasses.replace(prepared, shares=functools.partial(_shares, prepared.call, _TEMPLATE_KERNEL))
+    return packaged(detector, image)
 
 
 def _exported(job: Job) -> OnnxModel:
@@ -264,50 +224,16 @@ def _exported(job: Job) -> OnnxModel:
     return exported(job.case.name, problem.detector, problem.image, names)
 
 
-def _multiplications(job: Job) -> Prepared:
-    """The convolutions and matrix products of the model, channels_last, each on what it was given."""
-    detector, (image,) = _detector(job, True)
-    calls = []
-    for layer in detector.modules():
-        if isinstance(layer, _MULTIPLYING):
-            layer.register_forward_hook(lambda layer, inputs, output: calls.append((layer.forward, *inputs)))
-    with torch.no_grad():
-        detector(image)
-
-    def multiply() -> list[int]:
-        return [layer(input).dim() for layer, input in calls]
-
-    return backends.eager(multiply, ())
-
-
-@contextlib.contextmanager
-def _kernels_named() -> Iterator[None]:
-    """Have compiled kernels tell a profiler their names, where there is one; else it costs them nothing."""
-    import torch._inductor.config
-
-    with torch._inductor.config.patch({"cpp.enable_kernel_profile": True}):
-        yield
-
-
-def _shares(call: Callable[[], Any], pattern: str) -> dict[str, float]:
-    """Share of a call's time in the events whose names match; the operator is the first group."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        start = time.perf_counter()
-        for _ in range(_PROFILED_CALLS):
-            call()
-        seconds = time.perf_counter() - start
-    shares: dict[str, float] = {}
-    for event in profiler.key_averages():
-        if match := re.fullmatch(pattern, event.key):
-            shares[match[1]] = shares.get(match[1], 0.0) + event.cpu_time_total / 1e6 / seconds
-    return shares
+def _eager(job: Job, channels_last: bool = False) -> Prepared:
+    prepared = eager(job, channels_last)
+    return dataclasses.replace(prepared, shares=functools.partial(_shares_of_functions, prepared.call))
 
 
 def _shares_of_functions(call: Callable[[], Any]) -> dict[str, float]:
     with contextlib.ExitStack() as stack:
         for operator, path in _FUNCTIONS.items():
             stack.enter_context(patch(path, _recorded(operator, pkgutil.resolve_name(path))))
-        return _shares(call, _RECORD + r"(\w+)")
+        return shares(call, _RECORD + r"(\w+)")
 
 
 def _recorded(operator: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -347,18 +273,22 @@ SUITE = Suite(
     reference=_reference,
     error=detections_error,
     contenders=(
-        contender("ours-frozen", "ours", _compiled, compiled=True),
-        contender("ours-compiled", "ours", functools.partial(_compiled, freezing=False), compiled=True),
-        contender("ours-channels-last", "ours", functools.partial(_compiled, channels_last=True), compiled=True),
+        contender("ours-frozen", "ours", compiled, compiled=True),
+        contender("ours-compiled", "ours", functools.partial(compiled, freezing=False), compiled=True),
+        contender("ours-channels-last", "ours", functools.partial(compiled, channels_last=True), compiled=True),
         contender("ours-aoti", "ours", _packaged, compiled=True),
-        contender("ours-winograd", "ours", functools.partial(_compiled, winograd=True), compiled=True),
+        contender("ours-winograd", "ours", functools.partial(compiled, winograd=True), compiled=True),
         contender("ours-aoti-winograd", "ours", functools.partial(_packaged, winograd=True), compiled=True),
-        contender("ours-bf16", "ours", functools.partial(_compiled, bfloat16=True), compiled=True, **_LOW_PRECISION),
+        contender("ours-bf16", "ours", functools.partial(compiled, bfloat16=True), compiled=True, **_LOW_PRECISION),
         contender(
             "ours-aoti-bf16", "ours", functools.partial(_packaged, bfloat16=True), compiled=True, **_LOW_PRECISION
         ),
         contender(
-            "ours-converted-bf16", "ours", functools.partial(_compiled, converted=True), compiled=True, **_LOW_PRECISION
+            "ours-converted-bf16",
+            "ours",
+            functools.partial(compiled, converted=True),
+            compiled=True,
+            **_LOW_PRECISION,
         ),
         contender(
             "ours-aoti-converted-bf16",
@@ -378,7 +308,7 @@ SUITE = Suite(
             **_LOW_PRECISION,
         ),
         *runtimes(_exported, **_LOW_PRECISION),
-        contender("multiplications", "limit", _multiplications),
+        contender("multiplications", "limit", multiplications),
     ),
     cases=tuple(case(name, Problem(functools.partial(_stock, name))) for name in _MODELS),
 )

@@ -13,14 +13,17 @@ from torch import Tensor, nn
 from torch._inductor import config
 from torch._inductor.utils import run_and_get_code
 
+LIBRARIES = ["accelerate_torchvision", "accelerate_transformers"]
+OTHERS = ["fuse_depthwise_separable", "fold_norms", "accelerate_sampling"]
+
 
 @pytest.fixture
 def calls(monkeypatch) -> list[str]:
-    """What accelerate() calls, which does nothing here; torchvision is installed."""
+    """What accelerate() calls, which does nothing here; torchvision and transformers are installed."""
     made: list[str] = []
     names = (
-        *("accelerate_torchvision", "fuse_depthwise_separable", "fold_norms", "accelerate_sampling"),
-        *("use_winograd", "freeze_weights", "keep_memory"),
+        *("accelerate_torchvision", "accelerate_transformers", "fuse_depthwise_separable", "fold_norms"),
+        *("accelerate_sampling", "use_winograd", "freeze_weights", "keep_memory"),
     )
     for name in names:
         monkeypatch.setattr(models, name, lambda name=name: made.append(name))
@@ -31,17 +34,24 @@ def calls(monkeypatch) -> list[str]:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ({}, ["accelerate_torchvision", "fuse_depthwise_separable", "fold_norms", "accelerate_sampling"]),
+        ({}, [*LIBRARIES, *OTHERS]),
         (
             {"sampling": False, "freezing": True, "memory": True},
-            ["accelerate_torchvision", "fuse_depthwise_separable", "fold_norms", "freeze_weights", "keep_memory"],
+            [*LIBRARIES, *OTHERS[:2], "freeze_weights", "keep_memory"],
         ),
+        ({"torchvision": False}, [LIBRARIES[1], *OTHERS]),
+        ({"torchvision": False, "transformers": False, "winograd": True}, [*OTHERS, "use_winograd"]),
+        ({"depthwise_separable": False, "norms": False, "sampling": False}, LIBRARIES),
         (
-            {"torchvision": False, "winograd": True},
-            ["fuse_depthwise_separable", "fold_norms", "accelerate_sampling", "use_winograd"],
+            {
+                "torchvision": False,
+                "transformers": False,
+                "depthwise_separable": False,
+                "norms": False,
+                "sampling": False,
+            },
+            [],
         ),
-        ({"depthwise_separable": False, "norms": False, "sampling": False}, ["accelerate_torchvision"]),
-        ({"torchvision": False, "depthwise_separable": False, "norms": False, "sampling": False}, []),
     ],
     ids=str,
 )
@@ -50,7 +60,7 @@ def test_what_is_called(calls, arguments, expected):
     assert calls == expected
 
 
-def test_without_torchvision(calls, monkeypatch):
+def test_without_either_library(calls, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     accelerate()
     assert calls == ["fuse_depthwise_separable", "fold_norms", "accelerate_sampling"]

@@ -12,6 +12,7 @@ import torch
 import torch._inductor.lowering  # from here on this package is among its tables
 from inductor_vision import accelerate_torchvision, deform_conv2d
 from inductor_vision.integrations import torchvision as integration
+from inductor_vision.integrations.exchange import always
 from inductor_vision.lowering.installation import installer
 from inductor_vision.ops.registry import TORCHVISION
 from inductor_vision.paths import recorded_paths
@@ -82,7 +83,7 @@ def assert_warned(caplog, *texts: str) -> None:
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     version = sys.modules["torchvision"].__version__
-    for text in (*texts, f"this is torchvision {version}", f"tested with {integration.TESTED}"):
+    for text in (*texts, f"this is torchvision {version}", f"tested with {integration._TORCHVISION.tested}"):
         assert text in record.getMessage()
 
 
@@ -115,7 +116,7 @@ def test_an_operator_that_is_gone_is_left_alone(stock, monkeypatch, caplog):
 )
 def test_a_function_with_other_parameters_is_left_alone(stock, caplog, function, expected, found):
     original = stock.ops.boxes.box_area.__code__
-    integration._exchange(function, lambda boxes, format: boxes, integration._always)
+    integration._exchange(function, lambda boxes, format: boxes, always)
     assert stock.ops.boxes.box_area.__code__ is original
     assert_warned(caplog, f"{function} is left as it is: expected {expected}, got {found}")
 

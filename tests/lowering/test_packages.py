@@ -27,6 +27,7 @@ from inductor_vision.tests.support import (
     depthwise_separable_conv2d as separable,
     grid_sampler_2d as sampling,
     heatmaps_to_keypoints as heatmaps,
+    multiscale_deformable_attention as attention,
     patch_conv2d as patches,
     regions,
     upsample_bilinear2d as upsampling,
@@ -289,6 +290,41 @@ def keypoints() -> Part:
     return Part(heatmaps_to_keypoints, calls, varies, assert_right, ["heatmaps_to_keypoints"], wrong=wrong)
 
 
+# Attention
+
+
+def multiscale_deformable_attention() -> Part:
+    """Levels of maps, and of sizes that a tensor has."""
+    backward = OPS["multiscale_deformable_attention_backward"]
+
+    def function(grad: Tensor, shapes: Tensor, fine: Tensor, coarse: Tensor, *places: Tensor) -> Any:
+        maps = fine, coarse
+        value = torch.cat([map.flatten(1, 2) for map in maps], dim=1)
+        sizes = [map.shape[1:3] for map in maps]
+        out = inductor_vision.multiscale_deformable_attention(value, sizes, *places, (2, 3))
+        return out.relu(), *backward(grad, value, [], shapes, *places, [2, 3], "discrete", [True] * 3)
+
+    def call(*sizes: tuple[int, int], **changes: Any) -> Call:
+        case = attention.Case(sizes=sizes, points=(2, 3), locations="smooth", **changes)
+        value, *places = case.tensors()
+        levels = value.split([height * width for height, width in sizes], dim=1)
+        maps = [level.unflatten(1, size) for level, size in zip(levels, sizes)]
+        return case.grad, torch.tensor(sizes), *maps, *places
+
+    calls = [
+        call((6, 5), (3, 4)),
+        call((17, 9), (2, 7), batch=3, queries=33),
+        call((2, 3), (11, 4), batch=1, queries=1),
+    ]
+    grad, _, *others = calls[0]
+    message = "multiscale_deformable_attention: value_spatial_shapes must be positive, and have as many pixels as value"
+    wrong_sizes = [[(6, 5), (3, 5)], [(6, 5), (0, 4)], [(-6, -5), (3, 4)], [(2**62, 4), (6, 7)]]
+    wrong = [((grad, torch.tensor(sizes), *others), message) for sizes in wrong_sizes]
+    varies = ((0, 1), (), (0, 1, 2), (0, 1, 2), (0, 1), (0, 1))
+    ops = ["multiscale_deformable_attention", "multiscale_deformable_attention_backward"]
+    return Part(function, calls, varies, same_as_in_float64(function), ops, wrong=wrong)
+
+
 # Images
 
 
@@ -432,6 +468,7 @@ PARTS: dict[str, Callable[[], Part]] = {
         on_regions,
         on_regions_backward,
         keypoints,
+        multiscale_deformable_attention,
         upsample_bilinear2d,
         grid_sampler_2d,
         nms,

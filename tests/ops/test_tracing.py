@@ -22,6 +22,7 @@ BOXES = torch.tensor([[0.0, 0, 4, 4], [1, 0, 4, 4], [5, 5, 9, 9]])
 ROTATED = torch.cat([BOXES, torch.tensor([[0.0], [30], [45]])], dim=1)
 SCORES, CLASSES = torch.tensor([0.5, 0.9, 0.7]), torch.tensor([0, 1, 0])
 DEPTHWISE, POINTWISE = torch.randn(12, 1, 3, 3), torch.randn(4, 12, 1, 1)
+ATTENTION = torch.randn(2, 8, 2, 3), torch.rand(2, 5, 2, 4, 2), torch.rand(2, 5, 2, 4)
 LEVELS = {"a": X, "b": X[:, :, ::2, ::2]}
 
 # A call of each function, and a module with what it is called with.
@@ -35,6 +36,10 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "depthwise_separable_conv2d": (
         lambda x, w, v: inductor_vision.depthwise_separable_conv2d(x, w, v, depthwise_activation="relu"),
         (X, DEPTHWISE, POINTWISE),
+    ),
+    "multiscale_deformable_attention": (
+        lambda v, x, w: inductor_vision.multiscale_deformable_attention(v, [(2, 3), (1, 2)], x, w),
+        ATTENTION,
     ),
     "roi_align": (lambda x, rois: inductor_vision.roi_align(x, rois, 2, aligned=True), (X, ROIS)),
     "roi_pool": (lambda x, rois: inductor_vision.roi_pool(x, rois, output_size=2), (X, ROIS)),
@@ -66,6 +71,10 @@ MODULES: dict[str, tuple[nn.Module, tuple[Any, ...]]] = {
     "DeformConv2d": (inductor_vision.DeformConv2d(12, 4, 3, padding=1), (X, torch.randn(2, 18, 8, 9))),
     "PatchConv2d": (inductor_vision.PatchConv2d(12, 4, 3), (X,)),
     "DepthwiseSeparableConv2d": (inductor_vision.DepthwiseSeparableConv2d(12, 4, 3), (X,)),
+    "MultiScaleDeformableAttention": (
+        inductor_vision.MultiScaleDeformableAttention(),
+        (ATTENTION[0], None, [(2, 3), (1, 2)], None, *(tensor.unflatten(3, (2, 2)) for tensor in ATTENTION[1:])),
+    ),
     "RoIAlign": (inductor_vision.RoIAlign(2, 1.0, 2), (X, ROIS)),
     "RoIPool": (inductor_vision.RoIPool(2, 1.0), (X, [BOXES, BOXES])),
     "PSRoIAlign": (inductor_vision.PSRoIAlign(2, 1.0, 2), (X, ROIS)),
@@ -101,6 +110,7 @@ CALLED = {
     "DeformConv2d": "deform_conv2d",
     "PatchConv2d": "patch_conv2d",
     "DepthwiseSeparableConv2d": "depthwise_separable_conv2d",
+    "MultiScaleDeformableAttention": "multiscale_deformable_attention",
     "RoIAlign": "roi_align",
     "RoIPool": "roi_pool",
     "PSRoIAlign": "ps_roi_align",

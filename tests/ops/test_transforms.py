@@ -13,6 +13,7 @@ from inductor_vision import (
     box_iou_rotated,
     deform_conv2d,
     depthwise_separable_conv2d,
+    multiscale_deformable_attention,
     multiscale_roi_align,
     patch_conv2d,
     ps_roi_align,
@@ -122,6 +123,13 @@ DIFFERENTIABLE = {
         lambda input, grid: torch.ops.inductor_vision.grid_sampler_2d(input, grid, 0, 0, False),
         lambda: {"input": randn(2, 3, 5, 6), "grid": torch.rand(2, 3, 4, 2, dtype=torch.float64) * 2 - 1},
         ("input", "grid"),
+    ),
+    "multiscale_deformable_attention": Call(
+        lambda value, locations, weights: multiscale_deformable_attention(value, [(4, 3), (1, 2)], locations, weights),
+        lambda: {
+            "value": randn(2, 14, 2, 3), "locations": randn(2, 5, 2, 4, 2).sigmoid(), "weights": randn(2, 5, 2, 4)
+        },
+        ("value", "locations", "weights"),
     ),
     "roi_align": on_maps(roi_align, (2, 3), 1.0, 2),
     "roi_align_adaptive": on_maps(roi_align, (2, 3)),

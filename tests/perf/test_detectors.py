@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 from inductor_vision.lowering.installation import installer
-from inductor_vision.perf import backends, interleaving, machine
+from inductor_vision.perf import backends, interleaving, machine, one_image
 from inductor_vision.perf.isolated import prepare_in_own_process
 from inductor_vision.perf.progress import Progress
 from inductor_vision.perf.report import markdown, text_table
@@ -160,9 +160,9 @@ def test_shares_of_compiled_kernels():
     from inductor_vision import nms
 
     boxes, scores = torch.rand(200, 2).repeat(1, 2) + torch.tensor([0, 0, 1, 1]), torch.rand(200)
-    with detectors._kernels_named():
+    with one_image.kernels_named():
         prepared = backends.compiled(backends.Function(lambda *tensors: nms(*tensors, 0.5)), (boxes, scores))
-    shares = detectors._shares(prepared.call, detectors._TEMPLATE_KERNEL)
+    shares = one_image.shares(prepared.call, one_image.TEMPLATE_KERNEL)
     assert set(shares) == {"nms"} and 0 < shares["nms"] < 1
 
 

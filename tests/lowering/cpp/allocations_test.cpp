@@ -6,6 +6,7 @@
 #include "grid_sampler_2d_backward.h"
 #include "harness.h"
 #include "heatmaps_to_keypoints.h"
+#include "multiscale_deformable_attention_backward.h"
 #include "nms_rotated.h"
 #include "patch_conv2d_backward.h"
 #include "ps_roi_align.h"
@@ -330,6 +331,39 @@ void run_winograd() {
   run("winograd_conv2d_backward", grad.view(), kOut, kIn, {data, 1, kIn, kOut, kOut * kIn * 9, 9, kIn * 9, true});
 }
 
+void run_attention() {
+  constexpr int64_t kQueries = 40, kHeads = 3, kChannels = 20, kPixels = 9 * 11 + 2, kPoints = 5;
+  const Tensor<float> value = tensor(2, kPixels, kHeads, kChannels, -1, 1);
+  const Tensor<float> grad = tensor(2, kQueries, kHeads, kChannels, -1, 1);
+  const Tensor<float> locations = tensor(2, kQueries, kHeads, 2 * kPoints, 0, 1);
+  const Tensor<float> weights = tensor(2, kQueries, kHeads, kPoints, 0, 1);
+  const int64_t sizes[] = {9, 11, 1, 2}, points[] = {4, 1};
+  const View4d<float>& view = value.view();
+  const DeformableAttention<float, float, float> op{
+      {view.data, view.image, view.channel, view.row, view.column},
+      locations.view().data,
+      weights.view().data,
+      sizes,
+      points,
+      2,
+      2,
+      kPixels,
+      kQueries,
+      kHeads,
+      kChannels};
+  std::vector<float> out(2 * kQueries * kHeads * kChannels), of_value(2 * kPixels * kHeads * kChannels);
+  std::vector<float> of_locations(2 * kQueries * kHeads * 2 * kPoints), of_weights(2 * kQueries * kHeads * kPoints);
+  const DeformableAttentionGradients<float, float, float> gradients{
+      grad.view().data, of_value.data(), of_locations.data(), of_weights.data(), 1024};
+  run_out_of_memory("multiscale_deformable_attention", [&] {
+    const DenseStore<true, float> store{out.data(), kHeads * kChannels, 1, kQueries};
+    multiscale_deformable_attention<false, false>(op, store);
+  });
+  run_out_of_memory("multiscale_deformable_attention_backward", [&] {
+    multiscale_deformable_attention_backward<false, false>(op, gradients);
+  });
+}
+
 }  // namespace
 
 int main() {
@@ -342,4 +376,5 @@ int main() {
   run_separable();
   run_patches();
   run_winograd();
+  run_attention();
 }

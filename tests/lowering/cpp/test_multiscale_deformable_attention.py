@@ -1,0 +1,26 @@
+"""multiscale_deformable_attention.h and its gradients by themselves, under sanitizers: values, bounds, and bits that
+depend on nothing but the input."""
+
+from __future__ import annotations
+
+import pathlib
+
+import pytest
+from inductor_vision.tests.support.cpp import CAPABILITIES, run_sanitized
+
+SOURCE = pathlib.Path(__file__).with_name("multiscale_deformable_attention_test.cpp")
+OPTIMIZATION = "-O1"
+
+pytestmark = pytest.mark.slow
+
+# Calls of random shape for each of 5 combinations of dtypes.
+CALLS = {"AVX-512": 80, "AVX2": 80, "no vector instructions": 40}
+
+
+@pytest.mark.parametrize("name", CAPABILITIES)
+def test_under_sanitizers(program, name):
+    figures = run_sanitized(program(name), str(CALLS[name]))
+    assert figures["lanes"] == CAPABILITIES[name].lanes
+    assert figures["calls"] == figures["rejected"] == 5 * CALLS[name]
+    assert figures["runs"] == 3 * figures["calls"]  # on 1, 2 and 3 threads
+    assert 0 < figures["error"] <= 1  # as a part of what is allowed
