@@ -9,10 +9,11 @@ from ..ops import grid_sampler_2d, upsample_bilinear2d  # noqa: F401  (declare w
 def accelerate_sampling() -> None:
     """Have ``grid_sample`` and bilinear ``interpolate``, in any model, compile to this package's kernels.
 
-    After this call ``torch.compile`` and AOTInductor compile :func:`torch.nn.functional.grid_sample` of images, in all
-    modes, its gradients, and :func:`torch.nn.functional.interpolate` with ``mode="bilinear"`` to the kernels of this
-    package. Left to Inductor are images of fewer than 8 channels in float32 and float64, and the gradients of such
-    images in any dtype; ``interpolate`` of channels_last images in float32 and float64. Values, borders and what
+    After this call ``torch.compile`` and AOTInductor compile these to the kernels of this package, in float32 and
+    bfloat16: :func:`torch.nn.functional.grid_sample` of images, bilinear and with zeros as padding, and its gradients;
+    :func:`torch.nn.functional.interpolate` with ``mode="bilinear"`` to larger sizes. Left to Inductor are other modes
+    and dtypes, which were not measured to become faster; images of fewer than 8 channels in float32, and the gradients
+    of such images in any dtype; ``interpolate`` of channels_last images in float32. Values, borders and what
     becomes of NaN are aten's. Results differ by rounding. Eager mode, ``torch.export``, and what is compiled for other
     devices, stay as they are.
 

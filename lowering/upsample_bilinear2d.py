@@ -86,10 +86,15 @@ class UpsampleBilinear2dTemplate(BlocksTemplate):
         return f"inductor_vision::upsample_bilinear2d<{str(self.channels_last).lower()}>({op}, {store});"
 
 
-def _leaves(input: Tensor, *_: Any) -> str | None:
+def _leaves(input: Tensor, output_size: Sequence[Any], *_: Any) -> str | None:
+    lengths = [*output_size, *input.shape[2:]]
+    if all(isinstance(length, int) for length in lengths) and (lengths[0] < lengths[2] or lengths[1] < lengths[3]):
+        return "only images that become larger were measured to be resized faster"
     if not input.is_floating_point():
         return "integers are interpolated in fixed point"
-    if input.dtype in (torch.float32, torch.float64) and suggest_memory_format(input) == torch.channels_last:
+    if input.dtype not in (torch.float32, torch.bfloat16):
+        return f"images in {input.dtype} were not measured to be resized faster"
+    if input.dtype == torch.float32 and suggest_memory_format(input) == torch.channels_last:
         return f"channels_last images in {input.dtype} were measured not to become faster"
     return None
 

@@ -95,7 +95,9 @@ def test_other_backends_are_left_alone(sampling):
     ("function", "reason"),
     [
         (lambda input: F.interpolate(input.byte(), scale_factor=2, mode="bilinear"), "integers"),
-        (lambda input: F.interpolate(input.double(), scale_factor=2, mode="bilinear"), None),
+        (lambda input: F.interpolate(input.bfloat16(), scale_factor=2, mode="bilinear"), None),
+        (lambda input: F.interpolate(input.double(), scale_factor=2, mode="bilinear"), "not measured"),
+        (lambda input: F.interpolate(input, scale_factor=0.5, mode="bilinear"), "become larger"),
     ],
 )
 def test_what_is_left_alone_says_why(sampling, function, reason):
@@ -109,6 +111,14 @@ def test_few_channels_are_left_alone(sampling):
     sample = lambda input, grid: F.grid_sample(input, grid, align_corners=False)  # noqa: E731 (a name for one call)
     (path,) = trace_and_run(sample, case.input(), case.grid()).paths
     assert path.kind == "left alone" and "channels" in path.detail
+
+
+@pytest.mark.parametrize(("dtype", "mode"), [(torch.float32, "nearest"), (torch.float64, "bilinear")])
+def test_what_was_not_measured_is_left_alone(sampling, dtype, mode):
+    case = dataclasses.replace(CASE, dtype=dtype)
+    sample = lambda input, grid: F.grid_sample(input, grid, mode, align_corners=False)  # noqa: E731 (as above)
+    (path,) = trace_and_run(sample, case.input(), case.grid()).paths
+    assert path.kind == "left alone" and "measured" in path.detail
 
 
 def test_where_inductor_generates_no_cpp(sampling):
