@@ -121,7 +121,7 @@ def test_wrong_detections_are_wrong():
     assert detections_error(changed(boxes=right["boxes"] + 1), right) == pytest.approx(0.01, rel=0.5)
     assert detections_error(right["boxes"], right) == float("inf")
     twice = right["boxes"][[0, 0, 2, 3, 4, 5]]
-    assert detections_error(changed(boxes=twice), right) == float("inf")
+    assert detections_error(changed(boxes=twice), right) > 0.1
 
 
 def test_the_share_of_detections_without_counterpart():
