@@ -161,10 +161,12 @@ def torchvision_python() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def transformers() -> ModuleType:
+def transformers(request: pytest.FixtureRequest) -> ModuleType:
     """transformers, whose models need nothing from the network here."""
     if importlib.util.find_spec("transformers") is None:
         pytest.skip(TRANSFORMERS_IS_MISSING)
+    if importlib.util.find_spec("torchvision") is not None:  # transformers imports it then
+        request.getfixturevalue("torchvision_python")
     import transformers
 
     return transformers
