@@ -55,7 +55,7 @@ COMPAT := tests/test_import.py tests/test_explain.py tests/test_export.py tests/
 	tests/lowering/installation tests/lowering/workarounds $(addprefix tests/lowering/common/test_,registry.py cache_key.py \
 	tuning.py template.py constants.py) $(addprefix tests/lowering/,test_nms.py test_regions.py test_deform_conv2d.py \
 	$(addprefix passes/test_,depthwise_separable.py affine_maps.py concatenations.py)) tests/test_target.py \
-	tests/integrations/test_models.py
+	tests/integrations/test_models.py tests/integrations/test_transformers.py tests/integrations/test_one_image.py
 
 compat: $(READY) ## a cross-section of the tests, for another torch: see docs/architecture.md
 	$(MAKE) test ARGS="$(COMPAT) $(ARGS)"

@@ -45,10 +45,18 @@ def make_package(model: str, weights: str, picture: Image.Image, path: pathlib.P
     detector, labels = from_torchvision or transformers_detector(model, weights, preparation)
     print(f"making {path}: a few minutes", flush=True)
     start = time.perf_counter()
-    export_detector(detector.eval(), prepare(picture, preparation), path, labels=labels)
+    one_size = "height" in preparation.get("size", {})  # that all pictures are resized to
+    export_detector(detector.eval(), prepare(picture, preparation), path, labels=labels, any_size=not one_size)
     if preparation:
-        path.with_suffix(".json").write_text(json.dumps(preparation))
+        preparation_of(path).write_text(json.dumps(preparation))
+    else:
+        preparation_of(path).unlink(missing_ok=True)  # of an earlier package
     print(f"made it in {time.perf_counter() - start:.0f} s, {path.stat().st_size / 1e6:.0f} MB")
+
+
+def preparation_of(path: pathlib.Path) -> pathlib.Path:
+    """Where it is written how pictures are prepared for a package of a model of transformers."""
+    return path.with_name(f"{path.name}.json")
 
 
 def torchvision_detector(model: str, weights: str) -> tuple[Any, list[str]] | None:
@@ -175,7 +183,7 @@ def main() -> None:
         make_package(arguments.model, arguments.weights, picture, path)
     package = torch._inductor.aoti_load_package(str(path))
 
-    beside = path.with_suffix(".json")
+    beside = preparation_of(path)
     image = prepare(picture, json.loads(beside.read_text()) if beside.exists() else {})
     detections, milliseconds = detect(package, image)
     detections = for_picture(detections, image, picture)

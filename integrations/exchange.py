@@ -66,7 +66,7 @@ class Library:
             self.is_as_tested(path, function, "a function that is not decorated")
             return
         chosen = f"_inductor_vision_{function.__qualname__.replace('.', '_')}"  # in the function's module
-        if chosen in function.__globals__:
+        if chosen in function.__code__.co_names:
             return
         first = 1 if inspect.isclass(owner) else 0  # `self` has other names here
         found, expected = (list(inspect.signature(of).parameters)[first:] for of in (function, replacement))

@@ -130,7 +130,7 @@ def _divisor(config: Any) -> int:
     """What the sides of an image must be multiples of: maps are upsampled and joined with finer ones, or a map is cut
     into windows of patches."""
     backbone = getattr(config, "backbone_config", None)
-    windows = getattr(backbone, "num_windows", 0)
+    windows = getattr(backbone, "num_windows_side", getattr(backbone, "num_windows", 0))
     return windows * getattr(backbone, "patch_size", 1) or max(getattr(config, "feat_strides", [1]))
 
 
@@ -142,8 +142,8 @@ def one_image(
     Raises:
         ValueError: the model is not of transformers, and ``threshold`` or ``inputs`` is given.
     """
-    transformers = sys.modules.get("transformers")
-    if transformers is not None and isinstance(model, transformers.PreTrainedModel):
+    modeling = sys.modules.get("transformers.modeling_utils")  # which no model of theirs is without
+    if modeling is not None and isinstance(model, modeling.PreTrainedModel):
         return OneImageOfTransformers(model, 0.5 if threshold is None else threshold, inputs)
     for name, value in {"threshold": threshold, "inputs": inputs}.items():
         if value is not None:

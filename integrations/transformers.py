@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
@@ -67,11 +68,24 @@ def _of_rfdetr(
 
 def _check(cond: Any, msg: Any, error_type: type[Exception] = ValueError) -> None:
     """What transformers' function does, which breaks the graph for a tensor: many models check the shapes of levels."""
+    if os.environ.get("TRANSFORMERS_DISABLE_TORCH_CHECK", "0") == "1":
+        return
     if isinstance(cond, Tensor):
         # Its own message may have numbers of tensors in it, which are not known yet.
         torch._assert_async(cond.all(), "a check of transformers failed; the message is there in eager mode")
     else:
-        torch._check(cond() if callable(cond) else cond)
+        torch._check(cond)
+
+
+def _checked(replacement: Callable[..., Any], stock: Callable[..., Any], cond: Any, *args: Any, **kwargs: Any) -> Any:
+    cond = cond() if callable(cond) else cond
+    # On a GPU an assertion that fails ends all that the process does there.
+    on_gpu = isinstance(cond, Tensor) and cond.device.type != "cpu"
+    return (stock if on_gpu else replacement)(cond, *args, **kwargs)
+
+
+def _choose_check(replacement: Callable[..., Any], stock: Callable[..., Any]) -> Callable[..., Any]:
+    return in_compiled_code(functools.partial(_checked, replacement, stock), stock)
 
 
 def _int(x: Any) -> Any:
@@ -104,42 +118,48 @@ _hook: ImportHook | None = None  # for modules that are imported after accelerat
 _eager = False
 
 
-def accelerate_transformers(eager: bool = False) -> None:
+def accelerate_transformers(eager: bool | None = None) -> None:
     """Make models of transformers that have multi-scale deformable attention use this package's operator.
 
     These are Deformable DETR, Grounding DINO, Mask2Former, OneFormer, RT-DETR, RT-DETRv2, D-FINE, RF-DETR and all
     others in which transformers has the class ``MultiScaleDeformableAttention`` or a function
     ``multi_scale_deformable_attention`` or ``multi_scale_deformable_attention_v2``, whichever module they are in and
-    whenever it is imported; models that exist already too, and those whose code comes with their weights. After this
-    call ``torch.compile``, ``torch.export`` and AOTInductor compile
-    :func:`inductor_vision.multiscale_deformable_attention` in their place. The same holds for mmcv's
-    ``multi_scale_deformable_attn_pytorch`` and rf-detr's ``ms_deform_attn_core_pytorch`` where these packages are
-    installed. Call it before compiling; calling it again does nothing, but may turn ``eager`` on or off.
+    whenever it is imported; models that exist already too. After this call ``torch.compile``, ``torch.export`` and
+    AOTInductor compile :func:`inductor_vision.multiscale_deformable_attention` in their place. In what is compiled of
+    any model of transformers, checks of tensors on the CPU that would break the graph become assertions in it, which
+    raise when it runs, and sizes that are converted to integers stay symbols.
+
+    The same holds for mmcv's ``multi_scale_deformable_attn_pytorch`` and rf-detr's ``ms_deform_attn_core_pytorch``
+    where these packages are installed. Call it before compiling; calling it again does nothing, but may turn ``eager``
+    on or off.
 
     A function that the installed version declares differently from the one that this package is tested with is left as
     it is, with a warning.
 
     Args:
-        eager: whether models on the CPU that are not compiled run the operator's kernel, too. It is compiled when it
-            is called first, which takes seconds, and again for another number of heads, channels, levels or points;
-            not for other images, batches or numbers of queries.
+        eager: whether models on the CPU that are not compiled run the operator's kernel, too; None: as it was, and at
+            first False. The kernel is compiled when it is called first, which takes seconds, and again for another
+            dtype or number of heads, channels, levels or points, for a batch of one, and for training; not for other
+            images, batches or numbers of queries.
 
     Raises:
         ImportError: none of these packages is installed.
-        TypeError: ``eager`` is not a bool.
+        TypeError: ``eager`` is neither a bool nor None.
     """
     global _hook, _eager
-    if not isinstance(eager, bool):
-        raise TypeError(f"accelerate_transformers: eager must be True or False, got {eager!r}")
+    if not (eager is None or isinstance(eager, bool)):
+        raise TypeError(f"accelerate_transformers: eager must be True, False or None, got {eager!r}")
     if not any(importlib.util.find_spec(users.library.name) for users in _USERS):
-        raise ImportError("transformers is not installed: pip install inductor_vision[transformers]")
-    _eager = eager
+        raise ImportError("transformers is not installed: pip install 'transformers>=5.20,<6'")
+    if eager is not None:
+        _eager = eager
     if _hook is not None:
         return
     _hook = ImportHook(lambda name: any(users.have(name) for users in _USERS), _exchange_in)
     _hook.install()
-    for module in list(sys.modules.values()):
-        _exchange_in(module)
+    for name, module in list(sys.modules.items()):
+        if _hook.waits_for(name):
+            _exchange_in(module)
     install_for_tracing()
 
 
@@ -151,7 +171,7 @@ def _exchange_in(module: ModuleType) -> None:
         for function, replacement in users.functions.items():
             owner_name, _, name = function.rpartition(".")
             owner: Any = vars(module).get(owner_name) if owner_name else module
-            defined = vars(owner).get(name) if owner is not None else None
+            defined = getattr(owner, "__dict__", {}).get(name)
             # What a module has imported from another is exchanged there.
             if defined is not None and getattr(defined, "__module__", None) == module.__name__:
                 users.library.exchange(f"{module.__name__}.{function}", owner, replacement, users.choose)
@@ -193,12 +213,12 @@ def _compiled() -> Callable[..., Tensor]:
     return operator
 
 
-_TRANSFORMERS = Library("transformers", "5.20 to 5.24")
+_TRANSFORMERS = Library("transformers", "5.20.0 and 5.24.0")
 
 _USERS = (
     _Users(
         _TRANSFORMERS,
-        ("transformers.models.", "transformers_modules."),  # the latter are models that come with their own code
+        ("transformers.models.",),
         {
             "MultiScaleDeformableAttention.forward": _of_module,
             "multi_scale_deformable_attention": _of_function,
@@ -209,7 +229,13 @@ _USERS = (
     _Users(
         _TRANSFORMERS,
         ("transformers.utils.import_utils", "transformers.utils.generic"),
-        {"torch_compilable_check": _check, "torch_int": _int},
+        {"torch_compilable_check": _check},
+        _choose_check,
+    ),
+    _Users(
+        _TRANSFORMERS,
+        ("transformers.utils.import_utils", "transformers.utils.generic"),
+        {"torch_int": _int},
         in_compiled_code,
     ),
     _Users(Library("mmcv", "2.2"), ("mmcv.ops.",), {"multi_scale_deformable_attn_pytorch": _of_function}, _choose),

@@ -11,6 +11,7 @@ from torch._prims_common import suggest_memory_format
 
 from .common.layout import layout_is_free, realize_image, writes_channels_last
 from .common.registry import Template, serve_all, template_for
+from .common.sizes import likely
 from .common.template import BlocksTemplate, size_in_cpp, sizes, struct, view
 from .inductor.codegen import DTYPE_TO_CPP, CppTemplateKernel, V, ir
 
@@ -87,8 +88,10 @@ class UpsampleBilinear2dTemplate(BlocksTemplate):
 
 
 def _leaves(input: Tensor, output_size: Sequence[Any], *_: Any) -> str | None:
-    lengths = [*output_size, *input.shape[2:]]
-    if all(isinstance(length, int) for length in lengths) and (lengths[0] < lengths[2] or lengths[1] < lengths[3]):
+    height, width, old_height, old_width = map(likely, (*output_size, *input.shape[2:]))
+    if height is None or width is None or old_height is None or old_width is None:
+        return "data decide about its size"
+    if height < old_height or width < old_width:
         return "only images that become larger were measured to be resized faster"
     if not input.is_floating_point():
         return "integers are interpolated in fixed point"

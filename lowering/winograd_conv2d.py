@@ -224,6 +224,8 @@ def _lower(input: ir.TensorBox, weight: ir.TensorBox, bias: ir.TensorBox | None,
     image, channels_last = image_and_format(input, node)
     if len(weight.get_size()) == 4:  # it may have been made contiguous; a transformed one was folded before
         weight = fold_constant(node.args[1], weight)
+    if bias is not None:  # one with a norm in it is computed from the weight
+        bias = fold_constant(node.args[2], bias)
     return WinogradConv2dTemplate(
         Winograd(*args[:-2]),
         image,

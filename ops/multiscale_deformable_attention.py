@@ -80,7 +80,7 @@ def multiscale_deformable_attention(
     levels = len(value_spatial_shapes)
     locations, weights = sampling_locations, attention_weights
     if locations.dim() == 6:
-        if weights.dim() != 5 or locations.shape[3] != levels:
+        if weights.dim() != 5 or locations.shape[3] != levels or weights.shape[3:] != locations.shape[3:5]:
             require(
                 False,
                 f"sampling_locations must be [B, Q, H, {levels}, P, 2] and attention_weights [B, Q, H, {levels}, P], "
@@ -258,7 +258,9 @@ class _Sampling:
         """The pixel of each point, or the four around it, row by row."""
         if self.discrete:
             x, y = (torch.minimum(at.clamp(min=0), size - 1) for at, size in zip((self.x, self.y), self.size.unbind(1)))
-            yield _Corner(self._index(x.long(), y.long()), torch.ones_like(x), self.inside)
+            # As integers too: beside a side above 2^24, a float may be rounded up to it.
+            column, row = torch.minimum(x.long(), self.width - 1), torch.minimum(y.long(), self.height - 1)
+            yield _Corner(self._index(column, row), torch.ones_like(x), self.inside)
             return
         left, top = self.x.floor().long(), self.y.floor().long()
         fraction_y, fraction_x = self.fractions()

@@ -191,6 +191,8 @@ def serve_or_leave(name: str, served: Served, stock: Callable[..., Any] | None) 
         call = served.arguments(*args, **kwargs)
         template = _template(served.op)
         left = refusal(served.op, *call)
+        if torch._C._are_functorch_transforms_active():
+            left = "it is within a transform of torch.func, which may want derivatives that this package has not"
         if left is None and template is not None:
             left = template.leaves(*call)
         if left is None:

@@ -172,8 +172,8 @@ class AttentionPoints {
     const int64_t y = static_cast<int64_t>(row[k]), x = static_cast<int64_t>(column[k]);
     const int64_t pixel = level.pixel + y * level.width + x;
     if constexpr (kDiscrete) {
-      if (y >= 0) {
-        each(0, pixel);
+      if (y >= 0) {  // beside a side above 2^24, a float may be rounded up to it
+        each(0, level.pixel + std::min(y, level.height - 1) * level.width + std::min(x, level.width - 1));
       }
       return;
     }

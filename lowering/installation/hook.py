@@ -8,6 +8,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 INDUCTOR_LOWERING = "torch._inductor.lowering"  # every compilation imports it before it does anything
 
@@ -18,6 +19,9 @@ class _Loader(importlib.abc.Loader):
     def __init__(self, loader: importlib.abc.Loader, run: Callable[[ModuleType], None]) -> None:
         self.loader = loader
         self.run = run
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)  # get_code, get_data: what else a loader can do
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
@@ -47,7 +51,7 @@ class ImportHook(importlib.abc.MetaPathFinder):
         sys.meta_path.insert(0, self)
 
     def remove(self) -> None:
-        sys.meta_path.remove(self)
+        sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -58,7 +62,7 @@ class ImportHook(importlib.abc.MetaPathFinder):
         try:
             spec = importlib.util.find_spec(fullname)
         finally:
-            self.asked.remove(fullname)
+            self.asked.discard(fullname)  # another thread may have been asking, too
         if spec is not None and spec.loader is not None:
             spec.loader = _Loader(spec.loader, self.run)
         return spec

@@ -12,6 +12,8 @@ from ..inductor.tables import config
 def constants_of(graph: Graph) -> set[Node]:
     """The nodes whose values are known when the graph is compiled: under freezing, and in exported programs."""
     frozen = _frozen_inputs(graph) if config.freezing and not torch.is_grad_enabled() else set()
+    packages = config.aot_inductor
+    foldable = config.freezing or packages.use_runtime_constant_folding or packages.package_constants_in_so
     constants: set[Node] = set()
     for node in graph.nodes:
         if node.op == "call_function":
@@ -20,7 +22,8 @@ def constants_of(graph: Graph) -> set[Node]:
             )
             constant = pure and bool(node.all_input_nodes) and constants.issuperset(node.all_input_nodes)
         else:
-            constant = node in frozen or (node.op == "get_attr" and isinstance(node.meta.get("val"), Tensor))
+            attribute = node.op == "get_attr" and isinstance(node.meta.get("val"), Tensor)
+            constant = node in frozen or (attribute and foldable)
         if constant:
             constants.add(node)
     return constants

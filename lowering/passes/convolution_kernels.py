@@ -16,9 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...ops.registry import OPS
+from ...ops.registry import OPS, accumulate_dtype
 from ..common.machine import multiplied_dtypes, vector_bits
 from ..common.registry import has_template
+from ..inductor.tables import config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,12 +149,16 @@ def library_seconds(convolution: Convolution) -> float:
     return library_work(convolution).seconds(_rates(LIBRARY_RATES))
 
 
+_LINE = 16  # channels of a group are padded to a multiple of these
+
+
 def winograd_work(convolution: Convolution, tile: int) -> Work:
     """What ``winograd_conv2d`` does for a convolution."""
     c, points = convolution, (tile + 2) ** 2
     tiles = c.batch * math.prod(math.ceil(n / tile) for n in c.size)
-    weights = points * c.channel_pairs
-    elements = tiles * points * (c.channels + c.out_channels)
+    inputs, outputs = (math.ceil(n // c.groups / _LINE) * _LINE * c.groups for n in (c.channels, c.out_channels))
+    weights = points * (c.channels // c.groups) * outputs
+    elements = tiles * points * (inputs + outputs)
     transformed = 0 if c.constant else weights / c.threads
     return Work(1, tiles * weights / c.threads, elements / c.threads, weights, transformed)
 
@@ -169,6 +174,8 @@ class Winograd(ConvolutionKernel):
 
     def refusal(self, convolution: Convolution) -> str | None:
         c = convolution
+        if not c.dtype.is_floating_point:
+            return f"it is of {c.dtype}"
         if c.transposed:
             return "it is transposed"
         if c.kernel != (3, 3):
@@ -177,6 +184,8 @@ class Winograd(ConvolutionKernel):
             return f"its stride is {_by(c.stride)}, not 1"
         if c.dilation != (1, 1):
             return f"its dilation is {_by(c.dilation)}, not 1"
+        if not all(isinstance(n, int) for n in c.padding):
+            return "its padding changes from call to call"
         if min(c.padding) < 0:
             return f"its padding is {_by(c.padding)}"
         if c.device != "cpu":
@@ -185,7 +194,7 @@ class Winograd(ConvolutionKernel):
             return "it is of float64, for which results would differ by more than the precision is chosen for"
         if c.dtype in multiplied_dtypes():
             return f"the processor multiplies {c.dtype} by itself, which oneDNN makes use of"
-        if not has_template(OPS["winograd_conv2d"]):
+        if config.cpu_backend != "cpp" or not has_template(OPS["winograd_conv2d"]):
             return "winograd_conv2d has no kernel here"
         return None
 
@@ -209,5 +218,6 @@ class Winograd(ConvolutionKernel):
         small = Choice(f"{name}, its weight transformed in each call", small_program, in_the_call)
         if in_the_call <= _WORTH_ITS_MEMORY * seconds:
             return [small]
-        growth = convolution.weight_bytes * ((self.tile + 2) ** 2 - 9) // 9
+        transformed = (self.tile + 2) ** 2 * convolution.channel_pairs * accumulate_dtype(convolution.dtype).itemsize
+        growth = transformed - convolution.weight_bytes
         return [small, Choice(name, program, seconds, growth)]

@@ -240,9 +240,9 @@ def _insert(program: Program, before: Node, arguments: Sequence[Any], like: Tens
 
     def call(*values: Tensor) -> Tensor:
         input, weight, *bias = values
-        if suggest_memory_format(like) == torch.channels_last != suggest_memory_format(input):
+        if (wanted := suggest_memory_format(like)) != suggest_memory_format(input):
             # A channels_last weight makes a convolution's result channels_last, an operator's is as its input is.
-            input = input.contiguous(memory_format=torch.channels_last)
+            input = input.contiguous(memory_format=wanted)
         return program(input, weight, bias[0] if bias else None)
 
     values = [tensor.meta["val"] for tensor in tensors]
@@ -257,11 +257,11 @@ def _insert(program: Program, before: Node, arguments: Sequence[Any], like: Tens
     with graph.inserting_before(before):
         for node in traced.graph.nodes:
             if node.op == "get_attr":
-                found[node] = _constant(graph, getattr(traced, node.target), inserted)
+                found[node] = _constant(before, getattr(traced, node.target), inserted)
             elif node.op == "call_function":
                 args, kwargs = map_arg((node.args, node.kwargs), found.__getitem__)
                 key = node.target, str(args), str(kwargs)
-                if key not in inserted:
+                if key not in inserted or not inserted[key] < before:  # sites are not in the order of nodes
                     inserted[key] = graph.call_function(node.target, args, kwargs)
                     inserted[key].meta = {**before.meta, **node.meta}  # of which layer it is
                 found[node] = inserted[key]
@@ -269,10 +269,10 @@ def _insert(program: Program, before: Node, arguments: Sequence[Any], like: Tens
     return found[result]
 
 
-def _constant(graph: Graph, value: Tensor, inserted: dict[Any, Node]) -> Node:
+def _constant(before: Node, value: Tensor, inserted: dict[Any, Node]) -> Node:
     """A constant of a program, which has those of the graph beside it."""
-    key = value.dtype, tuple(value.shape), str(value.tolist())
-    if key not in inserted:
+    graph, key = before.graph, (value.dtype, tuple(value.shape), str(value.tolist()))
+    if key not in inserted or not inserted[key] < before:
         module: Any = graph.owning_module
         names = (f"_convolution_constant_{i}" for i in itertools.count())
         name = next(name for name in names if not hasattr(module, name))

@@ -36,17 +36,20 @@ class sizes_in_tensors(TorchFunctionMode):  # a context, as its neighbours are
                 if any(isinstance(leaf, torch.SymInt) for leaf in leaves) and not any(
                     isinstance(leaf, Tensor) for leaf in leaves
                 ):
-                    dtype = args[1] if len(args) > 1 else kwargs.get("dtype")
-                    return _stacked(numbers, dtype or torch.int64, kwargs.get("device"))
+                    whole = all(isinstance(leaf, (int, torch.SymInt)) for leaf in leaves)
+                    return _stacked(numbers, torch.int64 if whole else torch.get_default_dtype(), *args[1:], **kwargs)
         if func is torch.linspace and len(args) == 3 and isinstance(args[2], torch.SymInt):
             return _spaced(*args, **kwargs)
         return func(*args, **kwargs)
 
 
-def _stacked(numbers: Any, dtype: torch.dtype, device: Any) -> Tensor:
+def _stacked(
+    numbers: Any, usual: torch.dtype, dtype: torch.dtype | None = None, device: Any = None, *, data: Any = None
+) -> Tensor:
+    """``usual``: the dtype where none is wanted."""
     if isinstance(numbers, (list, tuple)):
-        return torch.stack([_stacked(number, dtype, device) for number in numbers])
-    return torch.full((), numbers, dtype=dtype, device=device)
+        return torch.stack([_stacked(number, usual, dtype, device) for number in numbers])
+    return torch.full((), numbers, dtype=dtype or usual, device=device)
 
 
 def _spaced(start: Any, end: Any, steps: Any, dtype: torch.dtype | None = None, device: Any = None) -> Tensor:
@@ -55,4 +58,4 @@ def _spaced(start: Any, end: Any, steps: Any, dtype: torch.dtype | None = None, 
     index = torch.arange(steps, dtype=torch.promote_types(dtype, torch.float32), device=device)
     step = (end - start) / torch.sym_max(steps - 1, 1)
     from_start, from_end = start + step * index, end - step * (steps - 1 - index)
-    return torch.where(index < steps // 2, from_start, from_end).to(dtype)
+    return torch.where(index < torch.sym_max(steps // 2, 1), from_start, from_end).to(dtype)

@@ -204,7 +204,7 @@ def _openvino(job: Job) -> Prepared:
     return backends.openvino(ov.Core().read_model(io.BytesIO(model)), list(feeds.values()), job.threads)
 
 
-_needs_transformers = backends.needs("transformers")
+_needs_transformers = backends.needs("transformers.modeling_utils")
 
 
 def _contender(name: str, role: str, function: str, how: str, **options: Any) -> Contender:

@@ -176,7 +176,7 @@ def case(name: str, problem: Problem) -> Case:
 
 _PROMPT = {"input_ids": torch.tensor([[101, 4937, 1012, 3899, 1012, 102]])}  # "cat. dog."
 
-_contender = functools.partial(contender, library=needs("transformers"))
+_contender = functools.partial(contender, library=needs("transformers.modeling_utils"))
 
 SUITE = Suite(
     name="transformers",
@@ -191,7 +191,7 @@ SUITE = Suite(
         _contender("ours-aoti", "ours", _packaged, compiled=True),
         _contender("stock", "peer", eager),
         _contender("stock-compiled", "peer", functools.partial(stock_compiled, pattern=_STOCK_KERNEL), compiled=True),
-        *runtimes(_exported, library=needs("transformers")),
+        *runtimes(_exported, library=needs("transformers.modeling_utils")),
         _contender("multiplications", "limit", multiplications),
     ),
     cases=(

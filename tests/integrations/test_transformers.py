@@ -95,8 +95,11 @@ def test_compiled_function_calls_the_operator(accelerated, method):
 BEFORE_AND_AFTER = """
 import sys
 import torch
+import importlib.util
 import inductor_vision
 from inductor_vision.tests.support.compiled import trace_and_run
+if importlib.util.find_spec("torchvision"):
+    inductor_vision.accelerate_torchvision()  # transformers imports it, and it may not load by itself
 from transformers.models.mask2former import modeling_mask2former as early
 
 def ops():
@@ -150,7 +153,9 @@ def stand_in(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, name: str,
     (folder / f"{name.rpartition('.')[2]}.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     for depth in range(1, name.count(".") + 2):  # forget it afterwards
-        monkeypatch.delitem(sys.modules, ".".join(name.split(".")[:depth]), raising=False)
+        package = ".".join(name.split(".")[:depth])
+        monkeypatch.setitem(sys.modules, package, None)
+        monkeypatch.delitem(sys.modules, package)
     return importlib.import_module(name)
 
 
@@ -190,8 +195,9 @@ def test_another_signature_is_left_alone(accelerated, tmp_path, monkeypatch, cap
 def in_eager_mode(transformers):
     accelerate_transformers(eager=True)
     integration._compiled.cache_clear()
+    accelerate_transformers()  # as accelerate() does
     yield transformers
-    accelerate_transformers()
+    accelerate_transformers(eager=False)
 
 
 @pytest.mark.usefixtures("unoptimized")
@@ -222,7 +228,7 @@ def test_eager_mode_compiles_the_kernel_once(in_eager_mode):
 
 
 def test_wrong_arguments(monkeypatch):
-    with pytest.raises(TypeError, match="accelerate_transformers: eager must be True or False, got 'yes'"):
+    with pytest.raises(TypeError, match="accelerate_transformers: eager must be True, False or None, got 'yes'"):
         accelerate_transformers(eager="yes")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="transformers is not installed"):

@@ -20,8 +20,7 @@ PROBLEMS = (
 
 @pytest.mark.parametrize("contender", [c for c in SUITE.contenders if c.role != "limit"], ids=lambda c: c.name)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
-def test_contenders_agree_with_the_reference(contender, problem, monkeypatch):
-    pytest.importorskip("transformers")
+def test_contenders_agree_with_the_reference(contender, problem, transformers, monkeypatch):
     if problem.backward and not contender.name.endswith(("compiled", "transformers")):
         pytest.skip("forward only")
     for name in ("compiled", "packaged"):

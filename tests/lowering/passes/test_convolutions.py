@@ -217,6 +217,12 @@ def test_memory_formats_stay(free, frozen):
 
 # What is left alone
 
+
+class Integers(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d((8 * x).long(), (64 * self.weight).long()).float()
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "stride": (
         lambda: nn.Conv2d(6, 8, 3, stride=2),
@@ -226,6 +232,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "kernel": (lambda: nn.Conv2d(6, 8, (3, 1)), "its kernel is 3 x 1, not 3 x 3"),
     "transposed": (lambda: nn.ConvTranspose2d(6, 8, 3), "it is transposed"),
     "float64": (lambda: nn.Conv2d(6, 8, 3).double(), "it is of float64"),
+    "integers": (lambda: Integers(6, 8, 3), "it is of torch.int64"),
     "1-D": (lambda: nn.Sequential(nn.Flatten(2), nn.Conv1d(6, 8, 3)), "its kernel is 3, not 3 x 3"),
 }
 
@@ -331,6 +338,16 @@ def test_what_loses(monkeypatch, bits, shape):
         Convolution(1, channels, out_channels, tuple(size), threads=2), [Winograd(4), Winograd(2)]
     )
     assert not faster and reason.count("is estimated to take") == 2
+
+
+@pytest.mark.parametrize("bits", MEASURED)
+@pytest.mark.parametrize(("channels", "size"), [(232, 7), (960, 7), (1152, 7), (96, 112)])
+@pytest.mark.parametrize("threads", [1, 2, 16])
+def test_depthwise_convolutions_lose(monkeypatch, bits, channels, size, threads):
+    monkeypatch.setattr(convolution_kernels, "vector_bits", lambda: bits)
+    depthwise = Convolution(1, channels, channels, (size, size), groups=channels, threads=threads)
+    faster, reason = convolutions._faster(depthwise, [Winograd(4), Winograd(2)])
+    assert not faster and "is estimated to take" in reason
 
 
 # The switch
