@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-import torch
 import torch.compiler.config
 from inductor_vision import accelerate_sampling, fuse_depthwise_separable
 from inductor_vision.lowering.installation import installer
-from inductor_vision.ops.registry import ATEN
+from inductor_vision.tests.support.switches import sampling_switched_off_again
 
 
 @pytest.fixture
@@ -29,19 +28,8 @@ def switched_on(switch) -> None:
 
 
 @pytest.fixture
-def sampling(monkeypatch) -> Iterator[None]:
+def sampling() -> Iterator[None]:
     """accelerate_sampling()."""
-    from torch._inductor.decomposition import decompositions, fast_random_decomps
-
-    monkeypatch.setattr(installer, "_sampling", False)
-    tables = [decompositions, *(overload.py_kernels for overload in ATEN)]
-    before = [table.copy() for table in tables]
-    with torch.compiler.config.patch(cache_key_tag="before"):
+    with sampling_switched_off_again(), torch.compiler.config.patch(cache_key_tag="before"):
         accelerate_sampling()
         yield
-    for table, entries in zip(tables, before):
-        table.clear()
-        table.update(entries)
-    for overload in ATEN:
-        overload._dispatch_cache.clear()
-    fast_random_decomps.cache_clear()

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import importlib
 import io
 import time
 
@@ -31,9 +30,7 @@ pytestmark = pytest.mark.usefixtures("torchvision")
 
 
 @pytest.fixture(autouse=True)
-def _switched_off_again(monkeypatch):
-    """What contenders switch on for a process of their own, and would change what other tests compile."""
-    importlib.import_module("torch._inductor.lowering")  # as each compilation does; what was asked for begins with it
+def _winograd_switched_off_again(monkeypatch):
     monkeypatch.setattr(installer, "_winograd", None)
     with config.patch(joint_custom_pre_pass=config.joint_custom_pre_pass):
         yield
