@@ -56,8 +56,7 @@ def export_detector(
     A model of torchvision resizes the image, and returns results in pixels of the image that it was given. A model of
     transformers takes what its image processor makes of an image, and the package does afterwards what this processor
     would: it returns "scores", "labels" and "boxes", corners in pixels of what it was given, of those that detect
-    objects, and also "masks" of those that segment them; see
-    :class:`~inductor_vision.integrations.one_image.OneImageOfTransformers`.
+    objects, and also "masks" of those that segment them.
 
     The package runs with neither of these libraries nor this package. Load it with
     :func:`torch._inductor.aoti_load_package`, or from C++ as ``examples/cpp/run.cpp`` does; in C++ the results are a
