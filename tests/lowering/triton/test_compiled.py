@@ -40,6 +40,20 @@ def _heatmaps() -> tuple[Tensor, Tensor]:
     return torch.randn(2, 2, 5, 6, generator=generator), torch.tensor([[1.5, 2, 9.25, 8], [0, 0, 20, 3.5]])
 
 
+def _winograd() -> tuple[Any, ...]:
+    generator = torch.Generator().manual_seed(0)
+    input, weight = (torch.randn(*shape, generator=generator) for shape in ((2, 3, 7, 9), (4, 3, 3, 3)))
+    return input, weight, torch.arange(4.0), [1, 1], 4
+
+
+def _attention() -> tuple[Any, ...]:
+    generator = torch.Generator().manual_seed(0)
+    value, locations, weights = (
+        torch.rand(*shape, generator=generator) for shape in ((2, 14, 3, 4), (2, 5, 3, 4, 2), (2, 5, 3, 4))
+    )
+    return value, [4, 3, 1, 2], None, locations, weights, [2, 2], "default"
+
+
 # Of each operator a call, and the kernel of this package that it runs; None: it has none, and runs Inductor's alone.
 CALLS: dict[str, tuple[Callable[[], tuple[Any, ...]], str | None]] = {
     "deform_conv2d": (lambda: deform.sample("mask_bias").positional, "convolve"),
@@ -52,6 +66,13 @@ CALLS: dict[str, tuple[Callable[[], tuple[Any, ...]], str | None]] = {
     "depthwise_separable_conv2d": (lambda: separable.sample("then_silu").positional, "convolve"),
     "depthwise_separable_conv2d_backward": (
         lambda: _gradient("depthwise_separable_conv2d", separable.sample("then_silu").positional, 6),
+        None,
+    ),
+    "winograd_conv2d": (_winograd, None),
+    "winograd_conv2d_backward": (lambda: _gradient("winograd_conv2d", _winograd(), 3), None),
+    "multiscale_deformable_attention": (_attention, None),
+    "multiscale_deformable_attention_backward": (
+        lambda: _gradient("multiscale_deformable_attention", _attention(), 3),
         None,
     ),
     "roi_align": (lambda: regions.sample("roi_align", "adaptive").positional, "sample_bins"),
