@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .integrations.one_image import OneImage as OneImage, OneImageOfTransformers, one_image
+from .integrations.one_image import OneImage, OneImageOfTransformers, one_image
 from .integrations.torchvision import accelerate_torchvision
 from .integrations.transformers import accelerate_transformers
 from .lowering.installation.installer import fold_norms, require_lowerings

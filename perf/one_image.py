@@ -18,12 +18,34 @@ from torch import Tensor, nn
 from ..export import export_detector
 from ..integrations.models import accelerate
 from . import backends
-from .spec import Job, Prepared
+from .spec import Case, Job, Prepared
 
 MULTIPLYING = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 
 TEMPLATE_KERNEL = r"graph_\d+_((?!cpp_)\w+?)_(?:kernel|cpp_\w*)"  # see KernelTemplate.source
 _PROFILED_CALLS = 3
+
+
+def case(name: str, problem: Any) -> Case:
+    """A case of a suite; ``name`` says which model it is. ``problem``, a dataclass, is the case's inputs, and has the
+    image's ``size`` besides.
+
+    Of coordinates a few hundredths of a pixel are let off.
+    """
+    height, width = problem.size
+    return Case(name, f"1 image of {height}x{width}", functools.partial(_build, problem), 1e-4)
+
+
+def _build(problem: Any) -> Any:
+    problem = dataclasses.replace(problem)  # what a case holds is pickled: without the detector
+    _ = problem.detector
+    return problem
+
+
+def reference(problem: Any) -> dict[str, Tensor]:
+    """What the model detects in eager mode."""
+    with torch.no_grad():
+        return problem.detector(problem.image)
 
 
 def detector(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from inductor_vision import accelerate_torchvision
-from inductor_vision.export import OneImage
+from inductor_vision.integrations.one_image import OneImage
 from inductor_vision.ops.torchvision_detection import (
     batch_images,
     decode,

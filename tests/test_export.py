@@ -8,8 +8,8 @@ import re
 import pytest
 import torch
 from inductor_vision import accelerate_torchvision, accelerate_transformers, export_detector
-from inductor_vision.export import OneImage, _export_any_size
-from inductor_vision.integrations.one_image import one_image
+from inductor_vision.export import _export_any_size
+from inductor_vision.integrations.one_image import OneImage, one_image
 from inductor_vision.perf.backends import Autocast
 from inductor_vision.perf.suites.detectors import detections_error  # in any order of equal scores
 from inductor_vision.tests.support.compiled import run_alone, run_python, source_of_package

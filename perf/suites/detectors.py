@@ -22,13 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...export import OneImage
 from ...integrations.convolutions import use_winograd
+from ...integrations.one_image import OneImage
 from ...integrations.torchvision import accelerate_torchvision
 from .. import backends
 from ..models import REMARK, OnnxModel, contender, exported, runtimes
-from ..one_image import MULTIPLYING, compiled, eager, multiplications, packaged, shares, stock_compiled
-from ..spec import Case, Job, Prepared, Suite
+from ..one_image import MULTIPLYING, case, compiled, eager, multiplications, packaged, reference, shares, stock_compiled
+from ..spec import Job, Prepared, Suite
 from ..verify import relative_error
 
 # Random weights give logits that are much the same everywhere, and boxes as large as the image. So what the last layers
@@ -143,17 +143,6 @@ def _stock(name: str) -> nn.Module:
         return getattr(detection, name)(weights=None, weights_backbone=None)
 
 
-def _build(problem: Problem) -> Problem:
-    problem = dataclasses.replace(problem)  # what a case holds is pickled: without the detector
-    _ = problem.detector
-    return problem
-
-
-def _reference(problem: Problem) -> dict[str, Tensor]:
-    with torch.no_grad():
-        return problem.detector(problem.image)
-
-
 def detections_error(found: Any, right: Mapping[str, Tensor]) -> float:
     """The largest relative error of detections, wherever they are among those of about the same score.
 
@@ -244,15 +233,6 @@ def _recorded(operator: str, function: Callable[..., Any]) -> Callable[..., Any]
     return recorded
 
 
-def case(name: str, problem: Problem) -> Case:
-    """A case of a suite; ``name`` says which model it is.
-
-    Of coordinates a few hundredths of a pixel are let off.
-    """
-    height, width = problem.size
-    return Case(name, f"1 image of {height}x{width}", functools.partial(_build, problem), 1e-4)
-
-
 _MODELS = (
     "fasterrcnn_resnet50_fpn",
     "maskrcnn_resnet50_fpn",
@@ -270,7 +250,7 @@ SUITE = Suite(
     description="torchvision's detectors with random weights, from the image to its detections",
     remark=f"{REMARK} converted: weights and image are in bfloat16. Of what computes in bfloat16, up to three in ten "
     "detections may differ.",
-    reference=_reference,
+    reference=reference,
     error=detections_error,
     contenders=(
         contender("ours-frozen", "ours", compiled, compiled=True),

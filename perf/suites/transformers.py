@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from ...integrations.one_image import OneImageOfTransformers
 from ..backends import needs
 from ..models import REMARK, OnnxModel, contender, exported, runtimes
-from ..one_image import compiled, eager, multiplications, packaged, stock_compiled
-from ..spec import Case, Job, Prepared, Suite
+from ..one_image import case, compiled, eager, multiplications, packaged, reference, stock_compiled
+from ..spec import Job, Prepared, Suite
 from .detectors import detections_error, threshold_in_a_gap
 
 _STOCK_KERNEL = r"aten::(grid_sampler_2d)"
@@ -144,17 +144,6 @@ def _mask2former() -> nn.Module:
     return Mask2FormerForUniversalSegmentation(Mask2FormerConfig(backbone_config=_swin(1, 2, 3, 4)))
 
 
-def _built(problem: Problem) -> Problem:
-    problem = dataclasses.replace(problem)  # what a case holds is pickled: without the detector
-    _ = problem.detector
-    return problem
-
-
-def _reference(problem: Problem) -> dict[str, Tensor]:
-    with torch.no_grad():
-        return problem.detector(problem.image)
-
-
 def _packaged(job: Job) -> Prepared:
     problem = job.inputs
     return packaged(problem.detector.model, problem.image, threshold=problem.detector.threshold, inputs=problem.inputs)
@@ -162,16 +151,7 @@ def _packaged(job: Job) -> Prepared:
 
 def _exported(job: Job) -> OnnxModel:
     problem = job.inputs
-    return exported(job.case.name, problem.detector, problem.image, list(_reference(problem)))
-
-
-def case(name: str, problem: Problem) -> Case:
-    """A case of a suite; ``name`` says which model it is.
-
-    Of coordinates a few hundredths of a pixel are let off.
-    """
-    height, width = problem.size
-    return Case(name, f"1 image of {height}x{width}", functools.partial(_built, problem), 1e-4)
+    return exported(job.case.name, problem.detector, problem.image, list(reference(problem)))
 
 
 _PROMPT = {"input_ids": torch.tensor([[101, 4937, 1012, 3899, 1012, 102]])}  # "cat. dog."
@@ -183,7 +163,7 @@ SUITE = Suite(
     description="transformers' models with multi-scale deformable attention and random weights, from the image to its "
     "detections",
     remark=REMARK,
-    reference=_reference,
+    reference=reference,
     error=detections_error,
     contenders=(
         _contender("ours-frozen", "ours", compiled, compiled=True),

@@ -17,7 +17,7 @@ from inductor_vision import (
     onnx_translation_table,
     roi_align,
 )
-from inductor_vision.export import OneImage
+from inductor_vision.integrations.one_image import OneImage
 from inductor_vision.ops.upsample_bilinear2d import upsample_bilinear2d
 from inductor_vision.tests.support.boxes import Boxes, nms_oracle
 from inductor_vision.tests.support.compare import assert_close
