@@ -295,9 +295,10 @@ class GridOffsets {
       gather_far(pixel, plane, values);
     } else if constexpr (std::is_same_v<scalar_t, acc_t>) {
       for (int64_t i = 0; i < tile_->pixels; i += Vec::size()) {
-        const IndexVec at = IndexVec::loadu(offset + i);
-        Vec inside = at::vec::cast<acc_t>(at > IndexVec(-1));
-        at::vec::mask_gather<sizeof(acc_t)>(Vec(0), plane, at, inside).store(values + i);
+        // at::vec::mask_gather gathers nothing with AVX-512: it takes a mask for a number, which is NaN.
+        const IndexVec at = IndexVec::loadu(offset + i), first(0);
+        const Vec pixels = at::vec::gather<sizeof(acc_t)>(plane, at::vec::maximum(at, first));
+        Vec::blendv(Vec(0), pixels, at::vec::cast<acc_t>(at >= first)).store(values + i);
       }
     } else {
       static constexpr scalar_t kOutside{};

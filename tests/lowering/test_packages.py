@@ -596,8 +596,8 @@ def test_one_file_has_all_kernels_fused_with_their_neighbours(package):
     names = re.findall(r'extern "C"\s[^;{]*?\bcpp_fused_(\w+)_\d+\([^;{]*\)\s*\{', kernels)
     for op in with_templates():
         assert any(op in name for name in names), op
-    fused = ["add_deform_conv2d_relu", "depthwise_separable_conv2d_relu", *["patch_conv2d_relu"] * 3]
-    fused += ["relu_winograd_conv2d"]
+    fused = ["add_deform_conv2d_relu", "depthwise_separable_conv2d_relu", "multiscale_deformable_attention_relu"]
+    fused += [*["patch_conv2d_relu"] * 3, "relu_winograd_conv2d"]
     assert sorted(name for name in names if "relu" in name) == fused
 
 
