@@ -158,22 +158,22 @@ def _grounding_dino() -> nn.Module:
     return GroundingDinoForObjectDetection(config)
 
 
+_SMALL_MASKS = {
+    "hidden_dim": 32,
+    "encoder_feedforward_dim": 32,
+    "dim_feedforward": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "num_attention_heads": 2,
+    "num_queries": 10,
+    "num_labels": 5,
+}
+
+
 def _mask2former() -> nn.Module:
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 
-    config = Mask2FormerConfig(
-        backbone_config=_swin(1, 2, 3, 4),
-        feature_size=32,
-        mask_feature_size=32,
-        hidden_dim=32,
-        encoder_feedforward_dim=32,
-        dim_feedforward=32,
-        encoder_layers=1,
-        decoder_layers=2,
-        num_attention_heads=2,
-        num_queries=10,
-        num_labels=5,
-    )
+    config = Mask2FormerConfig(**_SMALL_MASKS, backbone_config=_swin(1, 2, 3, 4), feature_size=32, mask_feature_size=32)
     return Mask2FormerForUniversalSegmentation(config)
 
 
@@ -181,20 +181,13 @@ def _oneformer() -> nn.Module:
     from transformers import OneFormerConfig, OneFormerForUniversalSegmentation
 
     config = OneFormerConfig(
+        **_SMALL_MASKS,
         backbone_config=_swin(1, 2, 3, 4),
         text_encoder_width=16,
         text_encoder_num_layers=1,
         text_encoder_vocab_size=100,
         conv_dim=32,
         mask_dim=32,
-        hidden_dim=32,
-        encoder_feedforward_dim=32,
-        dim_feedforward=32,
-        encoder_layers=1,
-        decoder_layers=2,
-        num_attention_heads=2,
-        num_queries=10,
-        num_labels=5,
     )
     return OneFormerForUniversalSegmentation(config)
 

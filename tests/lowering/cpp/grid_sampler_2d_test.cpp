@@ -17,6 +17,7 @@ namespace {
 
 using harness::Figures;
 using harness::kInf;
+using harness::kLayouts;
 using harness::kNaN;
 using harness::Layout;
 using harness::Numbers;
@@ -31,10 +32,6 @@ using inductor_vision::GridPadding;
 using inductor_vision::GridSampler2d;
 using inductor_vision::GridSampler2dGradients;
 using inductor_vision::Output4d;
-
-constexpr Layout kLayouts[] = {
-    Layout::contiguous, Layout::channels_last,  Layout::sliced,   Layout::sliced_channels_last,
-    Layout::transposed, Layout::images_in_rows, Layout::expanded, Layout::constant};
 
 // Around those of vectors, of slabs, and of tiles.
 constexpr int64_t kChannels[] = {1, 1, 2, 3, 3, 7, 8, 9, 15, 16, 17, 33};

@@ -74,6 +74,9 @@ enum class Layout {
   expanded,              // one image for the whole batch
   constant,              // one number for all
 };
+constexpr Layout kLayouts[] = {
+    Layout::contiguous, Layout::channels_last,  Layout::sliced,   Layout::sliced_channels_last,
+    Layout::transposed, Layout::images_in_rows, Layout::expanded, Layout::constant};
 
 // A [batch, channels, height, width] tensor on a buffer that ends with its last element.
 template <typename scalar_t>

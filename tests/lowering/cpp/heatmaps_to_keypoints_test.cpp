@@ -16,6 +16,7 @@ namespace {
 
 using harness::Figures;
 using harness::kInf;
+using harness::kLayouts;
 using harness::kNaN;
 using harness::Layout;
 using harness::Random;
@@ -32,9 +33,6 @@ enum class Kind {
 };
 constexpr Kind kKinds[] = {Kind::plain, Kind::plain, Kind::same, Kind::nan, Kind::hostile};
 
-constexpr Layout kLayouts[] = {
-    Layout::contiguous, Layout::channels_last,  Layout::sliced,   Layout::sliced_channels_last,
-    Layout::transposed, Layout::images_in_rows, Layout::expanded, Layout::constant};
 constexpr Layout kBoxLayouts[] = {Layout::contiguous, Layout::sliced, Layout::sliced_channels_last, Layout::transposed};
 
 // Pixels of a side: around those of vectors and of the kernel's stretches of columns, and a box without area.

@@ -16,6 +16,7 @@ namespace {
 
 using harness::Figures;
 using harness::kInf;
+using harness::kLayouts;
 using harness::kNaN;
 using harness::Layout;
 using harness::Numbers;
@@ -25,10 +26,6 @@ using harness::Sink;
 using harness::Tensor;
 using inductor_vision::accumulate_t;
 using inductor_vision::UpsampleBilinear2d;
-
-constexpr Layout kLayouts[] = {
-    Layout::contiguous, Layout::channels_last,  Layout::sliced,   Layout::sliced_channels_last,
-    Layout::transposed, Layout::images_in_rows, Layout::expanded, Layout::constant};
 
 // Around those of vectors, and of what is done together: channels, and rows of a band.
 constexpr int64_t kChannels[] = {1, 2, 3, 3, 3, 4, 7, 8, 9, 15, 16, 17, 33};
