@@ -44,7 +44,7 @@ train: $(READY) ## train a deformable and a plain network on warped digits
 # run in one of them, since they share what is compiled for the file; the order of files is that of tests/conftest.py.
 # Each behaviour is tested once, with C++ that is not optimized, which compiles in half of the time.
 test: $(READY) ## run the tests, in 15 to 25 minutes on two cores; ARGS="-n 0 -k nms" for some in one process
-	AOT_INDUCTOR_DEBUG_COMPILE=1 $(PYTEST) -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 # All kinds of a behaviour, kernels as users get them and under sanitizers, more examples, clang, whole models.
 test-all: $(READY) ## run everything that CI does, in 40 minutes on two fast cores
@@ -61,7 +61,7 @@ compat: $(READY) ## a cross-section of the tests, for another torch: see docs/ar
 	$(MAKE) test ARGS="$(COMPAT) $(ARGS)"
 
 # C++ of kernels, their tests and examples.
-CPP := $(wildcard $(addsuffix /*.h,lowering/cpp tests/lowering/cpp) $(addsuffix /*.cpp,tests/lowering/cpp examples/cpp))
+CPP := $(wildcard $(addsuffix /*.h,lowering/cpp tests/lowering/cpp tests/support) $(addsuffix /*.cpp,tests/lowering/cpp examples/cpp))
 
 lint: $(READY) ## style, format and types
 	$(PY) -m ruff check .

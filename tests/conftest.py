@@ -14,6 +14,8 @@ from types import ModuleType
 
 # Threads that wait leave the cores to the other processes of a test run. Before torch is imported, which loads OpenMP.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# C++ is not optimized, which compiles in half of the time, but for tests that ask for kernels as users get them.
+os.environ.setdefault("AOT_INDUCTOR_DEBUG_COMPILE", "1")
 
 import numpy as np
 import pytest
@@ -74,6 +76,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: (item.path not in slow, item.path.parent.name == "ops"))
 
 
+def pytest_collection_finish() -> None:
+    """What Inductor asks of the compiler beside code takes a third of the time, of hundreds of compilations."""
+    if "torch._inductor.codecache" not in sys.modules:
+        return
+    from torch._inductor import codecache, cpp_builder
+
+    # No debug information, which comes with code that is not optimized.
+    cpp_builder._get_inductor_debug_symbol_cflags = lambda: ([], [])
+    # With cpp_wrapper, kernels are in the wrapper's source: headers of both are precompiled, not the wrapper's alone.
+    header_of = codecache._get_cpp_wrapper_header
+    both = pathlib.Path(__file__).parent / "support" / "wrapper_and_kernels.h"
+    codecache.CppWrapperCodeCache._get_uncompiled_header = classmethod(
+        lambda cls, device: str(both) if device == "cpu" else header_of(device)
+    )
+
+
 def pytest_report_header() -> str:
     memory = "filled with NaN" if MEMORY_IS_POISONED else "not poisoned: this C library has no M_PERTURB"
     return f"torch {torch.__version__}, fresh memory: {memory}"
@@ -107,10 +125,21 @@ def _same_conditions(threads: int) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="module")
+def optimized(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Kernels are compiled as users get them, if "make test-all" runs; for the file that tests them."""
+    if request.config.getoption("--hypothesis-profile") != "many":
+        yield
+        return
+    from torch._inductor import config
+
+    with config.patch({"aot_inductor.debug_compile": False}):
+        yield
+
+
 @pytest.fixture
 def unoptimized() -> Iterator[None]:
-    """The C++ that Inductor generates compiles in a third of the time. For many cases of kernels that other tests run
-    optimized."""
+    """For many cases of kernels that other tests of the same file run optimized."""
     from torch._inductor import config
 
     with config.patch({"aot_inductor.debug_compile": True}):

@@ -15,7 +15,7 @@ from inductor_vision.tests.support.detectors import HAND_MADE, STOCK, hand_made_
 from inductor_vision.tests.support.frozen import assert_norms_are_folded
 from torch import Tensor, nn
 
-pytestmark = pytest.mark.usefixtures("torchvision", "unoptimized")
+pytestmark = pytest.mark.usefixtures("torchvision")
 
 
 def test_these_are_all(torchvision):

@@ -13,7 +13,7 @@ from inductor_vision.perf.suites.detectors import detections_error
 from inductor_vision.tests.support.compiled import compile_and_run, run_alone
 from inductor_vision.tests.support.transformers_models import MODELS, assert_same_results, inputs_of, small_model
 
-pytestmark = pytest.mark.usefixtures("transformers", "unoptimized")
+pytestmark = pytest.mark.usefixtures("transformers")
 
 
 @pytest.mark.parametrize("freezing", [True, False])

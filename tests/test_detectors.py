@@ -85,7 +85,6 @@ def test_is_one_graph(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("unoptimized")
 def test_compiled():
     """With a Faster R-CNN in it. In an image of NaN, with which torchvision's kernels crash, nothing is found."""
     detector, sizes = small_detector("MaskRCNN").to(memory_format=torch.channels_last), ((90, 120), (70, 64))
@@ -129,7 +128,6 @@ def test_stock_model_is_one_program(name):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("unoptimized")
 def test_hand_made_with_batch_norms_in_its_heads():
     """With Inductor, and with nothing that is detected."""
     detector, one = hand_made_detector("batch norm"), images((90, 120))

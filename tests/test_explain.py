@@ -12,9 +12,6 @@ from inductor_vision.tests.support.deform_conv2d import sample
 from inductor_vision.tests.support.patch_conv2d import Case, sample as patch_conv2d_sample
 from torch import Tensor, nn
 
-# What becomes of calls is tested here; kernels are compiled as users compile them in the files about operators.
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 S = sample("neither")
 OFFSET, WEIGHT = S.args[1], S.args[2]
 

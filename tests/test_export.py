@@ -56,7 +56,6 @@ def test_package_says_what_it_returns_and_refuses_what_it_cannot_take(detector_p
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("unoptimized")
 @pytest.mark.parametrize("converted", [False, True])
 def test_bfloat16(torchvision_python, tmp_path, converted):
     """With autocast in the model, or converted, which eager mode cannot run. Weights are in bfloat16, and in oneDNN's
@@ -121,7 +120,6 @@ def test_transformers_sizes_that_a_model_decides_on(transformers, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("unoptimized")
 def test_transformers_package_runs_alone(transformers, tmp_path):
     model, inputs = exporting_transformers("rt_detr_v2")
     path = export_detector(model, torch.rand(3, 128, 160), tmp_path / "model.pt2", threshold=-2.0, inputs=inputs)
@@ -154,7 +152,6 @@ from inductor_vision.paths import recorded_paths
 from inductor_vision.perf.suites.detectors import detections_error  # in any order of equal scores
 from inductor_vision.tests.support.detectors import spread
 from torch import nn
-from torch._inductor import config
 
 accelerate_torchvision()  # before torchvision is imported, which may not load by itself
 from torchvision.models import detection
@@ -177,7 +174,7 @@ with torch.no_grad():
     getattr(detector, "roi_heads", detector).score_thresh = 0.4
     (stock,) = detector(images[:1])
 assert len(stock["boxes"]) > 4
-with config.patch({"aot_inductor.debug_compile": True}), recorded_paths() as paths:
+with recorded_paths() as paths:
     export_detector(detector, images[0], path, any_size=False)
 pairs = Counter(path.kind for path in paths if path.op == "depthwise_separable_conv2d")
 assert pairs["fused"] == pairs["template"] > 0, pairs

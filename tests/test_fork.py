@@ -8,7 +8,6 @@ import os, signal, sys, time
 import torch
 import inductor_vision
 
-torch._inductor.config.aot_inductor.debug_compile = True
 torch.set_num_threads(2)
 boxes, numbers = torch.rand(5, 4), torch.rand(1 << 16)
 

@@ -39,7 +39,6 @@ def compiled_paths(forward: int, backward: int) -> dict[tuple[str, str], int]:
     return {("deform_conv2d", "template"): forward, ("deform_conv2d_backward", "template"): backward}
 
 
-@pytest.mark.usefixtures("unoptimized")
 def test_a_training_step_compiles_once_for_all_batches():
     batches = [batch_of(4, seed=1), batch_of(4, seed=2), batch_of(7, seed=3)]
     for tensor in batches[0]:
@@ -151,7 +150,6 @@ def test_gradients_under_autocast(variants):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("unoptimized")
 def test_gradients_of_channels_last_are_channels_last():
     """Also before they are accumulated in parameters that are."""
     x, y = batch_of(4)
@@ -198,7 +196,6 @@ from inductor_vision.tests.support.compiled import caches_disabled
 from inductor_vision.tests.support.training import Classifier, Training, loss_of
 from torch.nn.parallel import DistributedDataParallel
 
-torch._inductor.config.aot_inductor.debug_compile = True
 rank, rendezvous, batches, results = int(sys.argv[1]), *sys.argv[2:]
 torch.set_num_threads(2)
 torch.distributed.init_process_group(

@@ -252,7 +252,6 @@ def test_variants_of_a_model(models):
 
 
 def test_what_compiles_runs_in_a_process_of_its_own_on_the_same_weights(models, tmp_path, monkeypatch):
-    monkeypatch.setenv("AOT_INDUCTOR_DEBUG_COMPILE", "1")  # compiles in half of the time
     program = program_of(models)
     torch.save(program.model.state_dict(), tmp_path / "weights.pt")
     models.write_text(MODELS.replace("return Net()", "torch.manual_seed(7); return Net()"))

@@ -129,7 +129,6 @@ def test_package_for_another_processor(program, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("qemu-x86_64"), reason="qemu-user is not installed")
-@pytest.mark.usefixtures("unoptimized")
 def test_on_other_processors(program, export_example, tmp_path):
     model, package, image = export_example.Model().eval(), tmp_path / "model.pt2", torch.rand(1, 3, 12, 10)
     export_example.export(model, package, target="x86-64-v3")

@@ -158,7 +158,6 @@ with torch.no_grad():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("unoptimized")
 def test_wrapper_is_compiled_and_checks_no_sizes():
     x = torch.rand(1, 8, 6, 6)
     with torch.no_grad(), config.patch(freezing=True), caches_disabled():

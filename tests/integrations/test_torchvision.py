@@ -33,9 +33,6 @@ from torch._inductor import config
 from torch._inductor.decomposition import decompositions, fast_random_decomps
 from torch.export import Dim
 
-# What becomes of calls is tested here; kernels are compiled as users compile them in the files about operators.
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 installed = pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="torchvision is not installed")
 
 

@@ -200,7 +200,6 @@ def in_eager_mode(transformers):
     accelerate_transformers(eager=False)
 
 
-@pytest.mark.usefixtures("unoptimized")
 def test_eager_mode_compiles_the_kernel_once(in_eager_mode):
     from transformers.models.deformable_detr.modeling_deformable_detr import MultiScaleDeformableAttention
 

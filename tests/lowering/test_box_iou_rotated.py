@@ -10,6 +10,8 @@ from inductor_vision.tests.support.boxes import ROTATED_CALLS, RotatedBoxes
 from inductor_vision.tests.support.compiled import caches_disabled, compile_and_run
 from torch import Tensor, nn
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 class Overlaps(nn.Module):
     def forward(self, boxes1: Tensor, boxes2: Tensor) -> Tensor:

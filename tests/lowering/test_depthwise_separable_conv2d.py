@@ -32,6 +32,8 @@ from torch import Tensor, nn
 from torch._inductor import config
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 OP = torch.ops.inductor_vision.depthwise_separable_conv2d.default
 BACKWARD = torch.ops.inductor_vision.depthwise_separable_conv2d_backward.default
 NAME = "depthwise_separable_conv2d"

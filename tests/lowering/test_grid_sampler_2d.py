@@ -15,6 +15,8 @@ from inductor_vision.tests.support.grid_sampler_2d import BACKWARD, MODES, OP, C
 from inductor_vision.tests.support.layouts import arrange
 from torch import Tensor
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 ATEN = torch.ops.aten.grid_sampler_2d.default
 ATEN_BACKWARD = torch.ops.aten.grid_sampler_2d_backward.default
 

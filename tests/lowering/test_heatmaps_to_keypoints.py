@@ -10,6 +10,8 @@ from inductor_vision.tests.support.compiled import caches_disabled, compile_and_
 from inductor_vision.tests.support.heatmaps_to_keypoints import CALLS, NAN, NO_BOXES, Heatmaps, assert_keypoints
 from torch import Tensor
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 @pytest.fixture(scope="module")
 def compiled():

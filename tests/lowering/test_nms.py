@@ -10,6 +10,8 @@ from inductor_vision.tests.support.compiled import caches_disabled, compile_and_
 from torch import Tensor, nn
 from torch.export import Dim
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 LARGE = Boxes(6000)  # enough for more than one thread, with gaps for several grids
 
 

@@ -9,6 +9,8 @@ from inductor_vision.tests.support.boxes import ROTATED_CALLS, RotatedBoxes, nms
 from inductor_vision.tests.support.compiled import caches_disabled, compile_and_run
 from torch import Tensor, nn
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 class Suppress(nn.Module):
     def forward(self, boxes: Tensor, scores: Tensor, classes: Tensor) -> tuple[Tensor, ...]:

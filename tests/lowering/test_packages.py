@@ -44,7 +44,6 @@ from inductor_vision.tests.support.boxes import (
 from inductor_vision.tests.support.compare import assert_close
 from inductor_vision.tests.support.compiled import constants_of_package, run_python
 from torch import Tensor, nn
-from torch._inductor import config
 from torch.export import Dim
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -558,7 +557,6 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Packaged:
     with (
         torch.no_grad(),
         patch.object(patch_lowering, "cache_bytes", lambda: 4096),  # patches are cut into blocks
-        config.patch({"aot_inductor.debug_compile": True}),  # compiles in a third of the time
         recorded_paths() as paths,
     ):
         exported = torch.export.export(model, (first,), dynamic_shapes=(shapes,))

@@ -36,6 +36,8 @@ from torch._inductor import config
 from torch.export import Dim
 from torch.fx.experimental.proxy_tensor import make_fx
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
 every_op = pytest.mark.parametrize("op", OPERATORS)

@@ -14,6 +14,8 @@ from inductor_vision.tests.support.compiled import compile_and_run, trace_and_ru
 from inductor_vision.tests.support.grid_sampler_2d import Case
 from torch import Tensor, nn
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 CASE = Case(batch=1, channels=16, size=(11, 14), out=(6, 8))
 
 

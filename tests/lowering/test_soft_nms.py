@@ -9,6 +9,8 @@ from inductor_vision.tests.support.boxes import CALLS, Boxes, assert_taken, soft
 from inductor_vision.tests.support.compiled import caches_disabled, compile_and_run
 from torch import Tensor, nn
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 GAUSSIAN = {"sigma": 0.4, "min_score": 0.05, "method": "gaussian"}
 
 

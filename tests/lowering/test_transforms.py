@@ -9,7 +9,7 @@ from inductor_vision.tests.support.compiled import compile_and_run
 from torch import Tensor
 
 
-def test_a_batch_of_calls_takes_one_template(unoptimized):
+def test_a_batch_of_calls_takes_one_template():
     maps, offsets = torch.randn(3, 2, 4, 8, 9), torch.randn(3, 2, 18, 8, 9)
     weight, rois = torch.randn(6, 4, 3, 3), torch.tensor([[0.0, 1, 1, 6, 7], [1, 0, 2, 5, 5]])
 

@@ -15,6 +15,8 @@ from inductor_vision.tests.support.layouts import arrange
 from inductor_vision.tests.support.upsample_bilinear2d import CASES, Case, oracle
 from torch import Tensor
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 def resize(input: Tensor, case: Case) -> Tensor:
     return upsample_bilinear2d(input, *case.arguments)

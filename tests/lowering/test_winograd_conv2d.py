@@ -31,6 +31,8 @@ from torch import Tensor, nn
 from torch._inductor import config
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 BACKWARD = OPS["winograd_conv2d_backward"]
 WEIGHT = ("winograd_conv2d", "transform of the weight")

@@ -73,7 +73,6 @@ def test_gradients_agree_with_the_reference(contender, step, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("unoptimized")
 def test_compiled_gradients_can_be_asked_for_again():
     """All of the suite's times are of gradients that were asked for before."""
     (contender,) = (contender for contender in backward.SUITE.contenders if contender.name == "ours-channels-last")

@@ -64,7 +64,6 @@ def test_descriptions():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("unoptimized")
 def test_compiled_gradients_can_be_asked_for_again():
     """All of the suite's times are of gradients that were asked for before."""
     (contender,) = (contender for contender in backward.SUITE.contenders if contender.name == "ours-channels-last")

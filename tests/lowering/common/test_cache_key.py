@@ -91,7 +91,6 @@ import inductor_vision
 
 assert inductor_vision.__file__.startswith(sys.argv[1]), inductor_vision.__file__
 torch.compiler.config.cache_key_tag = "mine"  # drops what was there
-torch._inductor.config.aot_inductor.debug_compile = True
 torch.manual_seed(0)
 x, weight, bias = torch.randn(1, 4, 5, 6), torch.randn(4, 4, 3, 3), torch.tensor([1000.0, 2000.0, 3000.0, 4000.0])
 

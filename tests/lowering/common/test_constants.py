@@ -12,9 +12,6 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor import config
 
-# What becomes of calls is tested here; kernels are compiled as users compile them in the files about operators.
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 
 class SharedKernel(nn.Module):
     """One 3x3 kernel for all channels."""

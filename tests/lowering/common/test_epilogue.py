@@ -157,9 +157,6 @@ def compare(
     return compiled.fused
 
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
-
 @pytest.mark.parametrize("layout", ["contiguous", pytest.param("channels_last", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_all_permutations_of_a_result_whose_sizes_are_all_equal(template, layout):

@@ -23,9 +23,6 @@ from torch import Tensor
 from torch._inductor import config
 from torch.fx.experimental.proxy_tensor import make_fx
 
-# What becomes of calls is tested here; kernels are compiled as users compile them in the files about operators.
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 PACKAGE = pathlib.Path(inductor_vision.__file__).parent
 
 
@@ -239,7 +236,6 @@ def program(x, boxes, scores):
     return inductor_vision.patch_conv2d(x, torch.ones(4, 4, 3, 3)), inductor_vision.nms(boxes, scores, 0.5)
 
 torch._dynamo.config.capture_dynamic_output_shape_ops = True
-torch._inductor.config.aot_inductor.debug_compile = True
 torch.manual_seed(0)
 args = torch.randn(1, 4, 5, 6), torch.rand(5, 4), torch.rand(5)
 with inductor_vision.paths.recorded_paths() as paths:

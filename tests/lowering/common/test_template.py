@@ -145,7 +145,6 @@ def flat(results: Any) -> list[Tensor]:
     return list(results) if isinstance(results, (tuple, list)) else [results]
 
 
-@pytest.mark.usefixtures("unoptimized")
 def test_epilogues_of_all_shapes():
     calls = []
     for i, (name, layout) in enumerate(

@@ -112,7 +112,6 @@ def program(x, boxes, scores):
     return y.relu(), inductor_vision.nms(boxes, scores, 0.5)
 
 torch._dynamo.config.capture_dynamic_output_shape_ops = True
-torch._inductor.config.aot_inductor.debug_compile = True
 torch.manual_seed(0)
 args = torch.randn(1, 4, 5, 6, requires_grad=True), torch.rand(5, 4), torch.rand(5)
 result, expected = torch.compile(program, fullgraph=True)(*args), program(*args)

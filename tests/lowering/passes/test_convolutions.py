@@ -425,7 +425,6 @@ import inductor_vision
 
 if sys.argv[1:]:
     inductor_vision.use_winograd()
-torch._inductor.config.aot_inductor.debug_compile = True
 torch.manual_seed(0)
 model, x = torch.nn.Conv2d(64, 64, 3, padding=1).eval(), torch.randn(1, 64, 96, 96)
 with torch.no_grad():
@@ -465,7 +464,6 @@ class Bottleneck(nn.Module):
         return (self.norms[2](self.expand(y)) + x).relu()
 
 
-@pytest.mark.usefixtures("unoptimized")
 @torch.no_grad()
 def test_nothing_is_copied_around_it(free):
     """All is channels_last: beside the kernel, in whose store norm and activation are, nothing is generated."""
@@ -481,7 +479,7 @@ def test_nothing_is_copied_around_it(free):
 def test_explained(free, switch):
     use_winograd(growth=math.inf)
     model = nn.Sequential(nn.Conv2d(6, 8, 1), nn.Conv2d(8, 8, 3))
-    with config.patch({"freezing": True, "aot_inductor.debug_compile": True}):
+    with config.patch(freezing=True):
         text = str(inductor_vision.explain(model.eval(), torch.randn(IMAGE)))
     assert text.splitlines()[:2] == [
         "conv2d           left alone: 0 (1 x 1, 6 to 8 channels, map 9 x 11): its kernel is 1 x 1, not 3 x 3",

@@ -35,9 +35,6 @@ from torch._inductor import codecache, config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.export import Dim
 
-# What becomes of calls is tested here; kernels are compiled as users compile them in the files about operators.
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 NAME = "depthwise_separable_conv2d"
 
 

@@ -19,7 +19,6 @@ def call(*to: int) -> tuple[Tensor, Tensor]:
     return torch.randn(2, 3, 13, 17), torch.empty(1, 1, *to)
 
 
-@pytest.mark.usefixtures("unoptimized")
 def test_values_for_all_sizes():
     with caches_disabled():
         compiled = torch.compile(pooled, fullgraph=True, dynamic=True)

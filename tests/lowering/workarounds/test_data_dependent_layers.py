@@ -20,9 +20,6 @@ from inductor_vision.tests.support.oldest_torch import with_oldest_torch
 from torch import Tensor, nn
 from torch._dynamo.exc import UserError
 
-# What becomes of calls is tested here; kernels are compiled as users compile them in the files about operators.
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 WORKAROUNDS = data_dependent_attention, data_dependent_batch_norms, data_dependent_convolutions, data_dependent_views
 
 
