@@ -12,18 +12,23 @@ import torch
 from inductor_vision import PatchConv2d, explain, patch_conv2d
 from inductor_vision.lowering import patch_conv2d as lowering
 from inductor_vision.ops.registry import OPS
+from inductor_vision.tests.support import convolution_templates
 from inductor_vision.tests.support.compare import assert_close
-from inductor_vision.tests.support.compiled import (
-    Compiled,
-    compile_and_run,
+from inductor_vision.tests.support.compiled import Compiled, compile_and_run
+from inductor_vision.tests.support.convolution_templates import (
+    Blocks,
+    assert_all_is_fused,
+    assert_all_right,
+    assert_same_errors,
+    assert_takes_templates,
+    compute,
+    flat,
 )
-from inductor_vision.tests.support.layouts import strides_of
 from inductor_vision.tests.support.patch_conv2d import (
     CASES,
     TENSORS,
     Case,
     Sample,
-    gradient_like,
     gradient_oracle,
     oracle,
     sample,
@@ -50,42 +55,29 @@ QUICK_BACKWARD = {FP32: ["plain", "numbers", "groups_3_of_17", "no_patches", "pa
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
-    """A call of the operator, or of its backward.
+class Call(convolution_templates.Call):
+    """See the base.
 
     Attributes:
-        wanted: which gradients; None: it is the forward pass.
         bad: makes some elements of the result's gradient NaN or infinite.
     """
 
-    sample: Sample
-    wanted: tuple[str, ...] | None = None
+    function = staticmethod(patch_conv2d)
+    gradients = BACKWARD
+    oracle, gradient_oracle = staticmethod(oracle), staticmethod(gradient_oracle)
+
     bad: bool = False
-
-    def __str__(self) -> str:
-        wanted = "" if self.wanted is None else f"-gradients-of-{'-'.join(self.wanted)}"
-        return f"{self.sample.name}-{str(self.dtype)[6:]}{wanted}"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.sample.args[0].dtype
 
     @property
     def grad(self) -> Tensor:
-        grad = gradient_like(torch.empty(self.sample.case.out_shape, dtype=self.dtype))
+        grad = super().grad
         if self.bad:
             grad[0, 1, 2, 0, 1] = torch.inf
             grad[1, 0, 0, -1, -1] = torch.nan
         return grad
 
     @property
-    def backward(self) -> tuple[Any, ...]:
-        """The arguments of the backward operator."""
-        return (self.grad, *self.sample.positional, [name in (self.wanted or ()) for name in TENSORS])
-
-    @property
     def kernels(self) -> list[tuple[str, str]]:
-        """For each kernel that it compiles to, the operator and what is said of it."""
         layout = self.sample.case.layout.removeprefix("sliced_")
         order = {"expanded": "channels_first", "patches_last": "channels_first"}.get(layout, layout)
         if order not in ORDERS or (self.sample.case.channels == 1 and order == "channels_last"):
@@ -96,24 +88,6 @@ class Call:
         kernels = [f"gradient of the input, {order}, fused"] if "input" in self.wanted else []
         kernels += [f"gradients of {', '.join(sums)}"] if sums else []
         return [("patch_conv2d_backward", kernel) for kernel in kernels]
-
-    def assert_right(self, result: Any) -> None:
-        """What the plain loop gives, laid out as eagerly; a gradient that is not wanted is empty."""
-        s = self.sample
-        if self.wanted is None:
-            eager = patch_conv2d(*s.args, **s.kwargs)
-            assert result.dtype == self.dtype
-            assert strides_of(result) == strides_of(eager), str(self)
-            assert_close(result, oracle(s), self.dtype, str(self))
-            return
-        expected = gradient_oracle(s, self.grad)
-        for name, values, eager in zip(TENSORS, result, BACKWARD(*self.backward)):
-            assert values.dtype == self.dtype
-            assert values.shape == eager.shape and strides_of(values) == strides_of(eager), f"{self}: {name}"
-            if name in self.wanted and name in expected:
-                assert_close(values, expected[name].reshape(values.shape), self.dtype, f"{self}: gradient of {name}")
-            else:
-                assert values.numel() == 0
 
 
 def with_gradients(s: Sample) -> list[Call]:
@@ -134,32 +108,6 @@ QUICK = [
     *(with_gradients(sample(name, dtype))[1] for dtype in QUICK_BACKWARD for name in QUICK_BACKWARD[dtype]),
     *bad_calls("patches_first"),
 ]
-
-
-def compute(calls: Sequence[Call], **options: Any) -> Compiled:
-    """All calls in one graph and one source file, which takes little longer to compile than one of them."""
-
-    def run(forward: dict[int, Any], backward: dict[int, Any]) -> dict[int, Any]:
-        results = {i: patch_conv2d(*args, **kwargs) for i, (args, kwargs) in forward.items()}
-        return results | {i: BACKWARD(*arguments) for i, arguments in backward.items()}
-
-    forward = {i: (call.sample.args, call.sample.kwargs) for i, call in enumerate(calls) if call.wanted is None}
-    backward = {i: call.backward for i, call in enumerate(calls) if call.wanted is not None}
-    with torch.no_grad():
-        return compile_and_run(run, forward, backward, config={"cpp_wrapper": True, **options})
-
-
-def assert_takes_templates(compiled: Compiled, calls: Sequence[Call]) -> None:
-    """Each call, and by those that are meant for it."""
-    expected = [kernel for call in calls for kernel in call.kernels]
-    assert sorted((path.op, path.detail) for path in compiled.paths) == sorted(expected)
-    assert compiled.kinds == ["template"] * len(expected)
-    assert compiled.templates == len(expected)
-
-
-def assert_all_right(compiled: Compiled, calls: Sequence[Call]) -> None:
-    for i, call in enumerate(calls):
-        call.assert_right(compiled.result[i])
 
 
 @pytest.fixture(scope="module")
@@ -315,32 +263,9 @@ class Block(nn.Module):
         return copy.deepcopy(self).double()(x.double())
 
 
-class Blocks(nn.Module):
-    """Blocks of which only the result is used, and blocks whose convolution is used as well."""
-
-    KINDS = tuple((own, layout) for own in (False, True) for layout in ORDERS)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in self.KINDS)
-        self.calls = [sample(Case(channels=16, out_channels=16, layout=layout)).args[0] for _, layout in self.KINDS]
-
-    def forward(self, calls: list[Tensor]) -> list[tuple[Tensor, ...]]:
-        results = [block(call) for block, call in zip(self.blocks, calls)]
-        return [result if own else result[1:] for result, (own, _) in zip(results, self.KINDS)]
-
-
 def test_bias_norm_activation_and_residual_are_fused():
-    """Frozen, so that all generated code is the templates'."""
-    network = Blocks()
-    with torch.no_grad():
-        compiled = compile_and_run(network, network.calls, config={"freezing": True, "cpp_wrapper": True})
-        assert compiled.templates == compiled.fused == compiled.kernels == len(network.KINDS)
-        for kind, block, call, results in zip(network.KINDS, network.blocks, network.calls, compiled.result):
-            expected = block.reference(call)
-            for result, values in zip(results, expected if kind[0] else expected[1:]):
-                assert_close(result, values, FP32, str(kind))
-                assert result.stride() == call.stride()
+    inputs = {layout: sample(Case(channels=16, out_channels=16, layout=layout)).args[0] for layout in ORDERS}
+    assert_all_is_fused(Blocks(Block, inputs))
 
 
 def nearest_other_order(x: Tensor) -> Tensor:
@@ -366,10 +291,6 @@ EPILOGUES: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "residual_of_another_order": lambda y, x: (y + nearest_other_order(x)).relu(),
     "fold": lambda y, x: y.relu().permute(0, 2, 1, 3, 4).reshape(2, 16, 25, 4).sum(2),
 }
-
-
-def flat(results: Any) -> list[Tensor]:
-    return list(results) if isinstance(results, (tuple, list)) else [results]
 
 
 @pytest.mark.slow
@@ -433,7 +354,7 @@ def test_one_compilation_serves_all_sizes_in_training():
     def run(network: Callable[..., Any], *inputs: Tensor) -> list[Tensor]:
         return train(network, parameters, *inputs)
 
-    compiled = compile_and_run(network, *patches(4, 5, 7, 6), dynamic=True, run=run)
+    compiled = compile_and_run(network, *patches(4, 5, 7, 6), dynamic=True, run=run, config={"cpp_wrapper": True})
     assert {(path.op, path.kind) for path in compiled.paths} == {
         ("patch_conv2d", "template"),
         ("patch_conv2d_backward", "template"),
@@ -477,10 +398,6 @@ def test_gradients_of_many_patches_are_accurate():
 
 def test_wrong_shapes_are_the_same_error_as_in_eager_mode():
     right = sample("plain")
-    for wrong in (right.replace(input=right.args[0][:, :, 1:]), right.replace(bias=right.args[2][:-1])):
-        with pytest.raises(RuntimeError) as eager:
-            patch_conv2d(*wrong.args, **wrong.kwargs)
-        with pytest.raises(RuntimeError) as compiled:
-            compile_and_run(lambda wrong=wrong: patch_conv2d(*wrong.args, **wrong.kwargs))
-        assert str(eager.value).startswith("patch_conv2d: ")
-        assert str(eager.value) in str(compiled.value)
+    assert_same_errors(
+        patch_conv2d, [right.replace(input=right.args[0][:, :, 1:]), right.replace(bias=right.args[2][:-1])]
+    )

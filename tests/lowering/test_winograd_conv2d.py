@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,16 +11,23 @@ import torch
 from inductor_vision import explain, winograd_conv2d
 from inductor_vision.lowering import winograd_conv2d as lowering
 from inductor_vision.ops.registry import OPS
-from inductor_vision.paths import recorded_paths
+from inductor_vision.tests.support import convolution_templates
 from inductor_vision.tests.support.compare import assert_close
-from inductor_vision.tests.support.compiled import Compiled, compile_and_run
-from inductor_vision.tests.support.layouts import strides_of
+from inductor_vision.tests.support.compiled import Compiled, compile_and_run, trace_and_run
+from inductor_vision.tests.support.convolution_templates import (
+    Blocks,
+    assert_all_is_fused,
+    assert_all_right,
+    assert_same_errors,
+    assert_takes_templates,
+    compute,
+    flat,
+)
 from inductor_vision.tests.support.winograd_conv2d import (
     CASES,
     TENSORS,
     Case,
     Sample,
-    gradient_like,
     gradient_oracle,
     oracle,
     sample,
@@ -46,37 +52,13 @@ QUICK_FORWARD = {
 QUICK_BACKWARD = {FP32: ["groups_2", "padding_beyond_the_kernel"]}
 
 
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """A call of the operator, or of its backward.
-
-    Attributes:
-        wanted: which gradients; None: it is the forward pass.
-    """
-
-    sample: Sample
-    wanted: tuple[str, ...] | None = None
-
-    def __str__(self) -> str:
-        wanted = "" if self.wanted is None else f"-gradients-of-{'-'.join(self.wanted)}"
-        return f"{self.sample.name}-{str(self.dtype)[6:]}{wanted}"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.sample.args[0].dtype
-
-    @property
-    def grad(self) -> Tensor:
-        return gradient_like(torch.empty(self.sample.case.out_shape, dtype=self.dtype))
-
-    @property
-    def backward(self) -> tuple[Any, ...]:
-        """The arguments of the backward operator."""
-        return (self.grad, *self.sample.positional, [name in (self.wanted or ()) for name in TENSORS])
+class Call(convolution_templates.Call):
+    function = staticmethod(winograd_conv2d)
+    gradients = BACKWARD
+    oracle, gradient_oracle = staticmethod(oracle), staticmethod(gradient_oracle)
 
     @property
     def kernels(self) -> list[tuple[str, str]]:
-        """For each kernel that it compiles to, the operator and what is said of it."""
         tile = self.sample.case.tile
         kind = f"F({tile} x {tile}, 3 x 3), fused"
         if self.wanted is None:
@@ -84,24 +66,6 @@ class Call:
         return (
             [WEIGHT, ("winograd_conv2d_backward", f"gradient of the input, {kind}")] if "input" in self.wanted else []
         )
-
-    def assert_right(self, result: Any) -> None:
-        """What the direct convolution gives, laid out as eagerly; a gradient that is not wanted is empty."""
-        s = self.sample
-        if self.wanted is None:
-            eager = winograd_conv2d(*s.args, **s.kwargs)
-            assert result.dtype == self.dtype
-            assert strides_of(result) == strides_of(eager), str(self)
-            assert_close(result, oracle(s), self.dtype, str(self))
-            return
-        expected = gradient_oracle(s, self.grad)
-        for name, values, eager in zip(TENSORS, result, BACKWARD(*self.backward)):
-            assert values.dtype == self.dtype
-            assert values.shape == eager.shape and strides_of(values) == strides_of(eager), f"{self}: {name}"
-            if name in self.wanted and name in expected:
-                assert_close(values, expected[name], self.dtype, f"{self}: gradient of {name}")
-            else:
-                assert values.numel() == 0
 
 
 def with_gradients(s: Sample) -> list[Call]:
@@ -112,32 +76,6 @@ QUICK = [
     *(Call(sample(name, dtype)) for dtype in QUICK_FORWARD for name in QUICK_FORWARD[dtype]),
     *(Call(sample(name, dtype), TENSORS) for dtype in QUICK_BACKWARD for name in QUICK_BACKWARD[dtype]),
 ]
-
-
-def compute(calls: Sequence[Call], **options: Any) -> Compiled:
-    """All calls in one graph and one source file, which takes little longer to compile than one of them."""
-
-    def run(forward: dict[int, Any], backward: dict[int, Any]) -> dict[int, Any]:
-        results = {i: winograd_conv2d(*args, **kwargs) for i, (args, kwargs) in forward.items()}
-        return results | {i: BACKWARD(*arguments) for i, arguments in backward.items()}
-
-    forward = {i: (call.sample.args, call.sample.kwargs) for i, call in enumerate(calls) if call.wanted is None}
-    backward = {i: call.backward for i, call in enumerate(calls) if call.wanted is not None}
-    with torch.no_grad():
-        return compile_and_run(run, forward, backward, config={"cpp_wrapper": True, **options})
-
-
-def assert_takes_templates(compiled: Compiled, calls: Sequence[Call]) -> None:
-    """Each call, and by those that are meant for it."""
-    expected = [kernel for call in calls for kernel in call.kernels]
-    assert sorted((path.op, path.detail) for path in compiled.paths) == sorted(expected)
-    assert compiled.kinds == ["template"] * len(expected)
-    assert compiled.templates == len(expected)
-
-
-def assert_all_right(compiled: Compiled, calls: Sequence[Call]) -> None:
-    for i, call in enumerate(calls):
-        call.assert_right(compiled.result[i])
 
 
 @pytest.fixture(scope="module")
@@ -286,32 +224,12 @@ class Block(nn.Module):
         return copy.deepcopy(self).double()(x.double())
 
 
-class Blocks(nn.Module):
-    """Blocks of which only the result is used, and blocks whose convolution is used as well."""
-
-    KINDS = tuple((own, layout) for own in (False, True) for layout in ("contiguous", "channels_last"))
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in self.KINDS)
-        self.calls = [sample(Case(channels=16, out_channels=16, layout=layout)).args[0] for _, layout in self.KINDS]
-
-    def forward(self, calls: list[Tensor]) -> list[tuple[Tensor, ...]]:
-        results = [block(call) for block, call in zip(self.blocks, calls)]
-        return [result if own else result[1:] for result, (own, _) in zip(results, self.KINDS)]
-
-
 def test_norm_activation_and_residual_are_fused():
-    """Frozen, so that all generated code is the templates'."""
-    network = Blocks()
-    with torch.no_grad():
-        compiled = compile_and_run(network, network.calls, config={"freezing": True, "cpp_wrapper": True})
-        assert compiled.templates == compiled.fused == compiled.kernels == len(network.KINDS)
-        for kind, block, call, results in zip(network.KINDS, network.blocks, network.calls, compiled.result):
-            expected = block.reference(call)
-            for result, values in zip(results, expected if kind[0] else expected[1:]):
-                assert_close(result, values, FP32, str(kind))
-                assert result.stride() == call.stride()
+    inputs = {
+        layout: sample(Case(channels=16, out_channels=16, layout=layout)).args[0]
+        for layout in ("contiguous", "channels_last")
+    }
+    assert_all_is_fused(Blocks(Block, inputs))
 
 
 EPILOGUES: dict[str, Callable[[Tensor, Tensor], Any]] = {
@@ -324,10 +242,6 @@ EPILOGUES: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "cat": lambda y, x: torch.cat([y, x], 1),
     "residual_of_another_format": lambda y, x: (y + (2 * x).transpose(2, 3).contiguous().transpose(2, 3)).relu(),
 }
-
-
-def flat(results: Any) -> list[Tensor]:
-    return list(results) if isinstance(results, (tuple, list)) else [results]
 
 
 @pytest.mark.slow
@@ -386,7 +300,7 @@ def test_one_compilation_serves_all_sizes_in_training():
     def run(network: Callable[..., Any], x: Tensor) -> list[Tensor]:
         return train(network, parameters, x)
 
-    compiled = compile_and_run(network, image(4, 7, 6), dynamic=True, run=run)
+    compiled = compile_and_run(network, image(4, 7, 6), dynamic=True, run=run, config={"cpp_wrapper": True})
     assert {(path.op, path.kind) for path in compiled.paths} == {
         ("winograd_conv2d", "template"),
         ("winograd_conv2d_backward", "template"),
@@ -401,7 +315,7 @@ def test_one_compilation_serves_all_sizes_in_training():
 def test_autocast_computes_in_lower_precision():
     s = sample("many_tiles_channels_last")
     with torch.autocast("cpu", BF16), torch.no_grad():
-        compiled = compile_and_run(lambda: winograd_conv2d(*s.args, **s.kwargs))
+        compiled = compile_and_run(lambda: winograd_conv2d(*s.args, **s.kwargs), config={"cpp_wrapper": True})
     assert set(compiled.kinds) == {"template"}
     assert compiled.result.dtype == BF16
     assert_close(compiled.result, oracle(s), BF16)
@@ -416,14 +330,11 @@ def test_errors_of_512_channels_are_small(tile, bound):
     assert (compiled.result[0] - exact).abs().max() < bound * exact.abs().max()
 
 
-@pytest.mark.usefixtures("unoptimized")
 def test_padding_that_changes_is_left_to_the_decomposition():
     x, weight, _ = sample("plain").args
-    program = torch.compile(lambda x, padding: winograd_conv2d(x, weight, padding=padding), dynamic=True)
-    with recorded_paths() as paths:
-        result = program(x, 2)
-    assert_close(result, winograd_conv2d(x.double(), weight.double(), padding=2), FP32)
-    assert [(path.kind, path.detail) for path in paths] == [
+    traced = trace_and_run(lambda x, padding: winograd_conv2d(x, weight, padding=padding), x, 2, dynamic=True)
+    assert_close(traced.result, winograd_conv2d(x.double(), weight.double(), padding=2), FP32)
+    assert [(path.kind, path.detail) for path in traced.paths] == [
         ("decomposition", "stride, padding and dilation must be constants")
     ]
 
@@ -438,13 +349,9 @@ def test_explain_says_how_it_is_computed():
 
 def test_wrong_shapes_are_the_same_error_as_in_eager_mode():
     right = sample("plain")
-    for wrong in (right.replace(input=right.args[0][:, 1:]), right.replace(bias=right.args[2][:-1])):
-        with pytest.raises(RuntimeError) as eager:
-            winograd_conv2d(*wrong.args, **wrong.kwargs)
-        with pytest.raises(RuntimeError) as compiled:
-            compile_and_run(lambda wrong=wrong: winograd_conv2d(*wrong.args, **wrong.kwargs))
-        assert str(eager.value).startswith("winograd_conv2d: ")
-        assert str(eager.value) in str(compiled.value)
+    assert_same_errors(
+        winograd_conv2d, [right.replace(input=right.args[0][:, 1:]), right.replace(bias=right.args[2][:-1])]
+    )
 
 
 def test_large_maps_are_those_of_many_tiles():

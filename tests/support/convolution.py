@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from inductor_vision.tests.support.arguments import Wrong
@@ -105,6 +106,11 @@ def normal_of(case: Any, dtype: torch.dtype) -> Callable[..., Tensor]:
     """What makes tensors of such numbers, one of the shape of each of its calls."""
     generator = generator_of(case)
     return lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def numbers(tensor: Tensor) -> np.ndarray:
+    """Its values in float64, for oracles."""
+    return tensor.detach().double().numpy()
 
 
 def arrange_weight(weight: Tensor, layout: str) -> Tensor:

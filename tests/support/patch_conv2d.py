@@ -223,17 +223,13 @@ def _terms(case: Case) -> Iterator[tuple[slice, slice, int, int, int, int, int, 
             yield outputs, inputs, p, q, row, column, i, j
 
 
-def _numbers(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().double().numpy()
-
-
 @np.errstate(invalid="ignore")  # inf - inf and 0 * inf, in samples that have them
 def oracle(s: Sample) -> Tensor:
     """The call in float64, one term of the sum at a time, for all patches; what falls on the padding is not visited."""
-    x, filters = _numbers(s.positional[0]), _numbers(s.args[1])
+    x, filters = convolution.numbers(s.positional[0]), convolution.numbers(s.args[1])
     out = np.zeros(s.case.out_shape)
     if s.args[2] is not None:
-        out += _numbers(s.args[2])[:, None, None]
+        out += convolution.numbers(s.args[2])[:, None, None]
     for outputs, inputs, p, q, row, column, i, j in _terms(s.case):
         out[:, :, outputs, p, q] += np.einsum("bnc,oc->bno", x[:, :, inputs, row, column], filters[outputs, :, i, j])
     result = torch.from_numpy(out)
@@ -243,7 +239,7 @@ def oracle(s: Sample) -> Tensor:
 @np.errstate(invalid="ignore")
 def gradient_oracle(s: Sample, grad: Tensor) -> dict[str, Tensor]:
     """The gradient of each tensor of the call in float64, likewise; ``grad`` has the operator's shape."""
-    x, filters, g = _numbers(s.positional[0]), _numbers(s.args[1]), _numbers(grad)
+    x, filters, g = convolution.numbers(s.positional[0]), convolution.numbers(s.args[1]), convolution.numbers(grad)
     grad_input, grad_weight = np.zeros(x.shape), np.zeros(filters.shape)
     for outputs, inputs, p, q, row, column, i, j in _terms(s.case):
         of_pixel = g[:, :, outputs, p, q]

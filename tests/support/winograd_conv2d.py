@@ -155,17 +155,13 @@ def _terms(case: Case) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...], s
         yield tuple(to), tuple(source), outputs, i, j
 
 
-def _numbers(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().double().numpy()
-
-
 @np.errstate(invalid="ignore")  # inf - inf, in samples that have them
 def oracle(s: Sample) -> Tensor:
     """The call in float64, directly, one tap at a time; what falls on the padding is not visited."""
-    x, filters = _numbers(s.args[0]), _numbers(s.args[1])
+    x, filters = convolution.numbers(s.args[0]), convolution.numbers(s.args[1])
     out = np.zeros(s.case.out_shape)
     if s.args[2] is not None:
-        out += _numbers(s.args[2])[:, None, None]
+        out += convolution.numbers(s.args[2])[:, None, None]
     for to, source, outputs, i, j in _terms(s.case):
         out[to] += np.einsum("bcyx,oc->boyx", x[source], filters[outputs, :, i, j])
     return torch.from_numpy(out)
@@ -173,7 +169,7 @@ def oracle(s: Sample) -> Tensor:
 
 def gradient_oracle(s: Sample, grad: Tensor) -> dict[str, Tensor]:
     """The gradient of each tensor of the call in float64, likewise."""
-    x, filters, g = _numbers(s.args[0]), _numbers(s.args[1]), _numbers(grad)
+    x, filters, g = convolution.numbers(s.args[0]), convolution.numbers(s.args[1]), convolution.numbers(grad)
     grad_input, grad_weight = np.zeros(x.shape), np.zeros(filters.shape)
     for to, source, outputs, i, j in _terms(s.case):
         grad_input[source] += np.einsum("boyx,oc->bcyx", g[to], filters[outputs, :, i, j])
