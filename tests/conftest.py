@@ -16,6 +16,8 @@ from types import ModuleType
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # C++ is not optimized, which compiles in half of the time, but for tests that ask for kernels as users get them.
 os.environ.setdefault("AOT_INDUCTOR_DEBUG_COMPILE", "1")
+# The processor's vectors are what they are said to be: to try them takes a second of every process that compiles.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 import numpy as np
 import pytest

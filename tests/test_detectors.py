@@ -26,7 +26,7 @@ from inductor_vision.ops.torchvision_detection import (
     ssd_detections,
 )
 from inductor_vision.paths import Path
-from inductor_vision.tests.support.compiled import Traced, compile_and_run, trace_and_run
+from inductor_vision.tests.support.compiled import Compiled, Traced, compile_and_run, trace_and_run
 from inductor_vision.tests.support.detectors import (
     HAND_MADE,
     agreement,
@@ -56,6 +56,11 @@ def accelerated(torchvision_python) -> None:
 
 def images(*sizes: tuple[int, int]) -> list[Tensor]:
     return [torch.rand(3, *size) for size in sizes]
+
+
+def in_one_source(detector: nn.Module, images: list[Tensor]) -> Compiled:
+    """Compiled, its dozens of kernels in one file of C++ with what calls them, which saves most of the time."""
+    return compile_and_run(detector, images, config={"cpp_wrapper": True})
 
 
 def assert_operators(kind: str, paths: list[Path], images: int, as_what: str) -> None:
@@ -90,7 +95,7 @@ def test_compiled():
     detector, sizes = small_detector("MaskRCNN").to(memory_format=torch.channels_last), ((90, 120), (70, 64))
     first, second = images(*sizes), images(*sizes)
     with torch.no_grad():
-        compiled = compile_and_run(detector, first)
+        compiled = in_one_source(detector, first)
         with torch._dynamo.config.patch(error_on_recompile=True):
             results = compiled.result + compiled.function(second)
             nothing = compiled.function([torch.full_like(image, float("nan")) for image in first])
@@ -132,7 +137,7 @@ def test_hand_made_with_batch_norms_in_its_heads():
     """With Inductor, and with nothing that is detected."""
     detector, one = hand_made_detector("batch norm"), images((90, 120))
     with torch.no_grad():
-        compiled = compile_and_run(detector, one)
+        compiled = in_one_source(detector, one)
         (nothing,) = compiled.function([torch.full_like(one[0], float("nan"))])
         (stock,) = detector(one)
     assert set(compiled.kinds) == {"template"} and len(stock["boxes"]) > 4
@@ -202,7 +207,7 @@ def test_bfloat16(kind, converted):
 @BFLOAT16
 def test_bfloat16_compiled(converted):
     detector, (image,) = small_detector("MaskRCNN"), images((90, 120))
-    compiled = in_bfloat16(compile_and_run, detector, image, converted)
+    compiled = in_bfloat16(in_one_source, detector, image, converted)
     assert set(compiled.kinds) == {"template"}
     assert_agree(compiled.result[0], detector, image)
 

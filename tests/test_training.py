@@ -52,7 +52,7 @@ def test_a_training_step_compiles_once_for_all_batches():
         with torch.compiler.set_stance("fail_on_recompile"):
             return [*steps, *(training.step(*batch) for batch in batches[1:])]
 
-    compiled = compile_and_run(loss_of, model, *batches[0], run=train)
+    compiled = compile_and_run(loss_of, model, *batches[0], run=train, config={"cpp_wrapper": True})
     assert counters["stats"]["unique_graphs"] == 2  # the loss, and the optimizer's step
     assert counts(compiled.paths) == compiled_paths(forward=2, backward=2)
     assert_same_steps(compiled.result, expected, TOLERANCE)

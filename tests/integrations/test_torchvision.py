@@ -68,7 +68,9 @@ def test_stock_operators_take_the_template(stock):
         accelerate_torchvision()
     assert torch.compiler.config.cache_key_tag == "before+torchvision"  # the caches hold what was compiled before
     calls = [call_of("groups_across_offset_groups"), call_of("neither")]
-    compiled = compile_and_run(lambda calls: [stock.ops.deform_conv2d(*call).relu() for call in calls], calls)
+    compiled = compile_and_run(
+        lambda calls: [stock.ops.deform_conv2d(*call).relu() for call in calls], calls, config={"cpp_wrapper": True}
+    )
     assert compiled.kinds == ["template", "template"]
     assert (compiled.templates, compiled.fused) == (2, 2)
     for call, result in zip(calls, compiled.result):
@@ -190,7 +192,7 @@ def test_stock_gradients_of_deform_conv2d_take_the_template(stock):
     op = torch.ops.torchvision._deform_conv2d_backward
     samples = [sample(name) for name in ("mask_bias", "neither", "groups_across_offset_groups", "all_channels_last")]
     calls = [(gradient_like(deform_conv2d(*s.args, **s.kwargs)), *as_torchvision(s)) for s in samples]
-    compiled = compile_and_run(lambda calls: [op(*call) for call in calls], calls)
+    compiled = compile_and_run(lambda calls: [op(*call) for call in calls], calls, config={"cpp_wrapper": True})
     assert compiled.kinds == ["template"] * len(samples)
     for call, results in zip(calls, compiled.result):
         for ours, stocks in zip(results, op(*call)):
@@ -240,7 +242,7 @@ def test_stock_operators_on_regions_train(stock):
         return [getattr(stock.ops, s.op)(x, *s.arguments[1:]) for s, x in zip(samples, inputs)]
 
     with caches_disabled(), recorded_paths() as paths:
-        compiled = gradients(torch.compile(run, fullgraph=True))
+        compiled = gradients(torch.compile(run, fullgraph=True, options={"cpp_wrapper": True}))
     assert sorted((path.op, path.kind) for path in paths) == sorted(
         (name, "template") for op in OPERATORS for name in (op, f"{op}_backward")
     )
@@ -259,7 +261,7 @@ def test_stock_pooler_is_one_template(stock):
     accelerate_torchvision()
     s = pyramid("plain")
     pooler, call = pooler_and_call(stock, s)
-    compiled = compile_and_run(pooler, *call)
+    compiled = compile_and_run(pooler, *call, config={"cpp_wrapper": True})
     assert compiled.kinds == ["template"]
     assert compiled.templates == 1
     assert_close(compiled.result, pyramid_oracle(s), torch.float32)
@@ -298,7 +300,7 @@ def test_stock_pooler_trains(stock):
     pooler, (maps, *call) = pooler_and_call(stock, s)
     leaves = {name: maps[name].requires_grad_() for name in pooler.featmap_names}
     with caches_disabled(), recorded_paths() as paths:
-        out = torch.compile(pooler, fullgraph=True)(leaves, *call)
+        out = torch.compile(pooler, fullgraph=True, options={"cpp_wrapper": True})(leaves, *call)
         gradients = torch.autograd.grad(out, list(leaves.values()), s.gradient)
     assert sorted(path.op for path in paths) == ["roi_align", *["roi_align_backward"] * 3]
     assert {path.kind for path in paths} == {"template"}

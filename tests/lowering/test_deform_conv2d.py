@@ -168,6 +168,7 @@ def assert_right_without_dot_products(samples: Sequence[Sample]) -> None:
     assert_right(compiled, samples)
 
 
+@pytest.mark.slow
 def test_avx2():
     names = ["mask_bias", "channels_37", "groups_8", "input_channels_last", "depthwise_37", "shared"]
     with vectors(256, bits=256):
@@ -195,7 +196,7 @@ def tensors_of(s: Sample) -> tuple[Tensor, Tensor, Tensor]:
 def test_one_compilation_serves_all_sizes():
     network = TwoConvolutions()
     with torch.no_grad():
-        compiled = compile_and_run(network, *TwoConvolutions.call(4, 7, 11), dynamic=True)
+        compiled = compile_and_run(network, *TwoConvolutions.call(4, 7, 11), dynamic=True, config={"cpp_wrapper": True})
         assert compiled.templates == 2
         assert compiled.kinds == ["template"] * 2
         network.assert_right(compiled.result, TwoConvolutions.call(4, 7, 11))
@@ -219,7 +220,7 @@ def test_every_number_of_threads_gives_the_same_bits():
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         with torch.no_grad():  # frozen, so that all generated code is the template's, and compiled once
-            compiled = compile_and_run(run, *map(tensors_of, samples), config={"freezing": True})
+            compiled = compile_and_run(run, *map(tensors_of, samples), config={"cpp_wrapper": True, "freezing": True})
         assert compiled.templates == compiled.kernels == len(samples)
         results.append(compiled.result)
     for result in results[1:]:

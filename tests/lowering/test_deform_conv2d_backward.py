@@ -166,7 +166,7 @@ def test_what_nothing_reads_is_not_computed():
     assert_close(compiled.result, BACKWARD.decomposition(*arguments)[2], FP32)
 
 
-@pytest.mark.parametrize("simdlen,bits", [(256, 256), (1, 0)])
+@pytest.mark.parametrize("simdlen,bits", [(256, 256), pytest.param(1, 0, marks=pytest.mark.slow)])
 def test_narrow_or_no_vectors(simdlen, bits):
     names = ["mask_bias", "channels_37", "groups_8", "input_channels_last", "depthwise_37"]
     calls: list[Call] = [(sample(name, dtype), None) for dtype in (FP32, BF16) for name in names]
@@ -233,7 +233,9 @@ def test_autograd_of_compiled_code(layout):
     s = sample(Case(channels=16, out_channels=16, layout=layout)).requiring_grad()
     tensors = s.args[0], s.args[1], s.kwargs["mask"]
     layer = DeformConv2d(16, 16, 3, padding=1).to(memory_format=torch.channels_last)
-    compiled = compile_and_run(layer, *tensors, run=lambda layer, *tensors: train(layer, *tensors))
+    compiled = compile_and_run(
+        layer, *tensors, run=lambda layer, *tensors: train(layer, *tensors), config={"cpp_wrapper": True}
+    )
     assert {(path.op, path.kind) for path in compiled.paths} == {
         ("deform_conv2d", "template"),
         ("deform_conv2d_backward", "template"),

@@ -115,7 +115,7 @@ def test_every_layout_gives_the_same():
         calls = [(OP(image, grid, 0, 0, False), image) for image in images]
         return [(out, *BACKWARD(grad, image, grid, 0, 0, False, [True, True])) for out, image in calls]
 
-    compiled = compile_and_run(function, case.grad(), case.grid(), *images)
+    compiled = compile_and_run(function, case.grad(), case.grid(), *images, config={"cpp_wrapper": True})
     assert set(compiled.kinds) == {"template"}
     for image, (result, *gradients) in zip(images, compiled.result):
         assert result.is_contiguous()
@@ -150,7 +150,7 @@ def test_dtypes(dtype):
         ]
 
     tensors = [tensor for case in cases for tensor in call(case)]
-    compiled = compile_and_run(function, *tensors)
+    compiled = compile_and_run(function, *tensors, config={"cpp_wrapper": True})
     assert compiled.kinds == ["template"] * 2 * len(cases)
     for i, (case, results) in enumerate(zip(cases, zip(*[iter(compiled.result)] * 3))):
         grad, input, grid = (tensor.double() for tensor in tensors[3 * i : 3 * i + 3])
@@ -171,7 +171,7 @@ def test_neighbours_are_fused():
 
     other = torch.randn(1, 16, 18, 20)
     with torch.no_grad():
-        compiled = compile_and_run(function, case.input(), case.grid(), other)
+        compiled = compile_and_run(function, case.input(), case.grid(), other, config={"cpp_wrapper": True})
         stock = [ATEN(case.input(), case.grid(), 0, padding, False) for padding in (0, 1)]
         assert_close(compiled.result[1], F.conv2d(stock[1] * 2, weight), torch.float32)
     assert (compiled.templates, compiled.fused) == (2, 2)

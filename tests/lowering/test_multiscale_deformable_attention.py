@@ -122,7 +122,7 @@ def test_every_number_of_threads_gives_the_same_bits(monkeypatch):
     def run(calls: Sequence[tuple[Any, ...]]) -> list[Tensor]:
         return [result for grad, *call in calls for result in (FORWARD(*call[:-1]), *BACKWARD(grad, *call))]
 
-    compiled = compile_and_run(run, arguments)
+    compiled = compile_and_run(run, arguments, config={"cpp_wrapper": True})
     for threads in (1, 2, 3, 5):
         torch.set_num_threads(threads)
         assert all(map(torch.equal, compiled.function(arguments), compiled.result))
@@ -225,7 +225,7 @@ def test_a_value_that_is_yet_to_be_written_is_written_one_head_after_the_other()
     """Behind a mask, and even where it would be copied into another order."""
     layer, tensors = Layer(), layer_inputs()
     with torch.no_grad():
-        compiled = compile_and_run(layer, *tensors, MAPS)
+        compiled = compile_and_run(layer, *tensors, MAPS, config={"cpp_wrapper": True})
         assert_close(compiled.result, layer(*tensors, MAPS), FP32)
     (path,) = compiled.paths
     assert (path.kind, path.detail) == ("template", "fused")
@@ -242,7 +242,7 @@ def test_a_layer_is_trained():
         out = layer(*leaves, mask, MAPS)
         return [out, *torch.autograd.grad(out.square().sum(), [*leaves, *layer.parameters()])]
 
-    compiled = compile_and_run(layer, *tensors, run=train)
+    compiled = compile_and_run(layer, *tensors, run=train, config={"cpp_wrapper": True})
     assert {(path.op, path.kind) for path in compiled.paths} == {
         (FORWARD.name, "template"), (BACKWARD.name, "template")
     }  # fmt: skip
@@ -255,7 +255,9 @@ def test_a_layer_is_trained():
 def test_only_the_gradients_that_are_wanted():
     grad, *arguments, _ = Case().positional_backward
     subsets = [[True, False, False], [False, True, False], [False, False, True], [False, False, False]]
-    compiled = compile_and_run(lambda: [BACKWARD(grad, *arguments, wanted) for wanted in subsets])
+    compiled = compile_and_run(
+        lambda: [BACKWARD(grad, *arguments, wanted) for wanted in subsets], config={"cpp_wrapper": True}
+    )
     assert compiled.templates == 3
     together = BACKWARD(grad, *arguments, [True] * 3)
     for wanted, results in zip(subsets, compiled.result):

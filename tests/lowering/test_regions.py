@@ -465,7 +465,7 @@ def assert_same_step(gradients: Sequence[Tensor], expected: Sequence[Tensor]) ->
 def test_gradients_are_fused_with_what_else_reaches_their_map():
     """The gradient of a map that regions and a convolution read; the next convolution wants the sum channels_last."""
     network, call = Head(), (torch.randn(2, 3, 32, 40), boxes_in(40, 7, 9))
-    compiled = compile_and_run(network, network, *call, run=step)
+    compiled = compile_and_run(network, network, *call, run=step, config={"cpp_wrapper": True})
     assert taken(compiled) == sorted([("roi_align", "template")] + [("roi_align_backward", "template")] * 2)
     assert compiled.templates == 3
     assert_same_step(compiled.result, step(network, network, *call))
@@ -523,7 +523,9 @@ def test_the_place_of_the_maximum():
         return [torch.ops.inductor_vision.roi_pool(x, boxes, *options) for x, boxes in zip(inputs, rois)]
 
     with torch.no_grad():
-        compiled = compile_and_run(places, [samples[0].input], [samples[0].rois.clone()], dynamic=True)
+        compiled = compile_and_run(
+            places, [samples[0].input], [samples[0].rois.clone()], dynamic=True, config={"cpp_wrapper": True}
+        )
         assert compiled.kinds == ["template"]
         for s in samples:
             ((out, argmax),) = compiled.function([s.input], [s.rois.clone()])
@@ -732,7 +734,7 @@ def image_and_boxes() -> tuple[Tensor, Tensor]:
 def test_a_convolution_behind_gets_what_it_wants_without_a_copy():
     network, call = BetweenConvolutions().eval(), image_and_boxes()
     with torch.no_grad():
-        compiled = compile_and_run(network, *call, config={"freezing": True})
+        compiled = compile_and_run(network, *call, config={"cpp_wrapper": True, "freezing": True})
         assert_close(compiled.result, network(*call), FP32)
     assert [str(path) for path in compiled.paths] == ["roi_align: template (fused, channels_last result)"]
     assert (compiled.templates, compiled.fused) == (1, 1)
@@ -758,7 +760,7 @@ def test_a_linear_layer_behind_gets_what_it_wants_without_a_copy(dynamic, autoca
     network, (image, boxes) = BeforeLinear().eval(), image_and_boxes()
     call = image.contiguous(memory_format=torch.channels_last), boxes
     with torch.no_grad(), torch.autocast("cpu", BF16, enabled=autocast):
-        compiled = compile_and_run(network, *call, dynamic=dynamic, config={"freezing": True})
+        compiled = compile_and_run(network, *call, dynamic=dynamic, config={"cpp_wrapper": True, "freezing": True})
         assert_close(compiled.result, network(*call), BF16 if autocast else FP32)
     assert [str(path) for path in compiled.paths] == [FLATTENED]
     (written,) = re.findall(r"^ *cpp_fused_\w*roi_align\w*\(.*(buf\d+)\b.*\)$", compiled.source, flags=re.MULTILINE)
@@ -770,7 +772,7 @@ def test_a_linear_layer_behind_gets_what_it_wants_without_a_copy(dynamic, autoca
 def test_a_linear_layer_is_trained_without_a_copy():
     network, (image, boxes) = BeforeLinear().to(memory_format=torch.channels_last), image_and_boxes()
     call = image.contiguous(memory_format=torch.channels_last), boxes
-    compiled = compile_and_run(network, network, *call, run=step)
+    compiled = compile_and_run(network, network, *call, run=step, config={"cpp_wrapper": True})
     assert FLATTENED in map(str, compiled.paths)
     assert compiled.fused == 1  # the clone that eager mode makes
     assert_same_step(compiled.result, step(network, network, *call))
@@ -864,7 +866,7 @@ def test_the_number_of_bins_may_vary(unoptimized):
         gradients = torch.autograd.grad(sum(result.square().sum() for result in results), maps)
         return [*results, *gradients]
 
-    compiled = compile_and_run(pool, 2, dynamic=True, run=train)
+    compiled = compile_and_run(pool, 2, dynamic=True, run=train, config={"cpp_wrapper": True})
     assert [(path.op, path.kind) for path in compiled.paths if not path.op.endswith("backward")] == [
         (op, "template") for op in ("roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool", "roi_align")
     ]

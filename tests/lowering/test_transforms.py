@@ -20,7 +20,7 @@ def test_a_batch_of_calls_takes_one_template():
         return torch.vmap(torch.func.grad(loss, (0, 1)), (0, 0, None, None))(maps, offsets, weight, rois)
 
     arguments = maps, offsets, weight, rois
-    compiled = compile_and_run(gradients, *arguments)
+    compiled = compile_and_run(gradients, *arguments, config={"cpp_wrapper": True})
     ops = ("deform_conv2d", "roi_align", "roi_align_backward", "deform_conv2d_backward")
     assert [(path.op, path.kind) for path in compiled.paths] == [(op, "template") for op in ops]
     for result, expected in zip(compiled.result, gradients(*arguments), strict=True):

@@ -73,7 +73,9 @@ def test_every_layout_and_number_of_threads_gives_the_same(channels):
     """And what aten gives but for the last bits."""
     case = Case(channels=channels, to=(70, 33))
     inputs = [arrange(case.input(), layout) for layout in ("contiguous", "channels_last", "stepped")]
-    compiled = compile_and_run(lambda *inputs: [resize(input, case) for input in inputs], *inputs)
+    compiled = compile_and_run(
+        lambda *inputs: [resize(input, case) for input in inputs], *inputs, config={"cpp_wrapper": True}
+    )
     assert compiled.kinds == ["template"] * len(inputs)
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)

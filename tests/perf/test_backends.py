@@ -61,7 +61,7 @@ def test_as_an_option_freezing_comes_too_late():
         assert sees_its_weight_change(lambda: program(x), layer)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", ["forward", pytest.param("backward", marks=pytest.mark.slow)])
 def test_code_of_one_contender_is_not_anothers(name: str):
     suite, build = SMALL[name]
     problem = build()

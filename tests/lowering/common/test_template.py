@@ -206,7 +206,7 @@ def test_networks(freezing):
 
     image, x = torch.randn(2, 3, 12, 15), torch.randn(2, 16, 12, 15)
     with torch.no_grad():
-        compiled = compile_and_run(run, image, x, config={"freezing": freezing})
+        compiled = compile_and_run(run, image, x, config={"cpp_wrapper": True, "freezing": freezing})
         expected = copy.deepcopy(network).double()(image.double()), copy.deepcopy(views).double()(x.double())
     assert compiled.templates == 2
     assert compiled.fused == 1
@@ -237,5 +237,7 @@ def test_a_neighbour_of_another_memory_format():
         module(image, rois).backward()
         return [parameter.grad.clone() for parameter in network.parameters()]
 
-    for result, expected in zip(step(torch.compile(network, fullgraph=True)), step(network)):
+    for result, expected in zip(
+        step(torch.compile(network, fullgraph=True, options={"cpp_wrapper": True})), step(network)
+    ):
         assert_close(result, expected, FP32)

@@ -422,7 +422,7 @@ def test_training_is_as_it_was():
         return torch.autograd.grad(function(x).square().sum(), list(model.parameters()))
 
     with config.patch(freezing=True, joint_custom_pre_pass=[FoldAffineMaps("tested")]):
-        compiled = compile_and_run(model, x, run=gradients)
+        compiled = compile_and_run(model, x, run=gradients, config={"cpp_wrapper": True})
     assert compiled.paths == []
     for ours, expected in zip(compiled.result, gradients(model, x)):
         assert_close(ours, expected, torch.float32)
@@ -431,7 +431,9 @@ def test_training_is_as_it_was():
 def test_nothing_happens_without_freezing():
     model, x = nn.Sequential(nn.Conv2d(6, 6, 1), batch_norm(6)).eval(), torch.randn(IMAGE)
     with torch.no_grad():
-        compiled = compile_and_run(model, x, config={"joint_custom_pre_pass": [FoldAffineMaps("tested")]})
+        compiled = compile_and_run(
+            model, x, config={"cpp_wrapper": True, "joint_custom_pre_pass": [FoldAffineMaps("tested")]}
+        )
     assert compiled.paths == []
 
 

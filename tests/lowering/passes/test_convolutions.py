@@ -469,7 +469,7 @@ def test_nothing_is_copied_around_it(free):
     """All is channels_last: beside the kernel, in whose store norm and activation are, nothing is generated."""
     model = nn.Sequential(Bottleneck(), Bottleneck()).eval()
     x = torch.randn(2, 24, 9, 11).contiguous(memory_format=torch.channels_last)
-    compiled = compile_and_run(model, x, config={"freezing": True, **winograd()})
+    compiled = compile_and_run(model, x, config={"cpp_wrapper": True, "freezing": True, **winograd()})
     assert [path.kind for path in compiled.paths if path.op == "conv2d"].count("replaced") == 2
     assert (compiled.templates, compiled.kernels) == (2, 2)
     assert_close(compiled.result, model(x), torch.float32)

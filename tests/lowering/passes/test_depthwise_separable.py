@@ -472,12 +472,12 @@ def test_compiled(switched_on):
 def test_a_slope_that_changes(switched_on):
     """It is read at each call, and from a constant where the model is frozen."""
     model, x = block(nn.PReLU()), torch.randn(IMAGE)
-    compiled = compile_and_run(model, x)
+    compiled = compile_and_run(model, x, config={"cpp_wrapper": True})
     assert calls(compiled.paths) == ["fused", "template"]
     for slope in (0.25, -1.5):
         model[2].weight.fill_(slope)
         assert_close(compiled.function(x), model(x), torch.float32)
-    frozen = compile_and_run(model, x, config={"freezing": True})
+    frozen = compile_and_run(model, x, config={"cpp_wrapper": True, "freezing": True})
     assert calls(frozen.paths) == ["fused", "template"]
     assert_close(frozen.result, model(x), torch.float32)
 
@@ -490,7 +490,7 @@ def test_compiled_with_gradients(switched_on):
     def step(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(function(*inputs).square().sum(), parameters)
 
-    compiled = compile_and_run(model, x, run=step)
+    compiled = compile_and_run(model, x, run=step, config={"cpp_wrapper": True})
     assert calls(compiled.paths)[0] == "fused"
     for gradient, wanted in zip(compiled.result, step(model, x)):
         assert_close(gradient, wanted, torch.float32)

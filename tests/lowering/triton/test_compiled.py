@@ -91,6 +91,11 @@ CALLS: dict[str, tuple[Callable[[], tuple[Any, ...]], str | None]] = {
 }
 
 
+def slow_but(*quick: str) -> list[Any]:
+    """All operators; those that are not named are left to "make test-all", since the interpreter takes its time."""
+    return [op if op in quick else pytest.param(op, marks=pytest.mark.slow) for op in CALLS]
+
+
 def run_compiled(op: str, arguments: tuple[Any, ...], **options: Any) -> tuple[Compiled, list[str]]:
     """A call of an operator, compiled, and the Triton kernels that it launched."""
     leaves, structure = tree_flatten(arguments)
@@ -126,7 +131,11 @@ def test_each_operator_has_a_call():
     assert sorted(CALLS) == sorted(OPS.keys() - aten)
 
 
-@pytest.mark.parametrize("op", CALLS)
+# Attention and overlaps take long, and have no kernels; winograd_conv2d and the gradient of roi_pool have none either.
+LONG = {"multiscale_deformable_attention", "multiscale_deformable_attention_backward", "box_iou_rotated"}
+
+
+@pytest.mark.parametrize("op", slow_but(*(CALLS.keys() - LONG)))
 def test_an_operator_runs_as_triton_code(op: str, device: torch.device):
     make, kernel = CALLS[op]
     arguments = make()
@@ -143,7 +152,9 @@ def test_an_operator_runs_as_triton_code(op: str, device: torch.device):
     assert_same(compiled, OPS[op].decomposition(*arguments))
 
 
-@pytest.mark.parametrize("op", CALLS)
+@pytest.mark.parametrize(
+    "op", slow_but("deform_conv2d", "patch_conv2d", "depthwise_separable_conv2d", "roi_pool_backward", "soft_nms")
+)
 def test_all_sizes_may_be_dynamic(op: str, device: torch.device):
     make, kernel = CALLS[op]
     arguments = make()
@@ -278,7 +289,7 @@ def test_wrong_values_are_errors_before_a_kernel_reads(device: torch.device):
         run_compiled("heatmaps_to_keypoints", (maps, rois))
 
 
-@pytest.mark.parametrize("op", ["deform_conv2d_backward", "roi_align_backward"])
+@pytest.mark.parametrize("op", [pytest.param("deform_conv2d_backward", marks=pytest.mark.slow), "roi_align_backward"])
 def test_nothing_is_added_in_any_order_where_that_is_not_wanted(op: str, device: torch.device):
     arguments = CALLS[op][0]()
     torch.use_deterministic_algorithms(True)

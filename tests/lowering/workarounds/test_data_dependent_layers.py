@@ -62,7 +62,7 @@ def test_convolutions(layer, channels_last):
     if channels_last:
         model, images = model.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
     with torch.no_grad():
-        compiled = compile_and_run(model, images, CHOSEN)
+        compiled = compile_and_run(model, images, CHOSEN, config={"cpp_wrapper": True})
         torch.testing.assert_close(compiled.result, model(images, CHOSEN))
         for some in CHOICES:
             torch.testing.assert_close(compiled.function(images, some), model(images, some))
@@ -136,7 +136,9 @@ def test_layers(freezing):
     if freezing:  # under which torch cannot compile the projections of attention
         del layers.layers["attention"]
     with torch.no_grad():
-        compiled = compile_and_run(layers, torch.rand(5, 6, 8, 10), CHOSEN, config={"freezing": freezing})
+        compiled = compile_and_run(
+            layers, torch.rand(5, 6, 8, 10), CHOSEN, config={"cpp_wrapper": True, "freezing": freezing}
+        )
         with torch._dynamo.config.patch(error_on_recompile=True):
             assert_same_layers(compiled.function, layers)
 
