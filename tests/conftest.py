@@ -135,7 +135,8 @@ def optimized(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     from torch._inductor import config
 
-    with config.patch({"aot_inductor.debug_compile": False}):
+    # What calls the kernels is a source of its own then, whose optimization is half of the time.
+    with config.patch({"aot_inductor.debug_compile": False, "cpp_wrapper_build_separate": True}):
         yield
 
 

@@ -150,7 +150,6 @@ from collections import Counter
 from inductor_vision import accelerate_torchvision, export_detector, fuse_depthwise_separable
 from inductor_vision.paths import recorded_paths
 from inductor_vision.perf.suites.detectors import detections_error  # in any order of equal scores
-from inductor_vision.tests.support.compiled import trace_and_run
 from inductor_vision.tests.support.detectors import spread
 from torch import nn
 
@@ -176,6 +175,8 @@ with torch.no_grad():
     (stock,) = detector(images[:1])
 assert len(stock["boxes"]) > 4
 if path == "traced":
+    from inductor_vision.tests.support.compiled import trace_and_run
+
     with torch.no_grad():
         traced = trace_and_run(detector, images[:1])
     paths, (found,) = traced.paths, traced.result

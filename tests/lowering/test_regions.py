@@ -734,7 +734,7 @@ def image_and_boxes() -> tuple[Tensor, Tensor]:
 def test_a_convolution_behind_gets_what_it_wants_without_a_copy():
     network, call = BetweenConvolutions().eval(), image_and_boxes()
     with torch.no_grad():
-        compiled = compile_and_run(network, *call, config={"cpp_wrapper": True, "freezing": True})
+        compiled = compile_and_run(network, *call, config={"freezing": True})
         assert_close(compiled.result, network(*call), FP32)
     assert [str(path) for path in compiled.paths] == ["roi_align: template (fused, channels_last result)"]
     assert (compiled.templates, compiled.fused) == (1, 1)
@@ -760,7 +760,7 @@ def test_a_linear_layer_behind_gets_what_it_wants_without_a_copy(dynamic, autoca
     network, (image, boxes) = BeforeLinear().eval(), image_and_boxes()
     call = image.contiguous(memory_format=torch.channels_last), boxes
     with torch.no_grad(), torch.autocast("cpu", BF16, enabled=autocast):
-        compiled = compile_and_run(network, *call, dynamic=dynamic, config={"cpp_wrapper": True, "freezing": True})
+        compiled = compile_and_run(network, *call, dynamic=dynamic, config={"freezing": True})
         assert_close(compiled.result, network(*call), BF16 if autocast else FP32)
     assert [str(path) for path in compiled.paths] == [FLATTENED]
     (written,) = re.findall(r"^ *cpp_fused_\w*roi_align\w*\(.*(buf\d+)\b.*\)$", compiled.source, flags=re.MULTILINE)

@@ -61,7 +61,7 @@ class Layers(nn.ModuleList):
 def test_frozen_weights_are_packed_at_compile_time():
     layers = Layers(bf16=True)
     with torch.no_grad():
-        compiled = compile_and_run(layers, layers.calls(), config={"cpp_wrapper": True, "freezing": True})
+        compiled = compile_and_run(layers, layers.calls(), config={"freezing": True})
     assert compiled.templates == compiled.kernels == len(layers)
     layers.assert_right(compiled.result)
 
@@ -70,7 +70,7 @@ def test_other_weights_are_packed_at_every_call():
     layers = Layers(bf16=False)
     optimizer = torch.optim.SGD(layers.parameters(), lr=0.1)
     with torch.no_grad():
-        compiled = compile_and_run(layers, layers.calls(), config={"cpp_wrapper": True})
+        compiled = compile_and_run(layers, layers.calls())
         assert compiled.templates == len(layers) < compiled.kernels
         layers.assert_right(compiled.result)
     for parameter in layers.parameters():
