@@ -55,7 +55,8 @@ def make(model: nn.Module, call: tuple[Tensor, ...], path: pathlib.Path, target:
 @pytest.mark.parametrize(
     ("target", "optimized"),
     [
-        ("x86-64-v3", False),
+        # Of export_detector's target, which is this one too, a test of that is not slow.
+        pytest.param("x86-64-v3", False, marks=pytest.mark.slow),
         pytest.param("x86-64-v2", True, marks=pytest.mark.slow),
         pytest.param("x86-64-v4", True, marks=[pytest.mark.slow, NEEDS_AVX512]),
     ],

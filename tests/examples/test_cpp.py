@@ -111,6 +111,7 @@ def test_input_that_the_model_does_not_take(program, exported):
     assert "expected: 3, but got: 4" in result.stderr
 
 
+@pytest.mark.slow
 @only_for_x86_64
 def test_package_for_another_processor(program, tmp_path):
     package = tmp_path / "relu.pt2"

@@ -194,6 +194,7 @@ def epilogues() -> st.SearchStrategy[Epilogue]:
 
 
 # Each is compiled, with all its programs.
+@pytest.mark.slow
 @settings(max_examples=settings.default.max_examples // 8, suppress_health_check=[HealthCheck.too_slow])
 @given(
     template=st.sampled_from(sorted(TEMPLATES)),

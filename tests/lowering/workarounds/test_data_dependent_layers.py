@@ -143,12 +143,21 @@ def test_layers(freezing):
             assert_same_layers(compiled.function, layers)
 
 
-def test_exported_layers(tmp_path):
+def exported(layers: nn.Module) -> torch.export.ExportedProgram:
+    return torch.export.export(layers, (torch.rand(5, 6, 8, 10), CHOSEN))
+
+
+def test_exported_layers():
     layers = Layers()
     with torch.no_grad():
-        exported = torch.export.export(layers, (torch.rand(5, 6, 8, 10), CHOSEN))
-        assert_same_layers(exported.module(), layers)
-        path = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "layers.pt2"))
+        assert_same_layers(exported(layers).module(), layers)
+
+
+@pytest.mark.slow
+def test_packaged_layers(tmp_path):
+    layers = Layers()
+    with torch.no_grad():
+        path = torch._inductor.aoti_compile_and_package(exported(layers), package_path=str(tmp_path / "layers.pt2"))
         assert_same_layers(torch._inductor.aoti_load_package(path), layers)
 
 
