@@ -451,6 +451,8 @@ def test_transform(sizes, fixed_size, dtype):
     transform.fixed_size = fixed_size
     traced, (batch, shapes) = transformed(transform, [image.to(dtype) for image in images(*sizes)], dynamic=True)
     assert [path.op for path in traced.paths] == ["upsample_bilinear2d"] * len(sizes)
+    padding = [node for graph in traced.graphs for node in graph.nodes if "pad" in str(node.target)]
+    assert padding == []  # the operator does that
     ours, our_shapes = traced.result
     assert our_shapes == shapes
     assert (ours.dtype, ours.shape) == (dtype, batch.shape) and torch.equal(ours, batch)
