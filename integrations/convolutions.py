@@ -80,6 +80,9 @@ def fold_norms() -> None:
     what the norm gives is returned, or computed with further, in float32, or it is in float16, whose range is too small
     for products of weights and scales. Models, eager mode and training are not changed.
 
+    A linear layer that reads the flattened map of a convolution gets its weight in the order in which the map lies in
+    memory, so that the map is not copied.
+
     :func:`inductor_vision.accelerate` and :func:`inductor_vision.export_detector` call it.
     :func:`inductor_vision.explain` and the ``inductor_vision`` logger say what became of each convolution before such a
     map. Call it before compiling; calling it again does nothing.

@@ -219,8 +219,8 @@ def transform_images(
     from torchvision.models.detection.image_list import ImageList
     from torchvision.models.detection.transform import GeneralizedRCNNTransform as Stock
 
-    steps = ((transform.resize, Stock.resize), (transform.batch_images, Stock.batch_images))
-    own = any(getattr(step, "__func__", None) is not stock for step, stock in steps)
+    steps = "resize", "batch_images"
+    own = any(getattr(type(transform), step) is not getattr(Stock, step) or step in vars(transform) for step in steps)
     if targets is not None or transform.training or own:
         return Stock.forward.__wrapped__(transform, images, targets)
     images = list(images)

@@ -35,6 +35,7 @@ from inductor_vision.tests.support.detectors import (
     small_detector,
     stock_detector,
 )
+from inductor_vision.tests.support.frozen import copies_of_maps
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -103,6 +104,17 @@ def test_compiled():
     assert_operators("MaskRCNN", compiled.paths, 2, "template")
     assert_all_same(results, stock)
     assert [len(detections["boxes"]) for detections in nothing] == [0, 0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["MaskRCNN", "RetinaNet", "SSD"])
+def test_maps_are_not_copied(kind):
+    """From one memory format into another, from the image on, but for the transposed convolution of masks, whose map
+    and weight ``workarounds/data_dependent_convolutions.py`` has contiguous."""
+    accelerate_torchvision()
+    copies = copies_of_maps(small_detector(kind), images((90, 120)))
+    transposed = 2 if kind == "MaskRCNN" else 0
+    assert [operator for operator, _ in copies] == ["aten.convolution.default"] * transposed
 
 
 @pytest.mark.slow
@@ -454,6 +466,8 @@ def test_transform(sizes, fixed_size, dtype):
     transform.fixed_size = fixed_size
     traced, (batch, shapes) = transformed(transform, [image.to(dtype) for image in images(*sizes)], dynamic=True)
     assert [path.op for path in traced.paths] == ["upsample_bilinear2d"] * len(sizes)
+    padding = [node for graph in traced.graphs for node in graph.nodes if "pad" in str(node.target)]
+    assert padding == []  # the operator does that
     ours, our_shapes = traced.result
     assert our_shapes == shapes
     assert (ours.dtype, ours.shape) == (dtype, batch.shape) and torch.equal(ours, batch)

@@ -115,3 +115,25 @@ def test_other_machines():
         package_target("x86-64-v3"),
     ):
         raise AssertionError("entered")
+
+
+def test_weights_are_in_memory_once(tmp_path):
+    """Of the file, from which they are copied when it is loaded, little stays resident; it can be loaded again."""
+    model, x, path = nn.Linear(2048, 4096), torch.rand(1, 2048), tmp_path / "linear.pt2"
+    make(model, (x,), path, None, **{"aot_inductor.debug_compile": True})
+    before = resident_of_packages()
+    for _ in range(2):
+        package = torch._inductor.aoti_load_package(str(path))
+        assert resident_of_packages() - before < 8 << 20  # of 32 MB
+        torch.testing.assert_close(package(x), model(x))
+
+
+def resident_of_packages() -> int:
+    """Bytes in memory of the files that loaded packages are mapped from."""
+    resident, counts = 0, False
+    for line in pathlib.Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            counts = line.endswith("wrapper.so")
+        elif counts and line.startswith("Rss:"):
+            resident += int(line.split()[1]) << 10
+    return resident

@@ -59,19 +59,31 @@ def is_flattened(node: torch.fx.Node) -> bool:
     def flattens(user: torch.fx.Node) -> bool:
         if user.target in (operator.getitem, torch.ops.aten.clone.default):
             return is_flattened(user)
+        if _takes_pixels(user):
+            return False
         shape = user.meta["val"].shape if user.target in _RESHAPING else size
         return len(shape) < 2 or not V.graph.sizevars.statically_known_equals(shape[1], size[1])
 
     return bool(node.users) and all(map(flattens, node.users))
 
 
+def _takes_pixels(user: torch.fx.Node) -> bool:
+    """Whether an operator brings channels to the end, as ``passes/flattened.py`` does it for a linear layer."""
+    return user.target is torch.ops.aten.permute.default and user.args[1] == [0, 2, 3, 1]
+
+
 def writes_channels_last(node: torch.fx.Node) -> bool:
     """Whether the result of ``node`` is best written channels_last: it is so in eager mode, or Inductor runs a
-    convolution behind it channels_last. Not where it is flattened, which would be a copy of it."""
+    convolution behind it channels_last, or it is read pixel by pixel. Not where it is flattened, which would be a copy
+    of it."""
     if is_flattened(node):
         return False
     result = first_result(node)
-    return channels_last_strides(result.stride(), result.shape) or feeds_channels_last_convolution(node)
+    return (
+        channels_last_strides(result.stride(), result.shape)
+        or feeds_channels_last_convolution(node)
+        or (bool(node.users) and all(map(_takes_pixels, node.users)))
+    )
 
 
 def layout_is_free(x: ir.TensorBox) -> bool:

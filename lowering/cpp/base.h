@@ -19,6 +19,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <exception>
 #include <memory>
 #include <new>
@@ -349,7 +350,8 @@ struct Images {
   int64_t count, channels, height, width;
 };
 
-// Images whose columns are neighbours, transposed to channels_last in strips of pixels.
+// Images copied to channels_last in strips of pixels: transposed if their columns are neighbours; if their channels
+// are, some of these brought together.
 template <typename scalar_t>
 class ImageTransposition {
  public:
@@ -358,7 +360,7 @@ class ImageTransposition {
       : in_(in),
         out_(out),
         strip_(strip) {
-    const bool flat = in.view.row == in.width;  // rows follow each other
+    const bool flat = in.view.row == in.width * in.view.column;  // rows follow each other
     rows_ = flat ? 1 : in.height;
     width_ = flat ? in.height * in.width : in.width;
     strips_ = divide_up(width_, strip_);
@@ -374,9 +376,16 @@ class ImageTransposition {
   void transpose_strip(int64_t strip) const {
     const int64_t image = strip / (rows_ * strips_), row = strip / strips_ % rows_, column = strip % strips_ * strip_;
     const View4d<scalar_t>& view = in_.view;
-    const scalar_t* from = view.data + (image * view.image + row * view.row + column);
+    const int64_t pixels = std::min(strip_, width_ - column);
+    const scalar_t* from = view.data + (image * view.image + row * view.row + column * view.column);
     scalar_t* to = const_cast<scalar_t*>(out_.data) + ((image * rows_ + row) * width_ + column) * out_.column;
-    transpose(from, view.channel, to, out_.column, in_.channels, std::min(strip_, width_ - column));
+    if (in_.channels > 1 && view.channel != 1) {
+      transpose(from, view.channel, to, out_.column, in_.channels, pixels);
+      return;
+    }
+    for (int64_t i = 0; i < pixels; ++i) {
+      std::memcpy(to + i * out_.column, from + i * view.column, in_.channels * sizeof(scalar_t));
+    }
   }
 
  private:

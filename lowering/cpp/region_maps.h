@@ -60,10 +60,6 @@ struct Pyramid {
   MapSize size_of(int64_t map) const {
     return {level(map).height, level(map).width, level(map).spatial_scale};
   }
-  // Whether a map is not channels_last: it is cut, and transposed, a block at a time.
-  bool transposed(int64_t map) const {
-    return channels > 1 && level(map).view.channel != 1;
-  }
   int64_t pixels(int64_t map) const {
     return level(map).height * level(map).width;
   }
@@ -72,25 +68,27 @@ struct Pyramid {
     const int64_t itemsize = sizeof(scalar_t);
     return {channels, 2 * kCacheLine / itemsize, pixels(map) * itemsize, bytes};
   }
-  // A map that is far too large for the cache is cut, though it is channels_last, if its pixels are read often.  Others
-  // are not: parts of pixels, some power of two apart, share few sets of the cache.
-  bool cut(int64_t map, int64_t reads) const {
+  // Whether a map is copied, a block of channels at a time: one that is not channels_last, and one that is far too
+  // large for the cache if its pixels are read so often that a copy of them is little beside that.  Such blocks are not
+  // read where they are: parts of pixels, some power of two apart, share few sets of the cache.
+  bool copied(int64_t map, int64_t reads) const {
     const int64_t size = pixels(map) * channels * static_cast<int64_t>(sizeof(scalar_t));
-    return transposed(map) || (size > 4 * bytes && reads > 4 * pixels(map));
+    const bool channels_last = channels <= 1 || level(map).view.channel == 1;
+    return !channels_last || (size > 4 * bytes && reads > 16 * pixels(map));
   }
-  // A block that begins at a channel, where a transposed one is in `copy`.
-  Pixels<scalar_t> pixels(int64_t map, int64_t channel, const scalar_t* copy) const {
+  // The map itself, and the copy of a block of it.
+  Pixels<scalar_t> pixels_in_place(int64_t map) const {
     const View4d<scalar_t>& view = level(map).view;
-    if (transposed(map)) {
-      const int64_t distance = blocks(map).size;
-      return {copy, level(map).width * distance, distance};
-    }
-    return {view.at(map % batch, 0, 0) + channel * view.channel, view.row, view.column};
+    return {view.at(map % batch, 0, 0), view.row, view.column};
+  }
+  Pixels<scalar_t> pixels_of_copy(int64_t map, const scalar_t* copy) const {
+    const int64_t distance = blocks(map).size;
+    return {copy, level(map).width * distance, distance};
   }
   ImageTransposition<scalar_t> transposition(int64_t map, int64_t channel, int64_t channels, scalar_t* copy) const {
     const View4d<scalar_t>& view = level(map).view;
     const scalar_t* data = view.at(map % batch, 0, 0) + channel * view.channel;
-    const Pixels<scalar_t> to = pixels(map, channel, copy);
+    const Pixels<scalar_t> to = pixels_of_copy(map, copy);
     return {
         {{data, view.image, view.channel, view.row, view.column}, 1, channels, level(map).height, level(map).width},
         {copy, 0, 1, to.row, to.column},
@@ -99,7 +97,7 @@ struct Pyramid {
 };
 
 // The maps of a pyramid as all operators whose bins read all channels read them: with neighbouring channels.  What is
-// not channels_last is copied so, a block at a time, but not where no region is.
+// not channels_last, or is read in blocks, is copied so, a block at a time, but not where no region is.
 template <typename scalar_t>
 class ChannelsLastMaps {
  public:
@@ -108,7 +106,7 @@ class ChannelsLastMaps {
   ChannelsLastMaps(
       const Pyramid<scalar_t>& pyramid, const RegionsByMap& regions, const ExtentOf& extent_of, bool every_pixel)
       : pyramid_(pyramid),
-        cut_(pyramid.maps()),
+        copied_(pyramid.maps()),
         strips_(pyramid.maps()),
         copy_(0) {
     int64_t largest = 0;
@@ -117,8 +115,8 @@ class ChannelsLastMaps {
       for (int64_t place = regions.begin(map); every_pixel && place < regions.begin(map + 1); ++place) {
         reads += extent_of(map, regions[place]).area();
       }
-      cut_[map] = pyramid.cut(map, reads);
-      if (pyramid.transposed(map) && regions.begin(map) < regions.begin(map + 1)) {
+      copied_[map] = pyramid.copied(map, reads);
+      if (copied_[map] && regions.begin(map) < regions.begin(map + 1)) {
         list_strips(regions, map, extent_of);
         largest = std::max(largest, pyramid.blocks(map).size * pyramid.pixels(map));
       }
@@ -127,7 +125,7 @@ class ChannelsLastMaps {
   }
 
   ChannelBlocks blocks(int64_t map) const {
-    return cut_[map] ? pyramid_.blocks(map) : ChannelBlocks::whole(pyramid_.channels);
+    return copied_[map] ? pyramid_.blocks(map) : ChannelBlocks::whole(pyramid_.channels);
   }
   // What is to be done before the channels [begin, end) are read: load(map, begin, end, i) for all i < loads(map).
   int64_t loads(int64_t map) const {
@@ -136,8 +134,8 @@ class ChannelsLastMaps {
   void load(int64_t map, int64_t begin, int64_t end, int64_t i) const {
     pyramid_.transposition(map, begin, end - begin, copy_.get()).transpose_strip(strips_[map][i]);
   }
-  Pixels<scalar_t> pixels(int64_t map, int64_t begin) const {
-    return pyramid_.pixels(map, begin, copy_.get());
+  Pixels<scalar_t> pixels(int64_t map) const {
+    return copied_[map] ? pyramid_.pixels_of_copy(map, copy_.get()) : pyramid_.pixels_in_place(map);
   }
 
  private:
@@ -164,7 +162,7 @@ class ChannelsLastMaps {
   }
 
   const Pyramid<scalar_t>& pyramid_;
-  std::vector<bool> cut_;
+  std::vector<bool> copied_;
   std::vector<std::vector<int64_t>> strips_;
   Scratch<scalar_t> copy_;
 };

@@ -58,12 +58,12 @@ inline void roi_align(
   const ChannelsLastMaps<scalar_t> maps(
       pyramid, regions, [&](int64_t map, int64_t k) { return sampled.extent(map, k); }, false);
   const auto prepare = [&](int64_t map, int64_t k) {
-    const Pixels<scalar_t> distances = maps.pixels(map, 0);
+    const Pixels<scalar_t> distances = maps.pixels(map);
     sampled.place(map, k, distances.row, distances.column);
   };
   for_each_region(maps, regions, prepare, [&](int64_t map, int64_t k, int64_t begin, int64_t end) {
     acc_t* values = tiles.get() + 2 * omp_get_thread_num() * tile;
-    const Pixels<scalar_t> pixels = maps.pixels(map, begin);
+    const Pixels<scalar_t> pixels = maps.pixels(map);
     for (int64_t c = begin; c < end; c += kChunk<acc_t>) {
       const int64_t n = std::min(kChunk<acc_t>, end - c);
       for_vectors<acc_t>(n, [&](auto vectors, int64_t first, int64_t count) {

@@ -115,7 +115,7 @@ inline void roi_pool(
   for_each_region(maps, regions, nothing, [&](int64_t map, int64_t k, int64_t begin, int64_t end) {
     acc_t* best = tiles.get() + 3 * omp_get_thread_num() * tile;
     acc_t *argmax = best + tile, *transposed = best + 2 * tile;
-    const Pixels<scalar_t> pixels = maps.pixels(map, begin);
+    const Pixels<scalar_t> pixels = maps.pixels(map);
     for (int64_t c = begin; c < end; c += kChunk<acc_t>) {
       const int64_t n = std::min(kChunk<acc_t>, end - c);
       for_vectors<acc_t>(n, [&](auto vectors, int64_t first, int64_t count) {

@@ -243,10 +243,12 @@ def fold_norms() -> None:
 def _add_folding_pass() -> None:
     if _fold_norms:
         from ..passes.affine_maps import FoldAffineMaps
+        from ..passes.flattened import FlattenAsItLies
         from ..workarounds.repeated_constants import MergeConstants
 
         _add_pass("joint_custom_pre_pass", MergeConstants(TAG))
         _add_pass("joint_custom_pre_pass", FoldAffineMaps(TAG))
+        _add_pass("joint_custom_pre_pass", FlattenAsItLies(TAG))
 
 
 def _add_pass(hook: str, added: Any) -> None:

@@ -1,11 +1,12 @@
-"""AOTInductor packages run on whatever processor there is.
+"""AOTInductor packages run on whatever processor there is, and their weights are in memory twice.
 
-The fault, seen in torch 2.13 to 2.15: where a package is loaded nobody looks whether the processor has the instructions
-that it was compiled with, and the process ends at the first that is missing.
+The faults, seen in torch 2.13 to 2.15: where a package is loaded nobody looks whether the processor has the
+instructions that it was compiled with, and the process ends at the first that is missing. And weights are copied out of
+the file, whose pages stay in memory besides.
 
 The way around: the functions of which whoever loads a package calls one first are ours. They ask the processor, and
-either call Inductor's or are an error. They are in the package itself, so all are protected who load it, in Python or
-C++, with or without this package.
+either call Inductor's, and give the file's pages back then, or are an error. They are in the package itself, so they
+are there for all who load it, in Python or C++, with or without this package.
 """
 
 from __future__ import annotations
@@ -36,13 +37,18 @@ _BEHIND = """
 #undef AOTInductorModelContainerCreate
 
 PROCESSOR_H
+FILE_PAGES_H
+
+static_assert(std::is_array_v<decltype(_binary_constants_bin_start)>, "the weights, not a pointer to them");
 
 extern "C" AOTI_API INDUCTOR_VISION_ANY_PROCESSOR AOTIRuntimeError AOTInductorModelContainerCreateWithDevice(
     AOTInductorModelContainerHandle* container, size_t models, const char* device, const char* cubins) {
   if (const char* why_not = inductor_vision::why_not_on_this_processor(COMPILED_FOR)) {
     throw std::runtime_error(why_not);
   }
-  return inductor_create(container, models, device, cubins);
+  const AOTIRuntimeError error = inductor_create(container, models, device, cubins);
+  inductor_vision::release_file_pages(_binary_constants_bin_start, _binary_constants_bin_end);
+  return error;
 }
 
 extern "C" AOTI_API INDUCTOR_VISION_ANY_PROCESSOR AOTIRuntimeError AOTInductorModelContainerCreate(
@@ -50,7 +56,9 @@ extern "C" AOTI_API INDUCTOR_VISION_ANY_PROCESSOR AOTIRuntimeError AOTInductorMo
   if (const char* why_not = inductor_vision::why_not_on_this_processor(COMPILED_FOR)) {
     throw std::runtime_error(why_not);
   }
-  return inductor_create_on_device(container, models, is_cpu, cubins);
+  const AOTIRuntimeError error = inductor_create_on_device(container, models, is_cpu, cubins);
+  inductor_vision::release_file_pages(_binary_constants_bin_start, _binary_constants_bin_end);
+  return error;
 }
 """
 
@@ -69,6 +77,7 @@ def _around_interface(original: Callable[..., None]) -> Callable[..., None]:
         wrapper.header.splice_aot(_BEFORE)
         original(wrapper)
         behind = _BEHIND.replace("PROCESSOR_H", splice_header("processor.h"))
+        behind = behind.replace("FILE_PAGES_H", splice_header("file_pages.h"))
         wrapper.header.splice_aot(behind.replace("COMPILED_FOR", json.dumps(_compiled_for())))
 
     return write

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
+import pytest
 import torch
 import torch._inductor.lowering  # from here on this package is among its tables
 from inductor_vision import accelerate_torchvision
 from inductor_vision.lowering.passes.affine_maps import FoldAffineMaps
 from inductor_vision.perf.backends import Autocast
-from inductor_vision.tests.support.compiled import Traced, trace_and_run
+from inductor_vision.tests.support.compiled import Traced, caches_disabled, trace_and_run
 from torch import Tensor, nn
+from torch._inductor import config, graph, ir
 from torch.fx import Graph, Node
 
 CONVOLUTIONS = ("aten.convolution", "mkldnn._convolution_pointwise", "mkldnn._convolution_transpose_pointwise")
@@ -70,3 +73,36 @@ def assert_norms_are_folded(detector: nn.Module, image: Tensor, precision: str) 
     has_norms = any("Norm" in type(layer).__name__ for layer in detector.modules())
     assert kinds == ({"fused"} if has_norms else set())
     assert [map for graph in traced.graphs for map in affine_maps_left(graph)] == []
+
+
+class _Lowered(Exception):
+    """All that is wanted of Inductor is done."""
+
+
+@torch.no_grad()
+def copies_of_maps(fn: Callable[..., Any], *args: Any) -> list[tuple[str, list[str]]]:
+    """Which maps Inductor copies into another memory format, frozen: for which operator, and their sizes.
+
+    A function is lowered only; no code is generated.
+    """
+    copies = []
+    original = ir.ExternKernel.copy_input
+
+    def copy_input(x: Any) -> Any:
+        if len(x.get_size()) == 4 and x.maybe_get_layout() is not None:  # of others the copy is all that is written
+            copies.append((str(ir.V.graph.current_node.target), [str(size) for size in x.get_size()]))
+        return original(x)
+
+    def stop(self: Any) -> None:
+        raise _Lowered
+
+    torch._dynamo.reset()
+    with (
+        patch.object(ir.ExternKernel, "copy_input", staticmethod(copy_input)),
+        patch.object(graph.GraphLowering, "compile_to_module", stop),
+        caches_disabled(),
+        config.patch(freezing=True),
+        pytest.raises(Exception, match="_Lowered"),
+    ):
+        torch.compile(fn, fullgraph=True)(*args)
+    return copies

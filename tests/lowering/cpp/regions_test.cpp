@@ -847,8 +847,11 @@ void check_types(const char* kind, int random_calls, Figures& figures) {
 
 // A channels_last map that does not fit in cache is pooled some channels at a time, for all regions.
 void check_blocks_of_a_large_map() {
-  constexpr int64_t kChannels = 64, kSide = 8, kRegions = 10;
-  const std::vector<float> map(kChannels * kSide * kSide, 1.0f);
+  constexpr int64_t kChannels = 64, kSide = 8, kRegions = 20;
+  std::vector<float> map(kChannels * kSide * kSide);  // greatest in the last pixel
+  for (size_t i = 0; i < map.size(); ++i) {
+    map[i] = static_cast<float>(i);
+  }
   std::vector<float> rois;
   for (int64_t k = 0; k < kRegions; ++k) {
     rois.insert(rois.end(), {0, 0, 0, kSide - 1, kSide - 1});
@@ -860,12 +863,19 @@ void check_blocks_of_a_large_map() {
   for (const bool fits : {true, false}) {
     const Pyramid<float> pyramid{&level, 1, 1, kChannels, fits ? kHuge : 1};
     std::vector<int64_t> channels;  // in the order in which they are stored
+    bool right = true;
     inductor_vision::roi_pool<true, false>(
         pyramid, boxes, Bins{2, 2},
-        [&](const OutputBlock& block, const float*, int64_t) { channels.push_back(block.channel); }, nullptr);
+        [&](const OutputBlock& block, const float* values, int64_t distance) {
+          channels.push_back(block.channel);
+          for (int64_t c = 0; c < block.channels; ++c) {
+            right = right && values[3 * distance + c] == map[map.size() - kChannels + block.channel + c];
+          }
+        },
+        nullptr);
     const bool by_blocks = channels.back() > 0 && std::is_sorted(channels.begin(), channels.end());
     const bool by_regions = channels.size() == kRegions || !by_blocks;
-    if (fits ? !by_regions : !by_blocks) {
+    if (!right || (fits ? !by_regions : !by_blocks)) {
       std::printf("roi_pool: channels of a map that %s in cache\n", fits ? "fits" : "does not fit");
       std::exit(1);
     }

@@ -12,6 +12,7 @@ import torch
 from inductor_vision import fold_norms
 from inductor_vision.lowering.common import cache_key
 from inductor_vision.lowering.passes.affine_maps import FoldAffineMaps
+from inductor_vision.lowering.passes.flattened import FlattenAsItLies
 from inductor_vision.lowering.workarounds.repeated_constants import MergeConstants
 from inductor_vision.perf.backends import Autocast
 from inductor_vision.tests.support.compare import assert_close
@@ -445,7 +446,7 @@ def test_the_switch(switch):
     config.joint_custom_pre_pass = theirs
     fold_norms()
     before, *ours = config.joint_custom_pre_pass
-    assert before is theirs and [type(each) for each in ours] == [MergeConstants, FoldAffineMaps]
+    assert before is theirs and [type(each) for each in ours] == [MergeConstants, FoldAffineMaps, FlattenAsItLies]
     assert all(cache_key.TAG in each.uuid() for each in ours)
     fold_norms()
     assert config.joint_custom_pre_pass == [theirs, *ours]
@@ -457,8 +458,8 @@ def test_caches_know(switch):
 
     before = key()
     fold_norms()
-    *_, ours = config.joint_custom_pre_pass
-    assert ours.uuid().encode() in key() and ours.uuid().encode() not in before
+    for ours in config.joint_custom_pre_pass:
+        assert ours.uuid().encode() in key() and ours.uuid().encode() not in before
 
 
 SWITCH = """
@@ -474,7 +475,7 @@ print([type(each).__name__ for each in config.joint_custom_pre_pass])
 @pytest.mark.usefixtures("torchvision_python")
 @pytest.mark.parametrize("call", ["fold_norms", "accelerate"])
 def test_the_switch_waits_for_inductor(call):
-    assert run_python(SWITCH, call).strip() == "['MergeConstants', 'FoldAffineMaps']"
+    assert run_python(SWITCH, call).strip() == "['MergeConstants', 'FoldAffineMaps', 'FlattenAsItLies']"
 
 
 @torch.no_grad()
