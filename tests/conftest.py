@@ -87,7 +87,9 @@ def pytest_collection_finish() -> None:
     # No debug information, which comes with code that is not optimized.
     cpp_builder._get_inductor_debug_symbol_cflags = lambda: ([], [])
     # With cpp_wrapper, kernels are in the wrapper's source: headers of both are precompiled, not the wrapper's alone.
-    header_of = codecache._get_cpp_wrapper_header
+    header_of = getattr(codecache, "_get_cpp_wrapper_header", None)
+    if header_of is None:  # of a newer torch, whose own way is slower, and as right
+        return
     both = pathlib.Path(__file__).parent / "support" / "wrapper_and_kernels.h"
     codecache.CppWrapperCodeCache._get_uncompiled_header = classmethod(
         lambda cls, device: str(both) if device == "cpu" else header_of(device)
