@@ -9,7 +9,7 @@ import inductor_vision
 import pytest
 import torch
 import torch._inductor.lowering  # from here on this package is among its tables
-from inductor_vision.lowering.passes import convolutions, direct_convolution
+from inductor_vision.lowering.passes import convolution_kernels, convolutions, direct_convolution
 from inductor_vision.lowering.passes.convolution_kernels import Convolution, Winograd, library_seconds
 from inductor_vision.lowering.passes.convolutions import ChooseConvolutions
 from inductor_vision.lowering.passes.direct_convolution import DirectConvolution
@@ -146,3 +146,36 @@ def test_estimates():
 @config.patch(cpu_backend="triton")
 def test_no_kernel_for_other_backends():
     assert DirectConvolution().refusal(Convolution(1, 8, 8, (9, 9))) == "direct_conv2d has no kernel here"
+
+
+# How many convolutions models have, at 224 x 224, and how many of them are taken with AVX-512 and two threads. The
+# others are large for what they compute, as the first ones are, or have groups.
+MODELS = {
+    "torchvision": {
+        "mobilenet_v2": (52, 48),
+        "mobilenet_v3_large": (62, 61),
+        "efficientnet_b0": (81, 77),
+        "shufflenet_v2_x1_0": (56, 55),
+    },
+    "timm": {
+        "mobilenetv4_conv_small": (46, 44),
+        "fastvit_t8": (68, 59),
+        "mobileone_s1": (65, 55),
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("library,name", [(library, name) for library in MODELS for name in MODELS[library]])
+def test_models(library, name, monkeypatch):
+    module = pytest.importorskip(library)
+    model = module.create_model(name) if library == "timm" else getattr(module.models, name)(weights=None)
+    for other in (convolution_kernels, direct_convolution):
+        monkeypatch.setattr(other, "vector_bits", lambda: 512)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        traced = trace(model.eval(), torch.randn(1, 3, 224, 224))
+    finally:
+        torch.set_num_threads(before)
+    assert (taken(traced) + len(left(traced)), taken(traced)) == MODELS[library][name]
