@@ -5,6 +5,7 @@ from .export import export_detector as export_detector
 from .integrations.convolutions import (
     fold_norms as fold_norms,
     fuse_depthwise_separable as fuse_depthwise_separable,
+    use_direct_convolutions as use_direct_convolutions,
     use_winograd as use_winograd,
 )
 from .integrations.models import (

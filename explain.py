@@ -51,9 +51,10 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     After :func:`inductor_vision.fuse_depthwise_separable` the report also lists every depthwise convolution, and after
     :func:`inductor_vision.fold_norms`, if weights are frozen, every convolution before a norm: as ``fused``, or as
     ``left alone`` with the reason; and every linear layer that reads a convolution's map as it lies, as
-    ``fused``. After :func:`inductor_vision.use_winograd` it lists every convolution, and every gradient by the input of
-    one: as ``replaced``, or as ``left alone``. After :func:`inductor_vision.accelerate_sampling` it lists each call of
-    an operator of aten's that this package has a kernel for: as ``template``, or as ``left alone``.
+    ``fused``. After :func:`inductor_vision.use_direct_convolutions` and :func:`inductor_vision.use_winograd` it lists
+    every convolution, and every gradient by the input of one: as ``replaced``, or as ``left alone``. After
+    :func:`inductor_vision.accelerate_sampling` it lists each call of an operator of aten's that this package has a
+    kernel for: as ``template``, or as ``left alone``.
 
     ``fn`` is always compiled anew: neither caches on disk nor earlier compilations of it are used or changed.
 

@@ -12,8 +12,8 @@ from ..inductor.codegen import V, ir
 from .sizes import depends_on_data
 
 _RESHAPING = (torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default)
-# What freezing makes of convolutions, which is always channels_last, and what use_winograd() does, which is faster so.
-_CONVOLUTIONS = "mkldnn._convolution", "inductor_vision.winograd_conv2d"
+# What freezing makes of convolutions, which is always channels_last, and what passes put there, which is faster so.
+_CONVOLUTIONS = "mkldnn._convolution", "inductor_vision.winograd_conv2d", "inductor_vision.direct_conv2d"
 
 
 def channels_last_strides(strides: Sequence[Any], size: Sequence[Any]) -> bool:

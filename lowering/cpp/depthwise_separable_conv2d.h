@@ -213,6 +213,8 @@ inline void depthwise_separable_conv2d(
   int64_t columns = divide_up(op.out_width, divide_up(op.out_width, limit));
   columns = std::min(op.out_width, round_up(columns, kMicroRows));
   // A band of tiles is what a thread takes at a time.  Where one begins, rows of the input are transposed once more.
+  // The bands of a thread follow each other and are always the same: it has mostly written what it reads, in the layer
+  // before.
   constexpr int64_t kBandsPerThread = 4;
   const int64_t steps = divide_up(op.out_height, rows);
   const int64_t bands = std::clamp<int64_t>(divide_up(kBandsPerThread * threads, op.batch), 1, steps);
@@ -222,7 +224,7 @@ inline void depthwise_separable_conv2d(
   for (int thread = 0; thread < threads; ++thread) {
     tiles.emplace_back(op, activation, rows, columns);
   }
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
+#pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t band = 0; band < op.batch * bands; ++band) {
     auto& tile = tiles[omp_get_thread_num()];
     const int64_t image = band / bands, first = steps * (band % bands) / bands * rows;

@@ -2,6 +2,7 @@
 //
 //   A      K may be cut in `runs` of `run` elements each (a run: the channels of one group at one tap).
 //          Rows: row-major, kRow elements between rows, runs `run_stride` apart;
+//          StridedRows: rows any distance apart;
 //          TransposedRows: its transpose, likewise;
 //          ListedRows: runs wherever a list says
 //   B      packed: a panel holds kPanel output columns, one cache line for each k; panels lie `panel_stride` apart
@@ -46,7 +47,31 @@ struct Rows {
   int64_t run;
   int64_t run_stride;
 
+  static constexpr int64_t row_distance() {
+    return kRow;
+  }
   // Where a run begins in the first row, and which k of B that is.
+  const value_t* begin(int64_t r) const {
+    return data + r * run_stride;
+  }
+  int64_t depth(int64_t r) const {
+    return r * run;
+  }
+};
+
+// The same with rows that lie where they are.
+template <typename value_t>
+struct StridedRows {
+  static constexpr int64_t kDepth = 1;
+  const value_t* data;
+  int64_t row;  // elements between neighbouring rows
+  int64_t runs;
+  int64_t run;
+  int64_t run_stride;
+
+  int64_t row_distance() const {
+    return row;
+  }
   const value_t* begin(int64_t r) const {
     return data + r * run_stride;
   }
@@ -59,6 +84,10 @@ struct Rows {
 template <typename value_t>
 struct TransposedRows : Rows<value_t> {
   static constexpr int64_t kRow = 1, kDepth = kRowDistance;
+
+  static constexpr int64_t row_distance() {
+    return kRow;
+  }
 };
 
 // A place in A, and what of B it is multiplied with, in units of ListedRows.
@@ -79,6 +108,9 @@ struct ListedRows {
   int64_t distance;  // between two sources
   int64_t unit;      // k of B between two depths
 
+  static constexpr int64_t row_distance() {
+    return kRow;
+  }
   const value_t* begin(int64_t r) const {
     return data + (list[r].source - origin) * distance;
   }
@@ -123,6 +155,7 @@ inline void micro_kernel(const A& a, const Panels<acc_t>& b, const Sums<acc_t>& 
   using Vec = Vectorized<acc_t>;
   constexpr int kVec = static_cast<int>(kPanel<acc_t> / Vec::size());  // vectors in a panel's row
   constexpr int kColumns = kPanels * kVec;
+  const int64_t distance = a.row_distance();
   auto sum = generate<kRows * kColumns>(
       [&](int n) { return Vec::loadu(c.begin + n / kColumns * c.begin_row + n % kColumns * Vec::size()); });
   for (int64_t r = 0; r < a.runs; ++r) {
@@ -137,7 +170,7 @@ inline void micro_kernel(const A& a, const Panels<acc_t>& b, const Sums<acc_t>& 
         return Vec::loadu(from);
       });
       ForcedUnroll<kRows>{}([&](auto i) {
-        const Vec value(row[i * A::kRow + k * A::kDepth]);
+        const Vec value(row[i * distance + k * A::kDepth]);
         ForcedUnroll<kColumns>{}(
             [&](auto j) { sum[i * kColumns + j] = at::vec::fmadd(value, column[j], sum[i * kColumns + j]); });
       });

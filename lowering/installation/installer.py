@@ -212,6 +212,7 @@ def _add_fusion_pass() -> None:
 
 
 _winograd: tuple[int, float] | None = None  # tile and growth
+_direct = False
 
 
 def use_winograd(tile: int, growth: float) -> None:
@@ -221,13 +222,24 @@ def use_winograd(tile: int, growth: float) -> None:
     _enter_later("use_winograd", _add_convolution_pass)
 
 
-def _add_convolution_pass() -> None:
-    if _winograd is not None:
-        from ..passes.convolution_kernels import Winograd
-        from ..passes.convolutions import ChooseConvolutions
+def use_direct_convolutions() -> None:
+    """See :func:`inductor_vision.use_direct_convolutions`; takes effect now, or once Inductor is imported."""
+    global _direct
+    _direct = True
+    _enter_later("use_direct_convolutions", _add_convolution_pass)
 
-        tile, growth = _winograd
-        _add_pass("joint_custom_pre_pass", ChooseConvolutions(TAG, [Winograd(tile)], growth))
+
+def _add_convolution_pass() -> None:
+    """One pass has all kernels to choose from."""
+    if _winograd is None and not _direct:
+        return
+    from ..passes.convolution_kernels import Winograd
+    from ..passes.convolutions import ChooseConvolutions
+    from ..passes.direct_convolution import DirectConvolution
+
+    tile, growth = _winograd or (None, 0.0)
+    kernels = [*([DirectConvolution()] if _direct else []), *([] if tile is None else [Winograd(tile)])]
+    _add_pass("joint_custom_pre_pass", ChooseConvolutions(TAG, kernels, growth))
 
 
 _fold_norms = False

@@ -13,6 +13,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
+from ...integrations.convolutions import use_direct_convolutions
 from ...integrations.models import accelerate, inference_options
 from .. import backends
 from ..models import REMARK, OnnxModel, contender, exported, runtimes
@@ -74,15 +75,20 @@ def _compiled(
     bfloat16: bool = False,
     cheap_calls: bool = False,
     winograd: bool = False,
+    direct: bool = False,
 ) -> Prepared:
     if accelerated:
         accelerate(winograd=winograd)
+    if direct:
+        use_direct_convolutions()
     with backends.compiled_with(**(inference_options() if cheap_calls else {})):
         return backends.compiled(*_in_format(job, channels_last, bfloat16), freezing=freezing)
 
 
-def _packaged(job: Job, bfloat16: bool = False, winograd: bool = False) -> Prepared:
+def _packaged(job: Job, bfloat16: bool = False, winograd: bool = False, direct: bool = False) -> Prepared:
     accelerate(winograd=winograd)
+    if direct:
+        use_direct_convolutions()
     return backends.packaged(*_in_format(job, False, bfloat16))
 
 
@@ -111,8 +117,9 @@ _LOW_PRECISION = {"tolerance": 0.5}
 SUITE = Suite(
     name="classifiers",
     description="torchvision's classifiers with random weights, compiled, with accelerate() and without",
-    remark=f"{REMARK} cheap-calls: with inference_options(), the others without. Of EfficientNet-B0 no pair is fused, "
-    "because something stands between the two.",
+    remark=f"{REMARK} cheap-calls: with inference_options(), the others without. direct: with these options, unless it "
+    "is a package, and with use_direct_convolutions(). Of EfficientNet-B0 no pair is fused, because something stands "
+    "between the two.",
     reference=_reference,
     contenders=(
         contender("ours-frozen", "ours", _ours, compiled=True),
@@ -121,6 +128,8 @@ SUITE = Suite(
         contender("ours-aoti", "ours", _packaged, compiled=True),
         contender("ours-winograd", "ours", functools.partial(_ours, winograd=True), compiled=True),
         contender("ours-aoti-winograd", "ours", functools.partial(_packaged, winograd=True), compiled=True),
+        contender("ours-direct", "ours", functools.partial(_ours, direct=True, cheap_calls=True), compiled=True),
+        contender("ours-aoti-direct", "ours", functools.partial(_packaged, direct=True), compiled=True),
         contender("ours-not-frozen", "ours", functools.partial(_ours, freezing=False), compiled=True),
         contender("ours-bf16", "ours", functools.partial(_ours, bfloat16=True), compiled=True, **_LOW_PRECISION),
         contender(

@@ -14,7 +14,12 @@ from inductor_vision.tests.support.switches import sampling_switched_off_again
 @pytest.fixture
 def switch(monkeypatch) -> Iterator[None]:
     """What the test switches on is undone."""
-    for name, off in (("_fuse_depthwise_separable", False), ("_fold_norms", False), ("_winograd", None)):
+    for name, off in (
+        ("_fuse_depthwise_separable", False),
+        ("_fold_norms", False),
+        ("_winograd", None),
+        ("_direct", False),
+    ):
         monkeypatch.setattr(installer, name, off)
     from torch._inductor import config
 

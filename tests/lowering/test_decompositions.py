@@ -46,6 +46,8 @@ def calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
         regions = sample_regions(op, "plain")
         yield op, regions.positional
         yield f"{op}_backward", regions.positional_backward
+    image, weight, bias = torch.randn(2, 5, 7, 9), torch.randn(6, 5, 3, 3), torch.randn(6)
+    yield "direct_conv2d", (image, weight, bias, [2, 1], [1, 1], [1, 1])
     boxes, scores, classes = Boxes(12).tensors()
     rotated, _, _ = RotatedBoxes(12).tensors()
     yield "nms", (boxes, scores, classes, 0.5)

@@ -33,6 +33,7 @@ def switches(monkeypatch):
     monkeypatch.setattr(backends, "packaged", eager)
     monkeypatch.setattr(installer, "_fuse_depthwise_separable", False)
     monkeypatch.setattr(installer, "_winograd", None)
+    monkeypatch.setattr(installer, "_direct", False)
     with config.patch(pre_grad_custom_pass=None, joint_custom_pre_pass=None):
         yield on
 

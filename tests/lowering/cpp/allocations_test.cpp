@@ -2,6 +2,7 @@
 #include "box_iou_rotated.h"
 #include "deform_conv2d_backward.h"
 #include "depthwise_separable_conv2d_backward.h"
+#include "direct_conv2d.h"
 #include "grid_sampler_2d.h"
 #include "grid_sampler_2d_backward.h"
 #include "harness.h"
@@ -331,6 +332,34 @@ void run_winograd() {
   run("winograd_conv2d_backward", grad.view(), kOut, kIn, {data, 1, kIn, kOut, kOut * kIn * 9, 9, kIn * 9, true});
 }
 
+void run_direct() {
+  const Tensor<float> input = tensor(kBatch, kIn, kHeight, kWidth, -1, 1);
+  const std::vector<float> weight(round_up(kOut, kPanel<float>) * kIn * 9, 1.0f);
+  const DirectConv2d<float> op{input.view(),
+                               weight.data(),
+                               nullptr,
+                               kBatch,
+                               kIn,
+                               kHeight,
+                               kWidth,
+                               kOut,
+                               kHeight,
+                               kWidth,
+                               3,
+                               3,
+                               1,
+                               1,
+                               1,
+                               1,
+                               1,
+                               1};
+  std::vector<float> out(kBatch * kOut * kHeight * kWidth);
+  run_out_of_memory("direct_conv2d", [&] {
+    const DenseStore<false, float> store{out.data(), kOut, kHeight, kWidth};
+    direct_conv2d<false, false>(op, DirectBlocking{12, 16, 0}, store);
+  });
+}
+
 void run_attention() {
   constexpr int64_t kQueries = 40, kHeads = 3, kChannels = 20, kPixels = 9 * 11 + 2, kPoints = 5;
   const Tensor<float> value = tensor(2, kPixels, kHeads, kChannels, -1, 1);
@@ -376,5 +405,6 @@ int main() {
   run_separable();
   run_patches();
   run_winograd();
+  run_direct();
   run_attention();
 }
