@@ -18,6 +18,8 @@ from inductor_vision.tests.support.layouts import arrange, strides_of
 from torch import Tensor
 from torch._inductor import config
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 direct_conv2d = OPS["direct_conv2d"]
 FP32, BF16 = torch.float32, torch.bfloat16
 

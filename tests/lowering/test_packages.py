@@ -203,6 +203,28 @@ def winograd_conv2d() -> Part:
     return Part(model, calls, (0, 2, 3), same_as_in_float64(model), ops, constants)
 
 
+class Directly(nn.Module):
+    """A dense convolution and a depthwise one behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Conv2d(20, 40, 3, 2, 1)
+        self.depthwise = nn.Conv2d(40, 40, 3, 1, 1, groups=40)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv in (self.dense, self.depthwise):
+            x = OPS["direct_conv2d"](x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation).relu()
+        return x
+
+
+def direct_conv2d() -> Part:
+    model = Directly()
+    sizes = (3, 9, 12), (1, 9, 12), (2, 1, 1), (5, 33, 70)
+    calls = [(torch.randn(batch, 20, *size).contiguous(memory_format=torch.channels_last),) for batch, *size in sizes]
+    constants = ["1, 3, 1, 180, 16", "40", "9, 40", "40"]
+    return Part(model, calls, (0, 2, 3), same_as_in_float64(model), ["direct_conv2d"] * 2, constants)
+
+
 # Regions
 
 
@@ -464,6 +486,7 @@ PARTS: dict[str, Callable[[], Part]] = {
         depthwise_separable_conv2d_backward,
         patch_conv2d,
         winograd_conv2d,
+        direct_conv2d,
         on_regions,
         on_regions_backward,
         keypoints,
@@ -594,8 +617,8 @@ def test_one_file_has_all_kernels_fused_with_their_neighbours(package):
     names = re.findall(r'extern "C"\s[^;{]*?\bcpp_fused_(\w+)_\d+\([^;{]*\)\s*\{', kernels)
     for op in with_templates():
         assert any(op in name for name in names), op
-    fused = ["add_deform_conv2d_relu", "depthwise_separable_conv2d_relu", "multiscale_deformable_attention_relu"]
-    fused += [*["patch_conv2d_relu"] * 3, "relu_winograd_conv2d"]
+    fused = ["add_deform_conv2d_relu", "depthwise_separable_conv2d_relu", *["direct_conv2d_relu"] * 2]
+    fused += ["multiscale_deformable_attention_relu", *["patch_conv2d_relu"] * 3, "relu_winograd_conv2d"]
     assert sorted(name for name in names if "relu" in name) == fused
 
 
