@@ -37,7 +37,6 @@ _OPERATORS = (
 # What is in the README's tables: whole models, in two precisions, and operators.
 _TABLE_OF_MODELS = (
     ("Faster R-CNN, ResNet-50 FPN", "detectors", "fasterrcnn_resnet50_fpn"),
-    ("Mask R-CNN, ResNet-50 FPN", "detectors", "maskrcnn_resnet50_fpn"),
     ("RetinaNet, ResNet-50 FPN", "detectors", "retinanet_resnet50_fpn"),
     ("SSD300, VGG-16", "detectors", "ssd300_vgg16"),
     ("ResNet-50", "classifiers", "resnet50-b1"),

@@ -121,15 +121,15 @@ class Work(NamedTuple):
         return sum(amount * rate for amount, rate in zip(self, rates))
 
 
-# By the width of vectors, in float32. In a model weights come from memory, whatever a benchmark of one layer finds in
-# caches. Those with AVX-512 are of a prototype, whose transforms went through memory.
+# By the width of vectors, in float32, chosen by measurements on EPYCs of families 25 (AVX2) and 26 (AVX-512).
+# In a model weights come from memory, whatever a benchmark of one layer finds in caches, and calls are not Dynamo's.
 LIBRARY_RATES = {
     256: Work(calls=25e-6, multiplications=1 / 36e9, elements=0.05e-9, weights=0.25e-9),
-    512: Work(calls=25e-6, multiplications=1 / 131e9, elements=0.03e-9, weights=0.1e-9),
+    512: Work(calls=25e-6, multiplications=1 / 133e9, elements=0.06e-9, weights=0.1e-9),
 }
 WINOGRAD_RATES = {
     256: Work(calls=5e-6, multiplications=1 / 32e9, elements=0.36e-9, weights=0.25e-9, transformed=0.75e-9),
-    512: Work(calls=5e-6, multiplications=1 / 126e9, elements=0.14e-9, weights=0.1e-9, transformed=0.12e-9),
+    512: Work(calls=5e-6, multiplications=1 / 123e9, elements=0.15e-9, weights=0.1e-9, transformed=0.11e-9),
 }
 
 
