@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
+from ..lowering.installation import installer
 from ..memory import keep_memory
 from .convolutions import fold_norms, fuse_depthwise_separable, use_winograd
 from .sampling import accelerate_sampling
@@ -32,7 +33,8 @@ def accelerate(
     * :func:`inductor_vision.fuse_depthwise_separable`,
     * :func:`inductor_vision.fold_norms`,
     * :func:`inductor_vision.accelerate_sampling`,
-    * with ``winograd``, :func:`inductor_vision.use_winograd`; not by default, since numbers change in the fifth digit,
+    * with ``winograd``, :func:`inductor_vision.use_winograd`, unless it was called before, perhaps with arguments; not
+      by default, since numbers change in the fifth digit,
     * with ``freezing``, :func:`inductor_vision.freeze_weights`; not by default, since what is compiled then does not
       see later changes of weights,
     * with ``memory``, :func:`inductor_vision.keep_memory`; not by default, since the process then stays as large as it
@@ -72,7 +74,7 @@ def accelerate(
         fold_norms()
     if sampling:
         accelerate_sampling()
-    if winograd:
+    if winograd and not installer.uses_winograd():
         use_winograd()
     if freezing:
         freeze_weights()

@@ -34,12 +34,10 @@ from .common.machine import cache_bytes
 from .common.panels import MAX_DEPTH, PANEL_BYTES, pack_panels, unpack_panels
 from .common.registry import Template, template_for
 from .common.template import BlocksTemplate, KernelTemplate, in_cpp, pointer, sizes, struct, view
+from .common.winograd import count_tiles, worth_their_memory
 from .inductor.codegen import DTYPE_TO_CPP, CppTemplateKernel, V, ir, optimization_hint
 
 _TILES = 48  # in a block: the transformed weight is read once for each, and costs little then
-
-# From so many tiles on, transforming the weight takes less than 3 % of a call: it takes as long as about 20 tiles.
-_MANY_TILES = 600
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +68,8 @@ class Winograd:
 
     def transforms_in_the_call(self, batch: Any, size: Sequence[Any]) -> bool:
         """Whether the weight is transformed in each call for a map of this size, and not before."""
-        if not may_grow():
-            return True
-        rows, columns = (optimization_hint(n, 0) // self.tile for n in size)
-        return optimization_hint(batch, 1) * rows * columns >= _MANY_TILES
+        tiles = count_tiles(optimization_hint(batch, 1), [optimization_hint(n, 0) for n in size], self.tile)
+        return not (may_grow() and worth_their_memory(tiles))
 
     def blocking(self) -> dict[str, int]:
         """WinogradBlocking: products of a slice of output channels take half of the second-level cache."""

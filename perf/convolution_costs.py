@@ -57,9 +57,13 @@ def _winograd(channels: int, out_channels: int, tile: int, transforming: bool) -
     module = Holding(winograd_conv2d, [example, weight, bias, 1, tile], held=(1, 2))
     torch._dynamo.reset()
     compiled = torch.compile(module.eval(), dynamic=True)
-    with kept_small() if transforming else contextlib.nullcontext():
-        compiled(example)
-    return compiled
+
+    def call(x: Tensor) -> Tensor:
+        with kept_small() if transforming else contextlib.nullcontext():  # it may compile, as for a batch of one image
+            return compiled(x)
+
+    call(example)
+    return call
 
 
 def _time(kernels: dict[str, Callable[[Tensor], Any]], x: Tensor) -> dict[str, float]:
@@ -76,11 +80,17 @@ def _time(kernels: dict[str, Callable[[Tensor], Any]], x: Tensor) -> dict[str, f
     return {name: statistics.median(of_one) for name, of_one in times.items()}
 
 
+# Each kernel is compiled once more for each number of threads, all from one function.
+_RECOMPILING = {"recompile_limit": 1000, "fail_on_recompile_limit_hit": True}
+
+
 @torch.no_grad()
 def measure(
     channels: Sequence[tuple[int, int]], tiles: Sequence[int], threads: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
     """A row for each problem and number of threads."""
+    import torch._dynamo
+
     freeze_weights()
     for pair in channels:
         kernels = {
@@ -93,7 +103,8 @@ def measure(
             x = x.contiguous(memory_format=torch.channels_last)
             for number in threads:
                 torch.set_num_threads(number)
-                seconds = _time({"onednn": _onednn(problem), **kernels}, x)
+                with torch._dynamo.config.patch(_RECOMPILING):
+                    seconds = _time({"onednn": _onednn(problem), **kernels}, x)
                 yield {"shape": [problem.batch, *pair, *problem.size], "threads": number, "seconds": seconds}
 
 

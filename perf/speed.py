@@ -37,7 +37,6 @@ _OPERATORS = (
 # What is in the README's tables: whole models, in two precisions, and operators.
 _TABLE_OF_MODELS = (
     ("Faster R-CNN, ResNet-50 FPN", "detectors", "fasterrcnn_resnet50_fpn"),
-    ("Mask R-CNN, ResNet-50 FPN", "detectors", "maskrcnn_resnet50_fpn"),
     ("RetinaNet, ResNet-50 FPN", "detectors", "retinanet_resnet50_fpn"),
     ("SSD300, VGG-16", "detectors", "ssd300_vgg16"),
     ("ResNet-50", "classifiers", "resnet50-b1"),
@@ -78,14 +77,15 @@ _FLOAT32 = _Columns(
         _OPENVINO: ("openvino",),
     },
 )
+_WINOGRAD = "with `winograd=True`"
 _MODELS_IN = {
-    "float32": _Columns(_FLOAT32.ours, {"as a package": ("ours-aoti",), **_FLOAT32.others}),
-    "float32, `use_winograd()`": _Columns(
-        ("ours-winograd",), {"as a package": ("ours-aoti-winograd",), **_FLOAT32.others}
+    "float32": _Columns(
+        _FLOAT32.ours, {_WINOGRAD: ("ours-winograd",), "as a package": ("ours-aoti",), **_FLOAT32.others}
     ),
     "bfloat16": _Columns(
         ("ours-bf16",),
         {
+            _WINOGRAD: (),
             "as a package": ("ours-aoti-bf16",),
             _EAGER: (),
             _ONNX_RUNTIME: (),
@@ -236,11 +236,16 @@ def _groups(
 ) -> list[_Group]:
     groups = []
     for title, suite, name in rows:
-        case = _case(results, suite, name)
-        ours = next((row for row in case.rows if row.contender in columns.ours and row.seconds), None) if case else None
+        report = _latest(results, suite, name, columns)
+        case = next(case for case in report.cases if case.case == name) if report else None
+        ours = _ours(case, columns) if case else None
         if case and ours and ours.seconds:
             groups.append(_Group(title, ms(ours.seconds.median), _others(case, ours, columns)))
     return groups
+
+
+def _ours(case: CaseResult, columns: _Columns) -> Row | None:
+    return next((row for row in case.rows if row.contender in columns.ours and row.seconds), None)
 
 
 def _others(case: CaseResult, ours: Row, columns: _Columns) -> dict[str, float]:
@@ -263,20 +268,16 @@ def _ratio(row: Row, ours: Row) -> float | None:
     return ratio
 
 
-def _case(results: dict[str, list[Report]], suite: str, name: str) -> CaseResult | None:
-    """The case in the latest run of the suite."""
-    report = _latest(results, suite)
-    return next((case for case in report.cases if case.case == name), None) if report else None
-
-
-def _latest(results: dict[str, list[Report]], suite: str) -> Report | None:
-    """The run of a suite that is drawn: the latest with as many cases as any other of that date."""
-    return max(results.get(suite, ()), key=lambda r: (r.machine["date"], len(r.cases)), default=None)
+def _latest(results: dict[str, list[Report]], suite: str, name: str, columns: _Columns = _FLOAT32) -> Report | None:
+    """The run that is shown of a case: the latest in which this package was timed, with as many cases as any other of
+    that date."""
+    timed = [r for r in results.get(suite, ()) for case in r.cases if case.case == name and _ours(case, columns)]
+    return max(timed, key=lambda r: (r.machine["date"], len(r.cases)), default=None)
 
 
 def _machines(results: dict[str, list[Report]]) -> list[str]:
-    suites = dict.fromkeys(suite for _, suite, _ in (*_MODELS, *_OPERATORS))
-    reports = [report for suite in suites if (report := _latest(results, suite))]
+    cases = [(suite, name) for _, suite, name in (*_MODELS, *_OPERATORS)]
+    reports = [report for suite, name in cases if (report := _latest(results, suite, name))]
     names = (
         f"{r.machine['cpu']}, {r.machine['vector_instructions']}, {r.settings['threads']} threads" for r in reports
     )

@@ -582,14 +582,17 @@ inline void winograd_conv2d(
   }
   const int threads = omp_get_max_threads();
   // Blocks are cut at multiples of kMicroRows, so that only the last has rows that do not fill a micro-tile.
-  const int64_t units = divide_up(total, kMicroRows), limit = divide_up(blocking.tiles, kMicroRows);
+  const int64_t units = divide_up(total, kMicroRows), usual = divide_up(blocking.tiles, kMicroRows);
   // Few tiles: all of them are transformed first, and shared; then output channels are shared among threads.
   constexpr int64_t kBlocksPerThread = 2;
-  const bool shared = units < kBlocksPerThread * threads * limit;
-  const Tiling tiling(units, limit, shared ? 1 : threads);
+  const bool shared = units < kBlocksPerThread * threads * usual;
+  // So few that much of the time goes into reading the weight: they are one block, although slices are narrower then.
+  const bool wide = units > usual && units <= 2 * usual;
+  const Tiling tiling(units, wide ? units : usual, shared ? 1 : threads);
   const int64_t block_tiles = divide_up(units, tiling.tiles) * kMicroRows;
   const int64_t input_tiles = shared ? units * kMicroRows : block_tiles;
-  const int64_t panels = std::min(blocking.panels, op.group_panels());
+  const int64_t most_panels = wide ? std::max<int64_t>(blocking.panels / 2, kMicroPanels) : blocking.panels;
+  const int64_t panels = std::min(most_panels, op.group_panels());
   const int64_t group_slices = divide_up(op.group_panels(), panels), slices = op.groups * group_slices;
   const auto begin = [&](int64_t block) { return std::min(tiling.begin(block) * kMicroRows, total); };
 

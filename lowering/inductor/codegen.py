@@ -8,6 +8,8 @@ from torch._inductor.codecache import CppCodeCache
 from torch._inductor.codegen.cpp import CppScheduling, get_export_declaration
 from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel, parse_expr_with_index_symbols
 from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
+from torch._inductor.compile_fx import compile_fx_inner
+from torch._inductor.constant_folding import constant_fold
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.cpu_vec_isa import VecISA, pick_vec_isa, valid_vec_isa_list
 from torch._inductor.lowering import lowerings
@@ -25,7 +27,9 @@ __all__ = [
     "V",
     "VecISA",
     "cache_dir",
+    "compile_fx_inner",
     "config",
+    "constant_fold",
     "get_cpp_compiler",
     "get_export_declaration",
     "ir",

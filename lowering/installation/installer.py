@@ -215,6 +215,11 @@ _winograd: tuple[int, float] | None = None  # tile and growth
 _direct = False
 
 
+def uses_winograd() -> bool:
+    """Whether :func:`use_winograd` was called."""
+    return _winograd is not None
+
+
 def use_winograd(tile: int, growth: float) -> None:
     """See :func:`inductor_vision.use_winograd`; takes effect now, or once Inductor is imported."""
     global _winograd

@@ -19,6 +19,7 @@ from torch import Tensor
 from ...ops.registry import OPS, accumulate_dtype
 from ..common.machine import multiplied_dtypes, vector_bits
 from ..common.registry import has_template
+from ..common.winograd import count_tiles, worth_their_memory
 from ..inductor.tables import config
 
 
@@ -120,15 +121,15 @@ class Work(NamedTuple):
         return sum(amount * rate for amount, rate in zip(self, rates))
 
 
-# By the width of vectors, in float32. In a model weights come from memory, whatever a benchmark of one layer finds in
-# caches. Those with AVX-512 are of a prototype, whose transforms went through memory.
+# By the width of vectors, in float32, chosen by measurements on EPYCs of families 25 (AVX2) and 26 (AVX-512).
+# In a model weights come from memory, whatever a benchmark of one layer finds in caches, and calls are not Dynamo's.
 LIBRARY_RATES = {
     256: Work(calls=25e-6, multiplications=1 / 36e9, elements=0.05e-9, weights=0.25e-9),
-    512: Work(calls=25e-6, multiplications=1 / 75e9, elements=0.05e-9, weights=0.2e-9),
+    512: Work(calls=25e-6, multiplications=1 / 133e9, elements=0.06e-9, weights=0.1e-9),
 }
 WINOGRAD_RATES = {
     256: Work(calls=5e-6, multiplications=1 / 32e9, elements=0.36e-9, weights=0.25e-9, transformed=0.75e-9),
-    512: Work(calls=5e-6, multiplications=1 / 64e9, elements=0.6e-9, weights=0.2e-9, transformed=0.75e-9),
+    512: Work(calls=5e-6, multiplications=1 / 123e9, elements=0.15e-9, weights=0.1e-9, transformed=0.11e-9),
 }
 
 
@@ -155,15 +156,12 @@ _LINE = 16  # channels of a group are padded to a multiple of these
 def winograd_work(convolution: Convolution, tile: int) -> Work:
     """What ``winograd_conv2d`` does for a convolution."""
     c, points = convolution, (tile + 2) ** 2
-    tiles = c.batch * math.prod(math.ceil(n / tile) for n in c.size)
+    tiles = count_tiles(c.batch, c.size, tile)
     inputs, outputs = (math.ceil(n // c.groups / _LINE) * _LINE * c.groups for n in (c.channels, c.out_channels))
     weights = points * (c.channels // c.groups) * outputs
     elements = tiles * points * (inputs + outputs)
     transformed = 0 if c.constant else weights / c.threads
     return Work(1, tiles * weights / c.threads, elements / c.threads, weights, transformed)
-
-
-_WORTH_ITS_MEMORY = 1.03  # a constant is transformed in each call where that costs less
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +214,7 @@ class Winograd(ConvolutionKernel):
         if not convolution.constant:
             return [Choice(name, program, in_the_call)]
         small = Choice(f"{name}, its weight transformed in each call", small_program, in_the_call)
-        if in_the_call <= _WORTH_ITS_MEMORY * seconds:
+        if not worth_their_memory(count_tiles(convolution.batch, convolution.size, self.tile)):
             return [small]
         transformed = (self.tile + 2) ** 2 * convolution.channel_pairs * accumulate_dtype(convolution.dtype).itemsize
         growth = transformed - convolution.weight_bytes

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import operator
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -28,9 +27,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ...ops.winograd_conv2d import rotated
 from ...paths import record_path
 from ..common.graph_pass import GraphPass
-from ..common.machine import multiplied_dtypes, vector_bits
+from ..common.machine import level, multiplied_dtypes, vector_bits
 from ..common.sizes import likely
-from ..inductor.tables import select_decomp_table
+from ..inductor.tables import config, select_decomp_table
 from .affine_maps import fold_maps, rounded_later
 from .constants import constants_of
 from .convolution_kernels import Choice, Convolution, ConvolutionKernel, Program, library_seconds
@@ -198,16 +197,35 @@ def _faster(convolution: Convolution | None, kernels: Sequence[ConvolutionKernel
         return {}, "what is faster depends on the size"
     usual, reasons = library_seconds(convolution), []
     faster: dict[Choice, float] = {}
+    candidates: list[Choice] = []
     for kernel in kernels:
         reason = kernel.refusal(convolution)
         if reason is not None:
             reasons.append(reason)
             continue
         choices = kernel.choices(convolution)
+        candidates += choices
         faster |= {choice: usual - choice.seconds for choice in choices if choice.seconds < (1 - _LEAST_GAIN) * usual}
         best = min(choices, key=lambda choice: choice.seconds)
         reasons.append(f"{best.name} is estimated to take {best.seconds / usual:.2f} of the time")
+    if candidates and config.max_autotune and level() is None:  # what is measured here says nothing of other machines
+        return _measured(convolution, candidates, faster)
     return faster, "; ".join(dict.fromkeys(reasons))
+
+
+def _measured(
+    convolution: Convolution, candidates: Sequence[Choice], faster: dict[Choice, float]
+) -> tuple[dict[Choice, float], str]:
+    """The way that was measured to be fastest, and, should there be no room for it, those that make constants no larger
+    and are estimated to be ``faster``. How much time it saves is estimated all the same, and decides about memory."""
+    from .convolution_times import fastest_choice  # it needs more of Inductor than there is when passes are entered
+
+    best = fastest_choice(convolution, candidates)
+    if best is None:
+        return {}, "oneDNN's was measured to be faster"
+    least = _LEAST_GAIN * library_seconds(convolution)
+    others = {choice: seconds for choice, seconds in faster.items() if best.growth and not choice.growth}
+    return {**others, best: max([faster.get(best, least), *others.values()])}, ""
 
 
 # Replacing
@@ -256,9 +274,7 @@ def _insert(program: Program, before: Node, arguments: Sequence[Any], like: Tens
     graph = before.graph
     with graph.inserting_before(before):
         for node in traced.graph.nodes:
-            if node.op == "get_attr":
-                found[node] = _constant(before, getattr(traced, node.target), inserted)
-            elif node.op == "call_function":
+            if node.op == "call_function":
                 args, kwargs = map_arg((node.args, node.kwargs), found.__getitem__)
                 key = node.target, str(args), str(kwargs)
                 if key not in inserted or not inserted[key] < before:  # sites are not in the order of nodes
@@ -267,16 +283,3 @@ def _insert(program: Program, before: Node, arguments: Sequence[Any], like: Tens
                 found[node] = inserted[key]
     (result,) = traced.graph.output_node().all_input_nodes
     return found[result]
-
-
-def _constant(before: Node, value: Tensor, inserted: dict[Any, Node]) -> Node:
-    """A constant of a program, which has those of the graph beside it."""
-    graph, key = before.graph, (value.dtype, tuple(value.shape), str(value.tolist()))
-    if key not in inserted or not inserted[key] < before:
-        module: Any = graph.owning_module
-        names = (f"_convolution_constant_{i}" for i in itertools.count())
-        name = next(name for name in names if not hasattr(module, name))
-        module.register_buffer(name, value)
-        inserted[key] = graph.get_attr(name)
-        inserted[key].meta["val"] = value
-    return inserted[key]

@@ -17,11 +17,11 @@ from .convolution_kernels import Choice, Convolution, ConvolutionKernel, Work
 # As WINOGRAD_RATES. A call is a loop beside the others: a team of threads is woken, or not even that.
 DENSE_RATES = {
     256: Work(calls=3e-6, multiplications=1 / 36e9, elements=0.07e-9, weights=0.25e-9, transformed=0.4e-9),
-    512: Work(calls=3e-6, multiplications=1 / 75e9, elements=0.07e-9, weights=0.2e-9, transformed=0.4e-9),
+    512: Work(calls=3e-6, multiplications=1 / 133e9, elements=0.08e-9, weights=0.1e-9, transformed=0.25e-9),
 }
 DEPTHWISE_RATES = {
     256: Work(calls=3e-6, multiplications=1 / 30e9, elements=0.08e-9, weights=0.25e-9),
-    512: Work(calls=3e-6, multiplications=1 / 60e9, elements=0.08e-9, weights=0.2e-9),
+    512: Work(calls=3e-6, multiplications=1 / 106e9, elements=0.09e-9, weights=0.1e-9),
 }
 
 _FEW_CHANNELS = 8  # of these each number is copied by itself, of more as many at once

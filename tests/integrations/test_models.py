@@ -8,6 +8,7 @@ import pytest
 import torch
 from inductor_vision import accelerate, inference_options
 from inductor_vision.integrations import models
+from inductor_vision.lowering.installation import installer
 from inductor_vision.tests.support.compiled import caches_disabled, run_python
 from torch import Tensor, nn
 from torch._inductor import config
@@ -27,6 +28,7 @@ def calls(monkeypatch) -> list[str]:
     )
     for name in names:
         monkeypatch.setattr(models, name, lambda name=name: made.append(name))
+    monkeypatch.setattr(installer, "_winograd", None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     return made
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from inductor_vision import explain, winograd_conv2d
 from inductor_vision.lowering import winograd_conv2d as lowering
+from inductor_vision.lowering.common import winograd as common
 from inductor_vision.ops.registry import OPS
 from inductor_vision.tests.support import convolution_templates
 from inductor_vision.tests.support.compare import assert_close
@@ -188,7 +189,7 @@ def test_another_weight_is_transformed_in_the_graph():
 @pytest.mark.slow
 def test_a_weight_may_be_transformed_in_the_call_for_small_maps_too(monkeypatch):
     """Slice by slice, because there are few tiles."""
-    monkeypatch.setattr(lowering, "_MANY_TILES", 0)
+    monkeypatch.setattr(common, "_MANY_TILES", 0)
     for size in ((25, 34), SMALL):
         compiled = kernels_of(size, freezing=True)
         assert [path.detail for path in compiled.paths] == ["F(4 x 4, 3 x 3), weight transformed in the call, fused"]

@@ -16,7 +16,7 @@ from inductor_vision.perf.results import CaseResult, Report, Row, Spread
 from inductor_vision.perf.runner import Settings, run_case
 from inductor_vision.perf.spec import Case, Contender, Job, Prepared, Suite, Unavailable
 from inductor_vision.perf.suites import detectors
-from inductor_vision.perf.suites.detectors import SUITE, Problem, detections_error, missed_share
+from inductor_vision.perf.suites.detectors import SUITE, Problem, detections_error, missed_share, winograd_error
 from inductor_vision.tests.support.detectors import R_CNNS, small_detector
 from torch._inductor import config
 
@@ -119,6 +119,14 @@ def test_wrong_detections_are_wrong():
     assert detections_error(right["boxes"], right) == float("inf")
     twice = right["boxes"][[0, 0, 2, 3, 4, 5]]
     assert detections_error(changed(boxes=twice), right) > 0.1
+
+
+def test_how_exact_detections_are_with_winograd():
+    right = some_detections()
+    assert winograd_error(right, right) == 0
+    assert winograd_error(changed(boxes=right["boxes"] + 0.05), right) == pytest.approx(5e-4, rel=0.01)
+    assert winograd_error(changed(scores=right["scores"] - 5e-4), right) >= 5e-4
+    assert winograd_error(changed(labels=torch.tensor([1, 1, 2, 2, 3, 1])), right) == float("inf")
 
 
 def test_the_share_of_detections_without_counterpart():

@@ -136,15 +136,21 @@ def test_models_are_compared_in_each_precision():
     rows = (
         row("ours-frozen", "ours", 20),
         row("ours-aoti", "ours", 18, **{"ours-frozen": 0.9}),
+        row("ours-winograd", "ours", 14, **{"ours-frozen": 0.7}),
         row("ours-bf16", "ours", 10),
         row("openvino", "peer", 30, **{"ours-frozen": 1.5, "ours-bf16": 3.0}),
         row("openvino-default", "peer", 13, **{"ours-frozen": 0.6}),
         Row("onnxruntime", "peer", "ok", ratios={"ours-frozen": Spread(1.1)}),  # as of what was published
     )
     case = CaseResult("classifiers", "resnet50-b1", "a case", 1e-4, rows)
-    text = speed.tables({"classifiers": [Report(MACHINE, {"threads": 2}, (case,))]})
-    assert "| ResNet-50, float32 | 20.0 ms | 0.90 | - | 1.10 | 1.50 |\n" in text
-    assert "| ResNet-50, bfloat16 | 10.0 ms | - | - | - | 1.30 |\n" in text
+    report = Report(MACHINE, {"threads": 2}, (case,))
+    faster = dataclasses.replace(case, rows=(row("ours-bf16", "ours", 5),))
+    later = Report({**MACHINE, "date": "9999-01-01"}, {"threads": 2}, (faster,))
+    text = speed.tables({"classifiers": [report]})
+    assert "| ResNet-50, float32 | 20.0 ms | 0.70 | 0.90 | - | 1.10 | 1.50 |\n" in text
+    assert "| ResNet-50, bfloat16 | 10.0 ms | - | - | - | - | 1.30 |\n" in text
+    text = speed.tables({"classifiers": [report, later]})  # each row is of the latest run that has it
+    assert "| ResNet-50, float32 | 20.0 ms |" in text and "| ResNet-50, bfloat16 | 5.00 ms |" in text
 
 
 def test_what_is_no_result(tmp_path, capsys):
