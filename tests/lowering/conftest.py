@@ -7,23 +7,13 @@ from collections.abc import Iterator
 import pytest
 import torch.compiler.config
 from inductor_vision import accelerate_sampling, fuse_depthwise_separable
-from inductor_vision.lowering.installation import installer
-from inductor_vision.tests.support.switches import sampling_switched_off_again
+from inductor_vision.tests.support.switches import passes_switched_off_again, sampling_switched_off_again
 
 
 @pytest.fixture
-def switch(monkeypatch) -> Iterator[None]:
+def switch() -> Iterator[None]:
     """What the test switches on is undone."""
-    for name, off in (
-        ("_fuse_depthwise_separable", False),
-        ("_fold_norms", False),
-        ("_winograd", None),
-        ("_direct", False),
-    ):
-        monkeypatch.setattr(installer, name, off)
-    from torch._inductor import config
-
-    with config.patch(pre_grad_custom_pass=None, joint_custom_pre_pass=None):
+    with passes_switched_off_again():
         yield
 
 

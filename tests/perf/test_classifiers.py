@@ -5,7 +5,6 @@ import importlib
 import pytest
 import torch
 from inductor_vision import inference_options
-from inductor_vision.lowering.installation import installer
 from inductor_vision.lowering.passes.depthwise_separable import FuseDepthwiseSeparable
 from inductor_vision.perf import backends
 from inductor_vision.perf.spec import Job, Unavailable
@@ -31,11 +30,7 @@ def switches(monkeypatch):
 
     monkeypatch.setattr(backends, "compiled", eager)
     monkeypatch.setattr(backends, "packaged", eager)
-    monkeypatch.setattr(installer, "_fuse_depthwise_separable", False)
-    monkeypatch.setattr(installer, "_winograd", None)
-    monkeypatch.setattr(installer, "_direct", False)
-    with config.patch(pre_grad_custom_pass=None, joint_custom_pre_pass=None):
-        yield on
+    return on
 
 
 @pytest.fixture(scope="module")

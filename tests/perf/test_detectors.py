@@ -7,7 +7,6 @@ import time
 
 import pytest
 import torch
-from inductor_vision.lowering.installation import installer
 from inductor_vision.perf import backends, interleaving, machine, one_image
 from inductor_vision.perf.isolated import prepare_in_own_process
 from inductor_vision.perf.progress import Progress
@@ -18,7 +17,6 @@ from inductor_vision.perf.spec import Case, Contender, Job, Prepared, Suite, Una
 from inductor_vision.perf.suites import detectors
 from inductor_vision.perf.suites.detectors import SUITE, Problem, detections_error, missed_share, winograd_error
 from inductor_vision.tests.support.detectors import R_CNNS, small_detector
-from torch._inductor import config
 
 PROBLEMS = {
     kind: Problem(functools.partial(small_detector, kind), (90, 120), (4, 8))
@@ -27,13 +25,6 @@ PROBLEMS = {
 CONTENDERS = {contender.name: contender for contender in SUITE.contenders}
 
 pytestmark = pytest.mark.usefixtures("torchvision")
-
-
-@pytest.fixture(autouse=True)
-def _winograd_switched_off_again(monkeypatch):
-    monkeypatch.setattr(installer, "_winograd", None)
-    with config.patch(joint_custom_pre_pass=config.joint_custom_pre_pass):
-        yield
 
 
 def job_of(kind):

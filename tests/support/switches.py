@@ -10,6 +10,21 @@ import torch.compiler.config
 from inductor_vision.lowering.installation import installer
 from inductor_vision.ops.registry import ATEN
 
+# What is off as long as nobody has called the functions of this package that switch passes on.
+_PASSES = {"_fuse_depthwise_separable": False, "_fold_norms": False, "_winograd": None, "_direct": False}
+
+
+@contextlib.contextmanager
+def passes_switched_off_again() -> Iterator[None]:
+    """Within it no pass over graphs is on, but those that are switched on there; afterwards it is as it was."""
+    from torch._inductor import config
+
+    with (
+        patch.multiple(installer, **_PASSES),
+        config.patch(pre_grad_custom_pass=None, joint_custom_pre_pass=None),
+    ):
+        yield
+
 
 @contextlib.contextmanager
 def sampling_switched_off_again() -> Iterator[None]:
