@@ -47,7 +47,8 @@ def _calls(convolution: Convolution, choices: Sequence[Choice]) -> dict[str, Cal
 def _tensors(convolution: Convolution) -> tuple[Tensor, Tensor, Tensor]:
     """Input, weight and bias."""
     c = convolution
-    size = (n - 1 + k - 2 * p for n, k, p in zip(c.size, c.kernel, c.padding))
+    axes = zip(c.size, c.kernel, c.stride, c.padding, c.dilation)
+    size = ((n - 1) * stride + (k - 1) * dilation + 1 - 2 * padding for n, k, stride, padding, dilation in axes)
     image = torch.randn(c.batch, c.channels, *size).to(c.dtype).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(c.out_channels, c.channels // c.groups, *c.kernel).to(c.dtype)
     return image, weight, torch.randn(c.out_channels).to(c.dtype)

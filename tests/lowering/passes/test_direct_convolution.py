@@ -9,7 +9,12 @@ import inductor_vision
 import pytest
 import torch
 import torch._inductor.lowering  # from here on this package is among its tables
-from inductor_vision.lowering.passes import convolution_kernels, convolutions, direct_convolution
+from inductor_vision.lowering.passes import (
+    convolution_kernels,
+    convolution_times,
+    convolutions,
+    direct_convolution,
+)
 from inductor_vision.lowering.passes.convolution_kernels import Convolution, Winograd, library_seconds
 from inductor_vision.lowering.passes.convolutions import ChooseConvolutions
 from inductor_vision.lowering.passes.direct_convolution import DirectConvolution
@@ -119,6 +124,18 @@ def test_low_precision(free, monkeypatch):
         traced = trace(Autocast(model), x)
         assert taken(traced) == (not multiplied)
         assert_close(traced.result, model(x), torch.bfloat16)
+
+
+@pytest.mark.usefixtures("unoptimized")
+@pytest.mark.parametrize("groups", [1, 6])
+@torch.no_grad()
+def test_what_is_measured_computes_the_same(groups):
+    """Under max_autotune."""
+    convolution = Convolution(1, 6, 6, (5, 6), stride=(2, 1), padding=(1, 2), dilation=(2, 1), groups=groups)
+    library, direct = convolution_times._calls(convolution, DirectConvolution().choices(convolution)).values()
+    expected = library()
+    assert expected.shape == (1, 6, 5, 6)
+    assert_close(direct(), expected, torch.float32)
 
 
 def test_each_gets_what_is_fastest(monkeypatch):
