@@ -21,7 +21,7 @@ DENSE_RATES = {
 }
 DEPTHWISE_RATES = {
     256: Work(calls=3e-6, multiplications=1 / 30e9, elements=0.08e-9, weights=0.25e-9),
-    512: Work(calls=3e-6, multiplications=1 / 106e9, elements=0.09e-9, weights=0.1e-9),
+    512: Work(calls=3e-6, multiplications=1 / 106e9, elements=0.1e-9, weights=0.1e-9),
 }
 
 _FEW_CHANNELS = 8  # of these each number is copied by itself, of more as many at once
