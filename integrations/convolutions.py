@@ -72,14 +72,14 @@ def use_direct_convolutions() -> None:
 
     After this call ``torch.compile`` with ``torch._inductor.config.freezing``, and packages, compute stock convolutions
     whose weights are constants, 1 x 1 and larger ones, with a stride or without, dense and depthwise, in one C++ kernel
-    each, with what follows in its store: activation, residual, scale. There is no call of a library, which takes 10 to
-    30 microseconds by itself. Most is gained by small models, MobileNets and EfficientNets. Results differ by rounding.
+    each, with what follows in its store: activation, residual, scale. There is no call of oneDNN, which takes 13 to 22
+    microseconds more than PyTorch's own; that is much of a small model's time. Results differ by rounding.
 
     Which ones become faster is estimated from their sizes, for the processor that code is generated for; of dynamic
     sizes, those that the model is compiled with. Left alone are convolutions with groups of more than one channel,
-    dense ones with a dilation, those whose weight is not a constant, and those in a low precision that the processor
-    multiplies by itself. Norms behind those that are taken are folded as :func:`inductor_vision.fold_norms` does it.
-    Together with :func:`inductor_vision.use_winograd` each convolution gets what is estimated to be fastest.
+    dense ones dilated along the width, those whose weight is not a constant, and those in a low precision that the
+    processor multiplies by itself. Norms behind those that are taken are folded as :func:`inductor_vision.fold_norms`
+    does it. Together with :func:`inductor_vision.use_winograd` each convolution gets what is estimated to be fastest.
 
     :func:`inductor_vision.explain` and the ``inductor_vision`` logger say of each convolution what became of it, and
     why. Models, eager mode and training are not changed. Call it before compiling; calling it again does nothing.

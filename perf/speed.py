@@ -256,7 +256,7 @@ def _others(case: CaseResult, ours: Row, columns: _Columns) -> dict[str, float]:
     for title, names in columns.others.items():
         name = next((name for name in names if name in known), None)
         if name is not None:
-            found[title] = float(significant(known[name]))
+            found[title] = known[name]
     return found
 
 

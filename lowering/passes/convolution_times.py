@@ -34,7 +34,9 @@ def fastest_choice(convolution: Convolution, choices: Sequence[Choice]) -> Choic
 
         return run
 
-    return by_name.get(fastest(repr(convolution), [_LIBRARY, *by_name], prepare))
+    candidates = [_LIBRARY, *by_name]
+    # What was measured is remembered, and says nothing of others that may be chosen from elsewhere.
+    return by_name.get(fastest(f"{convolution!r} by {sorted(candidates)}", candidates, prepare))
 
 
 def _calls(convolution: Convolution, choices: Sequence[Choice]) -> dict[str, Callable[[], Tensor]]:
@@ -48,7 +50,7 @@ def _tensors(convolution: Convolution) -> tuple[Tensor, Tensor, Tensor]:
     """Input, weight and bias."""
     c = convolution
     axes = zip(c.size, c.kernel, c.stride, c.padding, c.dilation)
-    size = ((n - 1) * stride + (k - 1) * dilation + 1 - 2 * padding for n, k, stride, padding, dilation in axes)
+    size = (max(1, (n - 1) * stride + (k - 1) * dilation + 1 - 2 * padding) for n, k, stride, padding, dilation in axes)
     image = torch.randn(c.batch, c.channels, *size).to(c.dtype).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(c.out_channels, c.channels // c.groups, *c.kernel).to(c.dtype)
     return image, weight, torch.randn(c.out_channels).to(c.dtype)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ...ops.registry import OPS
+from ...ops.registry import OPS, accumulate_dtype
 from ..common.machine import multiplied_dtypes, vector_bits
 from ..common.registry import has_template
 from ..inductor.tables import config
@@ -34,7 +34,7 @@ def direct_work(convolution: Convolution) -> Work:
     multiplications = pixels * taps * c.channel_pairs
     elements = pixels * (c.channels * math.prod(c.stride) + c.out_channels)
     copied = 0.0
-    if c.groups == 1 and any(c.padding):
+    if (c.groups == 1 and any(c.padding)) or c.dtype != accumulate_dtype(c.dtype):
         copied = pixels * c.kernel[0] * c.stride[1] * c.channels
         copied /= 1 if c.channels < _FEW_CHANNELS else _FEW_CHANNELS
     shared = multiplications / c.threads, elements / c.threads
@@ -65,6 +65,8 @@ class DirectConvolution(ConvolutionKernel):
             return f"it is on {c.device}, and the kernel is for the CPU"
         if c.dtype in multiplied_dtypes():
             return f"the processor multiplies {c.dtype} by itself, which oneDNN makes use of"
+        if vector_bits() < 256:
+            return f"vectors of {vector_bits()} bits were not measured, and oneDNN finds those of the processor itself"
         if config.cpu_backend != "cpp" or not has_template(OPS["direct_conv2d"]):
             return "direct_conv2d has no kernel here"
         return None

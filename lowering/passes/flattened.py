@@ -45,6 +45,8 @@ class FlattenAsItLies(GraphPass):
     def __call__(self, graph: Graph) -> None:
         if not config.freezing or torch.is_grad_enabled():
             return  # weights are not constants
+        if not (config.layout_optimization and torch.backends.mkldnn.is_available()):
+            return  # convolutions are not made channels_last
         try:
             constants, maps = constants_of(graph), _maps_of_convolutions(graph)
             for flat in [node for node in graph.nodes if node.target in _VIEWS]:
@@ -58,11 +60,18 @@ def _maps_of_convolutions(graph: Graph) -> set[Node]:
     """The results of convolutions, and what is made of them in their order."""
     maps: set[Node] = set()
     for node in graph.nodes:
-        if node.target is _aten.convolution.default or (
+        if _is_convolution(node) or (
             node.target in _KEEP_ORDER and any(argument in maps for argument in node.all_input_nodes)
         ):
             maps.add(node)
     return maps
+
+
+def _is_convolution(node: Node) -> bool:
+    """A stock one, or what computes it in its place: the pass that decides about that may have run before."""
+    return node.target is _aten.convolution.default or any(
+        f"{kernel}_prepacked" in str(node.target) for kernel in ("winograd_conv2d", "direct_conv2d")
+    )
 
 
 def _flatten_as_it_lies(flat: Node, maps: set[Node], constants: set[Node]) -> None:
@@ -102,7 +111,21 @@ def _flatten_as_it_lies(flat: Node, maps: set[Node], constants: set[Node]) -> No
 
 def _is_linear(user: Node, flat: Node, constants: set[Node]) -> bool:
     place = _PRODUCTS.get(user.target)
-    return place is not None and user.args[place] is flat and user.args[place + 1] in constants
+    return (
+        place is not None
+        and user.args[place] is flat
+        and user.args[place + 1] in constants
+        and _is_read_once(user.args[place + 1])
+    )
+
+
+def _is_read_once(weight: Any) -> bool:
+    """Whether nothing else needs a constant in its own order, which would be a second one beside it."""
+    while weight.op == "call_function":
+        if len(weight.users) > 1:
+            return False
+        (weight,) = weight.all_input_nodes
+    return len(weight.users) == 1
 
 
 def _call(op: Any, node: Node, argument: Any) -> Node:

@@ -49,6 +49,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 Call = tuple[Any, ...]
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 @dataclasses.dataclass(frozen=True)
 class Part:

@@ -138,10 +138,21 @@ def test_what_is_measured_computes_the_same(groups):
     assert_close(direct(), expected, torch.float32)
 
 
+def test_a_measurement_is_of_what_there_was_to_choose_from(monkeypatch):
+    """It is remembered for other processes, which may have switched on something else."""
+    problems = []
+    monkeypatch.setattr(convolution_times, "fastest", lambda problem, *_: problems.append(problem))
+    convolution = Convolution(1, 6, 6, (5, 6))
+    for kernels in ([Winograd(4)], [Winograd(2)], [Winograd(4), DirectConvolution()]):
+        choices = [choice for kernel in kernels for choice in kernel.choices(convolution)]
+        convolution_times.fastest_choice(convolution, choices)
+    assert len(set(problems)) == 3
+
+
 def test_each_gets_what_is_fastest(monkeypatch):
     """Small maps a direct convolution, 3 x 3 on large ones Winograd's algorithm, where both are switched on."""
-    monkeypatch.setattr(direct_convolution, "vector_bits", lambda: 512)
-    monkeypatch.setattr(convolutions, "vector_bits", lambda: 512)
+    for module in (convolution_kernels, direct_convolution):
+        monkeypatch.setattr(module, "vector_bits", lambda: 512)
     passes = [ChooseConvolutions("tested", [DirectConvolution(), Winograd(4)], 9.0)]
     model, x = nn.Sequential(nn.Conv2d(6, 64, 1), nn.Conv2d(64, 64, 3, padding=1)), torch.randn(1, 6, 100, 100)
     torch._dynamo.reset()
