@@ -7,6 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from inductor_vision.lowering.passes import convolutions
+from inductor_vision.lowering.passes.convolution_kernels import Winograd
+from inductor_vision.lowering.passes.convolutions import ChooseConvolutions
+from inductor_vision.lowering.passes.direct_convolution import DirectConvolution
 from inductor_vision.lowering.passes.flattened import FlattenAsItLies
 from inductor_vision.perf.backends import Autocast
 from inductor_vision.tests.support.compare import assert_close
@@ -121,6 +125,21 @@ def test_others_are_left_alone(name):
 
 def test_nothing_happens_without_freezing():
     check(Head(nn.ReLU()), *inputs(), found=[], config={**FROZEN, "freezing": False})
+
+
+@pytest.mark.parametrize("kernel", [DirectConvolution(), Winograd(4)], ids=str)
+@torch.no_grad()
+def test_behind_a_kernel_of_this_package(monkeypatch, kernel):
+    """Whichever pass runs first."""
+    monkeypatch.setattr(convolutions, "library_seconds", lambda convolution: 1.0)
+    passes = [ChooseConvolutions("tested", [kernel], 9.0), FlattenAsItLies("tested")]
+    head, (x, _) = Head(nn.ReLU()), inputs()
+    for order in (passes, passes[::-1]):
+        torch._dynamo.reset()
+        config = {"freezing": True, "joint_custom_pre_pass": order}
+        traced = trace_and_run(lambda x: head.linear(head.layers(x).flatten(1)), x, config=config)
+        assert sorted(path.kind for path in traced.paths if path.op in ("conv2d", "linear")) == ["fused", "replaced"]
+        assert_close(traced.result, head.linear(head.layers(x).flatten(1)), torch.float32)
 
 
 @torch.no_grad()
