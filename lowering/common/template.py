@@ -117,6 +117,15 @@ def _block_name(buffer: ir.Buffer) -> str:
     return f"{buffer.get_name()}_block"
 
 
+def _is_read_elsewhere(buffer: ir.Buffer, epilogue: Sequence[ir.ComputedBuffer]) -> bool:
+    """Whether anything but the epilogue reads an output.
+
+    Inductor's own answer counts what only has to run later: the kernel that overwrites an input of the template.
+    """
+    users = V.graph.scheduler.name_to_buf[buffer.get_name()].users
+    return any(not user.is_weak and getattr(user.node, "node", None) not in epilogue for user in users)
+
+
 class KernelTemplate(abc.ABC):
     """A kernel that becomes a part of the generated code.
 
@@ -182,9 +191,8 @@ class KernelTemplate(abc.ABC):
 
         def render() -> str:
             epilogue = list(epilogue_nodes or [])
-            return kernel.render(
-                self, buffer=buffer, epilogue=epilogue, keep=flag_template_buffer_has_other_users or not epilogue
-            )
+            keep = not epilogue or (flag_template_buffer_has_other_users and _is_read_elsewhere(buffer, epilogue))
+            return kernel.render(self, buffer=buffer, epilogue=epilogue, keep=keep)
 
         return kernel, render
 

@@ -91,6 +91,26 @@ def test_a_block_compiled_and_switched_on(switch, free, wrapper):
     assert compiled.result.is_contiguous()
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("switch", "unoptimized", "torchvision_python")
+@torch.no_grad()
+def test_a_map_that_is_overwritten_later(monkeypatch):
+    """oneDNN adds in place to what the first convolution of the block reads: it must run later, and reads nothing of
+    that convolution's, whose result is not kept beside what is fused with it."""
+    from torchvision.models import resnet50
+
+    for module in (convolution_kernels, direct_convolution):
+        monkeypatch.setattr(module, "vector_bits", lambda: 512)
+    inductor_vision.fold_norms()
+    inductor_vision.use_direct_convolutions()
+    resnet, x = resnet50(weights=None), torch.randn(1, 3, 224, 224)
+    layers = resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool, resnet.layer1[0]
+    model = nn.Sequential(*layers).eval()
+    compiled = compile_and_run(model, x, config={"freezing": True})
+    assert compiled.templates == compiled.fused == 1
+    assert_close(compiled.result, model(x), torch.float32)
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "groups": (lambda: nn.Conv2d(6, 8, 3, groups=2), "it has 2 groups of more than a channel"),
     "multiplier": (lambda: nn.Conv2d(6, 12, 3, groups=6), "it has 6 groups of more than a channel"),
