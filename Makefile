@@ -43,11 +43,11 @@ train: $(READY) ## train a deformable and a plain network on warped digits
 # As many processes as cores, but at most 4: each takes up to 2 GB, part of it for compilers that it runs. A file's tests
 # run in one of them, since they share what is compiled for the file; the order of files is that of tests/conftest.py.
 # Each behaviour is tested once, with C++ that is not optimized, which compiles in half of the time.
-test: $(READY) ## run the tests, in 15 to 25 minutes on two cores; ARGS="-n 0 -k nms" for some in one process
+test: $(READY) ## run the tests, in 8 to 20 minutes on two cores; ARGS="-n 0 -k nms" for some in one process
 	$(PYTEST) -m "not slow" $(ARGS)
 
 # All kinds of a behaviour, kernels as users get them and under sanitizers, more examples, clang, whole models.
-test-all: $(READY) ## run everything that CI does, in 40 minutes on two fast cores
+test-all: $(READY) ## run everything that CI does, in half an hour on two fast cores
 	$(PYTEST) --hypothesis-profile many $(ARGS)
 
 # What depends on private parts of torch, and templates of each kind.
