@@ -25,7 +25,7 @@ from ..ops.depthwise_separable_conv2d import (
 )
 from ..ops.gradients import gradient_format
 from ..ops.registry import GRADIENTS, OPS, accumulate_dtype
-from .common.constants import fold_constant
+from .common.constants import realize_constant
 from .common.geometry import by_axis, constant_geometry
 from .common.internal_op import define_internal_op
 from .common.layout import image_and_format
@@ -195,15 +195,6 @@ def _fake_prepacked(input: Tensor, *args: Any) -> Tensor:
     return empty_output(input, args[6], args[-1])
 
 
-def _constant(position: int, value: ir.TensorBox | None) -> ir.IRNode | None:
-    """An argument of the node that is lowered, realized; what is made of constants alone is one."""
-    if value is None:
-        return None
-    argument = V.graph.current_node.args[position]
-    assert isinstance(argument, torch.fx.Node)
-    return ir.ExternKernel.realize_input(ir.ExternKernel.require_contiguous(fold_constant(argument, value)))
-
-
 def _lower(
     input: ir.TensorBox,
     depthwise: ir.TensorBox,
@@ -219,7 +210,7 @@ def _lower(
     return DepthwiseSeparableConv2dTemplate(
         Separable(*args[:-1]),
         image,
-        [_constant(i, tensor) for i, tensor in enumerate(tensors, 1)],
+        [realize_constant(i, tensor) for i, tensor in enumerate(tensors, 1)],
         ir.convert_shape_to_inductor(node.meta["val"].shape),
         channels_last,
     ).output()
@@ -309,7 +300,7 @@ def _lower_gradients(
         out_size,
         channels_last,
         realize(input),
-        [grad, _constant(2, weight), _constant(3, bias), _constant(4, slope)],
+        [grad, realize_constant(2, weight), realize_constant(3, bias), realize_constant(4, slope)],
         wanted,
     ).results()
 

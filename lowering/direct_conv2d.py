@@ -6,13 +6,12 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..ops.convolution import empty_output
 from ..ops.direct_conv2d import Arguments, check_arguments
 from ..ops.registry import OPS, accumulate_dtype
-from .common.constants import fold_constant
+from .common.constants import realize_constant
 from .common.geometry import by_axis, constant_geometry
 from .common.internal_op import define_internal_op
 from .common.layout import image_and_format
@@ -82,22 +81,13 @@ def _fake_prepacked(input: Tensor, packed: Tensor, bias: Tensor | None, *args: A
     return empty_output(input, args[0], args[-1])
 
 
-def _constant(position: int, value: ir.TensorBox | None) -> ir.IRNode | None:
-    """An argument of the node that is lowered, realized; what is made of constants alone is one."""
-    if value is None:
-        return None
-    argument = V.graph.current_node.args[position]
-    assert isinstance(argument, torch.fx.Node)
-    return ir.ExternKernel.realize_input(ir.ExternKernel.require_contiguous(fold_constant(argument, value)))
-
-
 def _lower(input: ir.TensorBox, weight: ir.TensorBox, bias: ir.TensorBox | None, *args: Any) -> ir.TensorBox:
     node = V.graph.current_node
     image, channels_last = image_and_format(input, node)
-    packed = _constant(1, weight)
+    packed, realized_bias = realize_constant(1, weight), realize_constant(2, bias)
     assert packed is not None
     size = ir.convert_shape_to_inductor(node.meta["val"].shape)
-    return DirectConv2dTemplate(Direct(*args[:-1]), image, packed, _constant(2, bias), size, channels_last).output()
+    return DirectConv2dTemplate(Direct(*args[:-1]), image, packed, realized_bias, size, channels_last).output()
 
 
 class DirectConv2dTemplate(BlocksTemplate):

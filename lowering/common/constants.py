@@ -52,6 +52,15 @@ def fold_constant(node: torch.fx.Node, value: ir.TensorBox) -> ir.TensorBox:
     return V.graph.add_tensor_constant(node.meta[_FOLDED])
 
 
+def realize_constant(position: int, value: ir.TensorBox | None) -> ir.IRNode | None:
+    """An argument of the node that is lowered, realized; what is made of constants alone is one."""
+    if value is None:
+        return None
+    argument = V.graph.current_node.args[position]
+    assert isinstance(argument, torch.fx.Node)
+    return ir.ExternKernel.realize_input(ir.ExternKernel.require_contiguous(fold_constant(argument, value)))
+
+
 _FOLDED = "inductor_vision_folded"  # in a node's meta: the tensor that takes the node's place
 
 

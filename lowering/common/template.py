@@ -120,7 +120,7 @@ def _block_name(buffer: ir.Buffer) -> str:
 def _is_read_elsewhere(buffer: ir.Buffer, epilogue: Sequence[ir.ComputedBuffer]) -> bool:
     """Whether anything but the epilogue reads an output.
 
-    Inductor's own answer counts what only has to run later: the kernel that overwrites an input of the template.
+    Inductor's own answer counts what only has to run later, too: the kernel that overwrites an input of the template.
     """
     users = V.graph.scheduler.name_to_buf[buffer.get_name()].users
     return any(not user.is_weak and getattr(user.node, "node", None) not in epilogue for user in users)
@@ -191,7 +191,7 @@ class KernelTemplate(abc.ABC):
 
         def render() -> str:
             epilogue = list(epilogue_nodes or [])
-            keep = not epilogue or (flag_template_buffer_has_other_users and _is_read_elsewhere(buffer, epilogue))
+            keep = not epilogue or _is_read_elsewhere(buffer, epilogue)
             return kernel.render(self, buffer=buffer, epilogue=epilogue, keep=keep)
 
         return kernel, render

@@ -133,7 +133,8 @@ WINOGRAD_RATES = {
 }
 
 
-def _rates(by_width: dict[int, Work]) -> Work:
+def rates_here(by_width: dict[int, Work]) -> Work:
+    """Those for the vectors that code is generated for."""
     return by_width[512 if vector_bits() == 512 else 256]
 
 
@@ -147,7 +148,7 @@ def library_work(convolution: Convolution) -> Work:
 
 def library_seconds(convolution: Convolution) -> float:
     """What oneDNN's convolution, which Inductor calls, is estimated to take."""
-    return library_work(convolution).seconds(_rates(LIBRARY_RATES))
+    return library_work(convolution).seconds(rates_here(LIBRARY_RATES))
 
 
 _LINE = 16  # channels of a group are padded to a multiple of these
@@ -197,7 +198,7 @@ class Winograd(ConvolutionKernel):
         return None
 
     def choices(self, convolution: Convolution) -> Sequence[Choice]:
-        rates = _rates(WINOGRAD_RATES)
+        rates = rates_here(WINOGRAD_RATES)
         name, padding = f"winograd_conv2d(tile={self.tile})", list(convolution.padding)
         seconds = winograd_work(convolution, self.tile).seconds(rates)
         in_the_call = winograd_work(dataclasses.replace(convolution, constant=False), self.tile).seconds(rates)

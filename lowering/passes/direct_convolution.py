@@ -12,7 +12,7 @@ from ...ops.registry import OPS, accumulate_dtype
 from ..common.machine import multiplied_dtypes, vector_bits
 from ..common.registry import has_template
 from ..inductor.tables import config
-from .convolution_kernels import Choice, Convolution, ConvolutionKernel, Work
+from .convolution_kernels import Choice, Convolution, ConvolutionKernel, Work, rates_here
 
 # As WINOGRAD_RATES. A call is a loop beside the others: a team of threads is woken, or not even that.
 DENSE_RATES = {
@@ -85,5 +85,5 @@ class DirectConvolution(ConvolutionKernel):
         def program(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             return OPS["direct_conv2d"](input, weight, bias, *geometry)
 
-        seconds = direct_work(c).seconds(rates[512 if vector_bits() == 512 else 256])
+        seconds = direct_work(c).seconds(rates_here(rates))
         return [Choice("direct_conv2d", program, seconds)]
