@@ -105,7 +105,8 @@ def fold_norms() -> None:
     for products of weights and scales. Models, eager mode and training are not changed.
 
     A linear layer that reads the flattened map of a convolution gets its weight in the order in which the map lies in
-    memory, so that the map is not copied.
+    memory, so that the map is not copied. Convolutions of one map with few filters each, such as a detector's heads for
+    scores and boxes, are computed as one.
 
     :func:`inductor_vision.accelerate` and :func:`inductor_vision.export_detector` call it.
     :func:`inductor_vision.explain` and the ``inductor_vision`` logger say what became of each convolution before such a

@@ -261,11 +261,13 @@ def _add_folding_pass() -> None:
     if _fold_norms:
         from ..passes.affine_maps import FoldAffineMaps
         from ..passes.flattened import FlattenAsItLies
+        from ..passes.heads import JoinHeads
         from ..workarounds.repeated_constants import MergeConstants
 
         _add_pass("joint_custom_pre_pass", MergeConstants(TAG))
         _add_pass("joint_custom_pre_pass", FoldAffineMaps(TAG))
         _add_pass("joint_custom_pre_pass", FlattenAsItLies(TAG))
+        _add_pass("joint_custom_pre_pass", JoinHeads(TAG))
 
 
 def _add_pass(hook: str, added: Any) -> None:

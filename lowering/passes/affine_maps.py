@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.fx import Graph, Node, map_arg
 
 from ...paths import record_path
-from ..common.graph_pass import GraphPass
+from ..common.graph_pass import GraphPass, call
 from ..inductor.tables import config
 from .constants import constants_of
 from .names import layer_of
@@ -207,24 +207,24 @@ def _fold(conv: Node, steps: list[_Step]) -> Node:
         weight, channels = _in_float64(weight), result.shape[1]
         if bias is not None or shift != 0.0:
             # A number for each channel. Inductor computes no constants of nothing but numbers, such as aten.full.
-            some = _call(_aten.slice.Tensor, _call(_aten.reshape.default, weight, [-1]), 0, 0, channels)
-            shift = _plus(_call(_aten.zeros_like.default, some), shift)
-            bias = _call(_CAST, shift, result.dtype)
+            some = call(_aten.slice.Tensor, call(_aten.reshape.default, weight, [-1]), 0, 0, channels)
+            shift = _plus(call(_aten.zeros_like.default, some), shift)
+            bias = call(_CAST, shift, result.dtype)
         if isinstance(scale, Node) and scale.meta["val"].numel() == channels:
             inputs, *_ = shape = list(weight.meta["val"].shape)
             kernel = [1] * (len(shape) - 2)
             if transposed:  # [inputs, outputs of a group, ...]
-                scale = _call(_aten.reshape.default, scale, [groups, 1, -1])
-                scale = _call(_aten.expand.default, scale, [groups, inputs // groups, shape[1]])
-                scale = _call(_aten.reshape.default, scale, [*shape[:2], *kernel])
+                scale = call(_aten.reshape.default, scale, [groups, 1, -1])
+                scale = call(_aten.expand.default, scale, [groups, inputs // groups, shape[1]])
+                scale = call(_aten.reshape.default, scale, [*shape[:2], *kernel])
             else:
-                scale = _call(_aten.reshape.default, scale, [-1, 1, *kernel])
-        weight = _call(_CAST, _times(weight, scale), result.dtype)
-        folded = _call(conv.target, input, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
+                scale = call(_aten.reshape.default, scale, [-1, 1, *kernel])
+        weight = call(_CAST, _times(weight, scale), result.dtype)
+        folded = call(conv.target, input, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
         folded.meta = {**conv.meta, **folded.meta}  # of which layer it is
         out = folded
         if last.meta["val"].dtype != result.dtype:
-            out = _call(_CAST, folded, last.meta["val"].dtype)
+            out = call(_CAST, folded, last.meta["val"].dtype)
     last.replace_all_uses_with(out)
     return folded
 
@@ -233,7 +233,7 @@ def _then(step: _Step, scale: _Value, shift: _Value) -> tuple[_Value, _Value]:
     """Scale and shift of the maps so far, and then this one."""
     op, other = step.node.target, step.other
     if isinstance(other, Node):
-        other = _call(_aten.reshape.default, _in_float64(other), [-1])
+        other = call(_aten.reshape.default, _in_float64(other), [-1])
     factor: _Value = 1.0
     summand: _Value = 0.0
     if op in (_aten.add.Tensor, _aten.sub.Tensor):  # the second operand is multiplied
@@ -243,7 +243,7 @@ def _then(step: _Step, scale: _Value, shift: _Value) -> tuple[_Value, _Value]:
     elif op is _aten.mul.Tensor:
         factor = other
     elif op is _aten.div.Tensor:
-        factor = _call(_aten.reciprocal.default, other) if isinstance(other, Node) else 1 / other
+        factor = call(_aten.reciprocal.default, other) if isinstance(other, Node) else 1 / other
     elif op is _aten.neg.default:
         factor = -1.0
     return _times(scale, factor), _plus(_times(shift, factor), summand)
@@ -267,8 +267,8 @@ def _in_float64(node: Node) -> Node:
         return _in_float64(node.args[0])  # type: ignore[arg-type]  # what is cast is a node
     if node.target in _ARITHMETIC and node.meta["val"].is_floating_point():
         args = map_arg(node.args, _in_float64)
-        return _call(node.target, *args, **node.kwargs)
-    return _call(_CAST, node, torch.float64)
+        return call(node.target, *args, **node.kwargs)
+    return call(_CAST, node, torch.float64)
 
 
 def _times(left: _Value, right: _Value) -> _Value:
@@ -281,16 +281,8 @@ def _plus(left: _Value, right: _Value) -> _Value:
 
 def _commuting(op: Any, of_numbers: Callable[[float, float], float], left: _Value, right: _Value) -> _Value:
     if isinstance(left, Node):
-        return _call(op, left, right)
-    return _call(op, right, left) if isinstance(right, Node) else of_numbers(left, right)
-
-
-def _call(op: Any, *args: Any, **kwargs: Any) -> Node:
-    """A new node, with the value that Inductor's passes want to see."""
-    node = next(argument for argument in args if isinstance(argument, Node)).graph.call_function(op, args, kwargs)
-    fakes = map_arg((args, kwargs), lambda argument: argument.meta["val"])
-    node.meta["val"] = op(*fakes[0], **fakes[1])
-    return node
+        return call(op, left, right)
+    return call(op, right, left) if isinstance(right, Node) else of_numbers(left, right)
 
 
 # Casts
@@ -316,7 +308,7 @@ def _cast_later(node: Node, rounded: set[Node]) -> None:
     if not computed or not all(operands):
         return
     with node.graph.inserting_before(node):
-        out = _call(_CAST, _call(node.target, *operands), torch.float32)
+        out = call(_CAST, call(node.target, *operands), torch.float32)
     node.replace_all_uses_with(out)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from ...paths import record_path
-from ..common.graph_pass import GraphPass
+from ..common.graph_pass import GraphPass, call
 from ..inductor.tables import config
 from .constants import constants_of
 from .names import layer_of
@@ -91,18 +91,18 @@ def _flatten_as_it_lies(flat: Node, maps: set[Node], constants: set[Node]) -> No
     if x.target is _aten.clone.default:  # into the order of channels
         x = x.args[0]
     with flat.graph.inserting_before(flat):
-        pixels = _call(_aten.permute.default, x, [0, 2, 3, 1])
-        rows = _call(_aten.reshape.default, pixels, flat.args[1])
+        pixels = call(_aten.permute.default, x, [0, 2, 3, 1])
+        rows = call(_aten.reshape.default, pixels, flat.args[1])
     for product in products:
         place = _PRODUCTS[product.target] + 1
         weight: Any = product.args[place]
         outputs = weight.meta["val"].shape[1]
         with flat.graph.inserting_before(product):
-            columns = _call(_aten.permute.default, weight, [1, 0])
-            columns = _call(_aten.reshape.default, columns, [outputs, channels, height, width])
-            columns = _call(_aten.permute.default, columns, [0, 2, 3, 1])
-            columns = _call(_aten.reshape.default, columns, [outputs, channels * height * width])
-            weight = _call(_aten.permute.default, columns, [1, 0])
+            columns = call(_aten.permute.default, weight, [1, 0])
+            columns = call(_aten.reshape.default, columns, [outputs, channels, height, width])
+            columns = call(_aten.permute.default, columns, [0, 2, 3, 1])
+            columns = call(_aten.reshape.default, columns, [outputs, channels * height * width])
+            weight = call(_aten.permute.default, columns, [1, 0])
         product.update_arg(place - 1, rows)
         product.update_arg(place, weight)
         what = f"{layer_of(product)[0] or 'a linear layer'} ({channels} x {height} x {width} to {outputs})"
@@ -126,11 +126,3 @@ def _is_read_once(weight: Any) -> bool:
             return False
         (weight,) = weight.all_input_nodes
     return len(weight.users) == 1
-
-
-def _call(op: Any, node: Node, argument: Any) -> Node:
-    """A new node, with the value that Inductor's passes want to see."""
-    result = node.graph.call_function(op, (node, argument))
-    values = [size.meta["val"] if isinstance(size, Node) else size for size in argument]
-    result.meta["val"] = op(node.meta["val"], values)
-    return result

@@ -13,6 +13,7 @@ from inductor_vision import fold_norms
 from inductor_vision.lowering.common import cache_key
 from inductor_vision.lowering.passes.affine_maps import FoldAffineMaps
 from inductor_vision.lowering.passes.flattened import FlattenAsItLies
+from inductor_vision.lowering.passes.heads import JoinHeads
 from inductor_vision.lowering.workarounds.repeated_constants import MergeConstants
 from inductor_vision.perf.backends import Autocast
 from inductor_vision.tests.support.compare import assert_close
@@ -446,7 +447,8 @@ def test_the_switch(switch):
     config.joint_custom_pre_pass = theirs
     fold_norms()
     before, *ours = config.joint_custom_pre_pass
-    assert before is theirs and [type(each) for each in ours] == [MergeConstants, FoldAffineMaps, FlattenAsItLies]
+    assert before is theirs
+    assert [type(each) for each in ours] == [MergeConstants, FoldAffineMaps, FlattenAsItLies, JoinHeads]
     assert all(cache_key.TAG in each.uuid() for each in ours)
     fold_norms()
     assert config.joint_custom_pre_pass == [theirs, *ours]
@@ -475,7 +477,8 @@ print([type(each).__name__ for each in config.joint_custom_pre_pass])
 @pytest.mark.usefixtures("torchvision_python")
 @pytest.mark.parametrize("call", ["fold_norms", "accelerate"])
 def test_the_switch_waits_for_inductor(call):
-    assert run_python(SWITCH, call).strip() == "['MergeConstants', 'FoldAffineMaps', 'FlattenAsItLies']"
+    passes = ["MergeConstants", "FoldAffineMaps", "FlattenAsItLies", "JoinHeads"]
+    assert run_python(SWITCH, call).strip() == str(passes)
 
 
 @torch.no_grad()
