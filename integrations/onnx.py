@@ -23,7 +23,8 @@ def onnx_translation_table() -> dict[Any, Callable[..., Any]]:
     It translates the operators that ONNX has counterparts for: ``deform_conv2d`` (DeformConv, opset 19), ``roi_align``
     and ``multiscale_roi_align`` (RoiAlign, on each of several maps for all regions), ``nms`` and ``batched_nms``
     (NonMaxSuppression, in float32; classes must be integers, and boxes of different classes are moved apart, which
-    rounds them), and how detectors resize images (Resize). The result for invalid boxes depends on the runtime.
+    rounds them), how detectors resize images (Resize), and how Keypoint R-CNN searches its maps (Resize in a Loop). The
+    result for invalid boxes depends on the runtime.
 
     Stock torchvision functions need no table: given a model, ``torch.onnx.export`` exports them as torchvision's own
     operators, whether or not :func:`inductor_vision.accelerate_torchvision` was called. A program that ``torch.export``
@@ -40,6 +41,7 @@ def onnx_translation_table() -> dict[Any, Callable[..., Any]]:
         "roi_align": _roi_align,
         "nms": _nms,
         "upsample_bilinear2d": _upsample_bilinear2d,
+        "heatmaps_to_keypoints": _heatmaps_to_keypoints,
     }
     return {OPS[name].overload: translation for name, translation in translations.items()}
 
@@ -142,3 +144,19 @@ def _moved_apart(op, boxes, classes):
     _, _, number, _ = op.Unique(classes)
     moved = op.Mul(op.Cast(number, to=FLOAT.dtype), op.Add(extent, op.Constant(value_float=1.0)))
     return op.Unsqueeze(moved, op.Constant(value_ints=[1]))
+
+
+def _heatmaps_to_keypoints(maps, rois):
+    from onnxscript import FLOAT, INT64, opset18 as op
+
+    from .onnx_functions import heatmap_peaks
+
+    maps, rois = op.Cast(maps, to=FLOAT.dtype), op.Cast(rois, to=FLOAT.dtype)
+    begin, end = op.Split(rois, num_outputs=2, axis=1)  # [K, (x, y)] each
+    lengths = op.Max(op.Sub(end, begin), op.Constant(value_float=1.0))
+    pixels = op.Ceil(lengths)
+    peaks = heatmap_peaks(maps, op.Cast(pixels, to=INT64.dtype))
+    place, value = (op.Gather(peaks, op.Constant(value_ints=numbers), axis=2) for numbers in ([0, 1], [2]))
+    scale, begin = (op.Unsqueeze(each, op.Constant(value_ints=[1])) for each in (op.Div(lengths, pixels), begin))
+    position = op.Mul(op.Add(place, op.Constant(value_float=0.5)), scale)
+    return op.Concat(op.Add(position, begin), value, axis=2)

@@ -18,11 +18,13 @@ from inductor_vision import (
     roi_align,
 )
 from inductor_vision.integrations.one_image import OneImage
+from inductor_vision.ops.heatmaps_to_keypoints import heatmaps_to_keypoints
 from inductor_vision.ops.upsample_bilinear2d import upsample_bilinear2d
 from inductor_vision.tests.support.boxes import Boxes, nms_oracle
 from inductor_vision.tests.support.compare import assert_close
 from inductor_vision.tests.support.deform_conv2d import oracle as deformed, sample
 from inductor_vision.tests.support.detectors import assert_same_detections, small_detector
+from inductor_vision.tests.support.heatmaps_to_keypoints import Heatmaps, assert_keypoints
 from inductor_vision.tests.support.regions import pyramid, pyramid_oracle, roi_align_oracle, sample as sample_regions
 from inductor_vision.tests.support.upsample_bilinear2d import Case, oracle as resized
 from torch import Tensor, nn
@@ -126,6 +128,16 @@ def test_upsample_bilinear2d(align_corners):
         assert_close(result, resized(case.input(), case), torch.float32)
 
 
+def test_heatmaps_to_keypoints():
+    """For any number of boxes, none too."""
+    example = Heatmaps().tensors()
+    shapes = (({0: Dim.DYNAMIC}, {0: Dim.DYNAMIC}),)
+    program = export(Model(heatmaps_to_keypoints), example, dynamic_shapes=shapes)
+    for call in (Heatmaps(9), Heatmaps(boxes="no_area"), Heatmaps(boxes="wide"), Heatmaps(0)):
+        keypoints, values = run(program, call.tensors())
+        assert_keypoints((keypoints, values), *call.tensors())
+
+
 def suppress(boxes: Tensor, scores: Tensor, classes: Tensor) -> tuple[Tensor, ...]:
     return nms(boxes, scores, 0.3), batched_nms(boxes, scores, classes, 0.1)
 
@@ -169,7 +181,7 @@ def test_stock_functions_are_exported_as_torchvisions(torchvision):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["FCOS", "FasterRCNN"])
+@pytest.mark.parametrize("kind", ["FCOS", "FasterRCNN", "KeypointRCNN"])
 def test_detectors_by_way_of_a_program(torchvision, kind):
     """torchvision's own Python keeps them from being exported."""
     accelerate_torchvision()
