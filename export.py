@@ -115,7 +115,6 @@ def export_detector(
     if importlib.util.find_spec("transformers") is not None:
         accelerate_transformers()
     install_for_tracing()
-    from .lowering.workarounds.long_sizes import sizes_as_symbols  # imports sympy, which takes its time
     from .lowering.workarounds.unchecked_inputs import inputs_checked
     from .lowering.workarounds.unpacked_weights import weights_packed
 
@@ -128,7 +127,7 @@ def export_detector(
             "aot_inductor.metadata": {"outputs": ",".join(names), "labels": ",".join(labels)},
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        with package_target(target), sizes_as_symbols(), inputs_checked(), weights_packed():
+        with package_target(target), inputs_checked(), weights_packed():
             torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=options)
     return path
 

@@ -19,7 +19,7 @@ from .spec import Contender, Suite, UserError
 RESULTS = Path(__file__).parent / "results"
 ROOT = RESULTS.parents[1]
 # Suites of whole programs, in the order of the page; the others are of one operator.
-PROGRAMS = ("detectors", "classifiers", "segmentation", "training")
+PROGRAMS = ("detectors", "transformers", "classifiers", "segmentation", "training")
 _WIDTH = 120
 
 _INTRODUCTION = """\

@@ -141,7 +141,7 @@ def _markdown_times(cases: Sequence[CaseResult]) -> str:
         times = (base.compile_cold, base.compile_warm) if base else (None, None)
         cells += map(_seconds, times) if compiles else []
         lines.append([f"{case.case}: {case.description}", *cells])
-    return _markdown_table(lines)
+    return markdown_table(lines)
 
 
 def _markdown_details(cases: Sequence[CaseResult]) -> str:
@@ -154,10 +154,10 @@ def _markdown_details(cases: Sequence[CaseResult]) -> str:
     for case in cases:
         rows = {row.contender: row for row in case.rows}
         lines.append([case.case, *(_details(rows.get(name), has_shares) for name in names)])
-    return _markdown_table(lines)
+    return markdown_table(lines)
 
 
-def _markdown_table(lines: Sequence[Sequence[str]]) -> str:
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

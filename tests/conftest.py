@@ -219,3 +219,27 @@ def detector_package(torchvision_python: ModuleType, tmp_path_factory: pytest.Te
         export_detector(detector, image, folder / "detector.pt2", labels=labels)
 
     return made_once(tmp_path_factory, "detector", make) / "detector.pt2"
+
+
+@pytest.fixture(scope="session")
+def transformers_package(transformers: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The small RT-DETRv2 as a package, for images of any size; each of its queries is a detection."""
+    from inductor_vision import export_detector
+    from inductor_vision.tests.support.shared import made_once
+    from inductor_vision.tests.support.transformers_models import small_model
+
+    def make(folder: pathlib.Path) -> None:
+        labels = ["cat", "dog", "cup", "car", "bus"]
+        model, image = small_model("rt_detr_v2"), torch.rand(3, 128, 160)
+        export_detector(model, image, folder / "detector.pt2", labels=labels, threshold=-2.0)
+
+    return made_once(tmp_path_factory, "transformers_detector", make) / "detector.pt2"
+
+
+@pytest.fixture(scope="session")
+def cpp_program(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """examples/cpp, built."""
+    from inductor_vision.tests.support.cpp_program import build
+    from inductor_vision.tests.support.shared import made_once
+
+    return made_once(tmp_path_factory, "cpp_program", lambda folder: build(folder / "run")) / "run"

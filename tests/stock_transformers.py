@@ -11,6 +11,7 @@ from inductor_vision import accelerate_transformers, export_detector
 from inductor_vision.integrations.one_image import one_image
 from inductor_vision.perf.suites.detectors import detections_error
 from inductor_vision.tests.support.compiled import compile_and_run, run_alone
+from inductor_vision.tests.support.cpp_program import detections_of, run_on
 from inductor_vision.tests.support.transformers_models import MODELS, assert_same_results, inputs_of, small_model
 
 pytestmark = pytest.mark.usefixtures("transformers")
@@ -29,8 +30,8 @@ def test_is_one_graph_for_images_of_two_sizes(kind, freezing):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_package(kind, tmp_path):
-    """For images of any size, where the model allows them."""
+def test_package(kind, tmp_path, cpp_program):
+    """For images of any size, where the model allows them, in a Python without transformers and in C++."""
     model, inputs = small_model(kind), inputs_of(kind)
     del inputs["pixel_values"]
     any_size = kind != "rf_detr"
@@ -41,3 +42,6 @@ def test_package(kind, tmp_path):
     with torch.no_grad():
         for image, ours in zip(images, run_alone(path, [(image,) for image in images], tmp_path)):
             assert detections_error(ours, detector(image)) < 1e-3
+        image, right = images[-1], detector(images[-1])
+    outputs, _ = run_on(cpp_program, path, image, tmp_path, threads=2)
+    assert detections_error(detections_of(outputs, list(right), image.shape[1:]), right) < 1e-3

@@ -126,12 +126,11 @@ def test_transformers_sizes_that_a_model_decides_on(transformers, tmp_path):
 
 
 @pytest.mark.slow
-def test_transformers_package_runs_alone(transformers, tmp_path):
-    model, inputs = exporting_transformers("rt_detr_v2")
-    path = export_detector(model, torch.rand(3, 128, 160), tmp_path / "model.pt2", threshold=-2.0, inputs=inputs)
+def test_transformers_package_runs_alone(transformers_package, tmp_path):
+    """The other kinds are in tests/stock_transformers.py."""
     images = [torch.rand(3, *size) for size in ((128, 160), (192, 352))]
-    detector = one_image(model, -2.0, inputs)
-    results = run_alone(path, [(image,) for image in images], tmp_path)
+    detector = one_image(small_model("rt_detr_v2"), -2.0)
+    results = run_alone(transformers_package, [(image,) for image in images], tmp_path)
     with torch.no_grad():
         for image, ours in zip(images, results):
             assert detections_error(ours, detector(image)) < 1e-3

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch._inductor import config, custom_graph_pass, ir
+from torch._inductor import config, custom_graph_pass, ir, sizevars
 from torch._inductor.codegen import common as codegen_common
 from torch._inductor.decomposition import decompositions, fast_random_decomps, select_decomp_table
 from torch._inductor.lowering import (
@@ -40,4 +40,5 @@ __all__ = [
     "needs_realized_inputs",
     "register_lowering",
     "select_decomp_table",
+    "sizevars",
 ]

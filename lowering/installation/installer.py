@@ -83,7 +83,9 @@ def _all_or_nothing() -> Iterator[None]:
         ir,
         lowerings,
         needs_realized_inputs,
+        sizevars,
     )
+    from ..workarounds.long_sizes import NAMES
 
     kernels = (overload.py_kernels for overload in ATEN)
     changed = decompositions, lowerings, fallbacks, needs_realized_inputs, backend_passes(), *kernels
@@ -92,6 +94,7 @@ def _all_or_nothing() -> Iterator[None]:
     passes = {name: getattr(config, name) for name in hooks}
     tag = torch.compiler.config.cache_key_tag
     indexer = ir.View._dynamic_reshape_indexer
+    functions = {name: getattr(sizevars, name) for name in NAMES}
     try:
         yield
         fast_random_decomps.cache_clear()  # it holds a copy of the table
@@ -105,16 +108,20 @@ def _all_or_nothing() -> Iterator[None]:
             setattr(config, name, before)
         torch.compiler.config.cache_key_tag = tag
         ir.View._dynamic_reshape_indexer = staticmethod(indexer)
+        for name, function in functions.items():
+            setattr(sizevars, name, function)
         raise
 
 
 def _register_operators() -> None:
     from ..inductor.tables import config, decompositions, register_lowering
+    from ..workarounds import long_sizes  # imports sympy, which takes its time
 
     for op in OPS.values():
         decompositions[op.overload] = registry.decompose_or_keep(op)
         register_lowering(op.overload, type_promotion_kind=None)(registry.lowering_of(op))
-    for workaround in (adaptive_pooling, data_dependent_convolutions, data_dependent_views, device_assertions):
+    workarounds = adaptive_pooling, data_dependent_convolutions, data_dependent_views, device_assertions, long_sizes
+    for workaround in workarounds:
         workaround.install()
     _ = config.cpu_backend  # read in every compilation: let it be missed now
     tag_caches()

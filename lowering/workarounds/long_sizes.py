@@ -17,6 +17,8 @@ from unittest.mock import patch
 
 import sympy
 
+NAMES = ("stride_at", "simplify_index_in_vec_range")  # of Inductor's functions
+
 
 def _hide_sizes(index: sympy.Expr, loop: sympy.Symbol, symbols: dict[sympy.Expr, sympy.Symbol]) -> sympy.Expr:
     """The index with symbols for the functions in it that do not depend on the loop; which, is noted in ``symbols``."""
@@ -37,12 +39,25 @@ def _with_sizes_hidden(function: Callable[..., sympy.Expr]) -> Callable[..., sym
     return call
 
 
+def install() -> None:
+    """Have Inductor compile what has such sizes several times as fast."""
+    from ..inductor.tables import sizevars
+
+    for name in NAMES:
+        function = getattr(sizevars, name)
+        if not hasattr(function, "with_sizes"):
+            hidden = _with_sizes_hidden(function)
+            hidden.with_sizes = function  # type: ignore[attr-defined]  # functions take any attribute
+            setattr(sizevars, name, hidden)
+
+
 @contextlib.contextmanager
-def sizes_as_symbols() -> Iterator[None]:
-    """Within this context Inductor compiles what has such sizes several times as fast."""
-    from ..inductor.packaging import sizevars
+def not_installed() -> Iterator[None]:
+    """Within this context Inductor computes with sizes as they are."""
+    from ..inductor.tables import sizevars
 
     with contextlib.ExitStack() as stack:
-        for name in ("stride_at", "simplify_index_in_vec_range"):
-            stack.enter_context(patch.object(sizevars, name, _with_sizes_hidden(getattr(sizevars, name))))
+        for name in NAMES:
+            function = getattr(sizevars, name)
+            stack.enter_context(patch.object(sizevars, name, getattr(function, "with_sizes", function)))
         yield

@@ -144,6 +144,12 @@ def _mask2former() -> nn.Module:
     return Mask2FormerForUniversalSegmentation(Mask2FormerConfig(backbone_config=_swin(1, 2, 3, 4)))
 
 
+def _oneformer() -> nn.Module:
+    from transformers import OneFormerConfig, OneFormerForUniversalSegmentation
+
+    return OneFormerForUniversalSegmentation(OneFormerConfig(backbone_config=_swin(1, 2, 3, 4)))
+
+
 def _packaged(job: Job) -> Prepared:
     problem = job.inputs
     return packaged(problem.detector.model, problem.image, threshold=problem.detector.threshold, inputs=problem.inputs)
@@ -155,6 +161,8 @@ def _exported(job: Job) -> OnnxModel:
 
 
 _PROMPT = {"input_ids": torch.tensor([[101, 4937, 1012, 3899, 1012, 102]])}  # "cat. dog."
+
+_TASK = {"task_inputs": torch.arange(77)[None]}  # stands for tokens of "the task is instance"
 
 _contender = functools.partial(contender, library=needs("transformers.modeling_utils"))
 
@@ -178,6 +186,7 @@ SUITE = Suite(
         case("deformable_detr_r50", Problem(_deformable_detr, (800, 1066))),
         case("grounding_dino_tiny", Problem(_grounding_dino, (800, 1066), _PROMPT)),
         case("mask2former_swin_tiny", Problem(_mask2former, (512, 512))),
+        case("oneformer_swin_tiny", Problem(_oneformer, (512, 512), _TASK)),
         case("rt_detr_r50", Problem(_rt_detr, (640, 640))),
         case("rt_detr_v2_r18", Problem(_rt_detr_v2, (640, 640))),
         case("d_fine_l", Problem(_d_fine, (640, 640))),

@@ -1,46 +1,23 @@
 """examples/cpp: the C++ program runs a package at any size, and says what is wrong with its arguments."""
 
-import os
-import pathlib
 import re
 import shutil
 import subprocess
-import sys
 
-import numpy as np
 import pytest
 import torch
 from inductor_vision import package_target
+from inductor_vision.integrations.one_image import one_image
+from inductor_vision.perf.suites.detectors import detections_error  # in any order of equal scores
+from inductor_vision.tests.support.cpp_program import detections_of, run, run_on
 from inductor_vision.tests.support.detectors import assert_same_detections, small_detector
 from inductor_vision.tests.support.machine_code import OF_NO_PROCESSOR, only_for_x86_64
-
-BUILD = pathlib.Path(__file__).parents[2] / "examples" / "cpp" / "build.sh"
-
-pytestmark = pytest.mark.skipif(
-    not shutil.which(os.environ.get("CXX", "g++")) or not shutil.which("bash"), reason="needs g++ and bash"
-)
+from inductor_vision.tests.support.transformers_models import small_model
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory):
-    path = tmp_path_factory.mktemp("cpp") / "run"
-    subprocess.run([BUILD, path], check=True, env={**os.environ, "PYTHON": sys.executable})
-    return path
-
-
-def run(program, *arguments):
-    return subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, timeout=60)
-
-
-def run_on(program, package, image, folder, threads):
-    """The program's outputs for an image, by name, and what it printed."""
-    image.numpy().tofile(folder / "input")
-    shape = "x".join(map(str, image.shape))
-    files = ("--input", folder / "input", "--output", folder / "outputs")
-    result = run(program, package, "--shape", shape, *files, "--threads", threads, "--runs", 3)
-    assert result.returncode == 0, result.stderr
-    outputs = sorted((folder / "outputs").iterdir())
-    return {file.name: torch.from_numpy(np.fromfile(file, dtype=np.float32)) for file in outputs}, result.stdout
+def program(cpp_program):
+    return cpp_program
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 24, 40), (3, 3, 37, 19)])
@@ -65,6 +42,16 @@ def test_detector(program, detector_package, tmp_path):
     outputs["labels"] = outputs["labels"].long()
     assert "boxes             [12, 4]" in printed
     assert_same_detections({key: outputs[key].view(value.shape) for key, value in expected.items()}, expected)
+
+
+@pytest.mark.slow
+def test_detector_of_transformers(program, transformers_package, tmp_path):
+    image, detector = torch.rand(3, 160, 192), one_image(small_model("rt_detr_v2"), -2.0)
+    with torch.no_grad():
+        expected = detector(image)
+    outputs, printed = run_on(program, transformers_package, image, tmp_path, threads=2)
+    assert "boxes             [12, 4]" in printed
+    assert detections_error(detections_of(outputs, list(expected), image.shape[1:]), expected) < 1e-3
 
 
 def test_any_number_of_threads(program, exported, tmp_path):

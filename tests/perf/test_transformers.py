@@ -6,10 +6,11 @@ import pytest
 import torch
 from inductor_vision.integrations.models import accelerate
 from inductor_vision.perf import backends, one_image
+from inductor_vision.perf.graph_breaks import graph_breaks
 from inductor_vision.perf.spec import Job
 from inductor_vision.perf.suites import transformers as suite
 from inductor_vision.perf.suites.transformers import SUITE, Problem
-from inductor_vision.tests.support.transformers_models import SIZE, inputs_of, small_model
+from inductor_vision.tests.support.transformers_models import MODELS, SIZE, inputs_of, small_model
 
 CONTENDERS = {contender.name: contender for contender in SUITE.contenders}
 
@@ -23,7 +24,7 @@ def job_of(kind: str) -> Job:
     return Job(case, case.build(), 1)
 
 
-@pytest.mark.parametrize("kind", ["deformable_detr", "rt_detr", "d_fine", "rf_detr", "grounding_dino", "mask2former"])
+@pytest.mark.parametrize("kind", MODELS)
 def test_there_are_detections(kind):
     """The scores of each are spread by layers that the suite names."""
     job = job_of(kind)
@@ -45,3 +46,16 @@ def test_contenders_agree_with_the_reference(monkeypatch):
         assert SUITE.error(CONTENDERS[name].prepare(job).output, right) < job.case.tolerance
     layers = [layer for layer in job.inputs.detector.modules() if isinstance(layer, one_image.MULTIPLYING)]
     assert len(CONTENDERS["multiplications"].prepare(job).call()) >= len(layers) // 2
+
+
+def test_graph_breaks():
+    assert graph_breaks(Breaking(), {"x": torch.ones(3)}) == 1
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        graph_breaks(Breaking(), {"x": torch.ones(3)}, fullgraph=True)
+
+
+class Breaking(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + 1
+        torch._dynamo.graph_break()
+        return 2 * x

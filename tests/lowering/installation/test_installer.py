@@ -41,12 +41,13 @@ def test_installed_whatever_is_imported_first(imports):
 
 def tables_of_inductor() -> dict[str, Any]:
     """What :func:`inductor_vision.lowering.installation.installer.install` changes."""
-    from torch._inductor import ir
+    from torch._inductor import ir, sizevars
     from torch._inductor.decomposition import decompositions, fast_random_decomps
     from torch._inductor.lowering import fallbacks, lowerings, needs_realized_inputs
 
     return {
         "view": ir.View._dynamic_reshape_indexer,
+        "strides": (sizevars.stride_at, sizevars.simplify_index_in_vec_range),
         "decompositions": decompositions.copy(),
         "their copy": fast_random_decomps().copy(),
         "lowerings": lowerings.copy(),
