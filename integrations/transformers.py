@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..lowering.installation.hook import ImportHook
 from ..lowering.workarounds.tracing import install_for_tracing
@@ -129,6 +129,9 @@ def accelerate_transformers(eager: bool | None = None) -> None:
     any model of transformers, checks of tensors on the CPU that would break the graph become assertions in it, which
     raise when it runs, and sizes that are converted to integers stay symbols.
 
+    Where the package ``kernels`` is installed, ``model.set_use_kernels(True)`` has a model on the CPU that has that
+    class run the operator's kernel in eager mode too, as with ``eager``.
+
     The same holds for mmcv's ``multi_scale_deformable_attn_pytorch`` and rf-detr's ``ms_deform_attn_core_pytorch``
     where these packages are installed. Call it before compiling; calling it again does nothing, but may turn ``eager``
     on or off.
@@ -155,7 +158,7 @@ def accelerate_transformers(eager: bool | None = None) -> None:
         _eager = eager
     if _hook is not None:
         return
-    _hook = ImportHook(lambda name: any(users.have(name) for users in _USERS), _exchange_in)
+    _hook = ImportHook(lambda name: name == _HUB or any(users.have(name) for users in _USERS), _exchange_in)
     _hook.install()
     for name, module in list(sys.modules.items()):
         if _hook.waits_for(name):
@@ -165,6 +168,8 @@ def accelerate_transformers(eager: bool | None = None) -> None:
 
 def _exchange_in(module: ModuleType) -> None:
     """Exchange what a module defines of the functions that :data:`_USERS` lists."""
+    if module.__name__ == _HUB:
+        _register_for_hub(module)
     for users in _USERS:
         if not users.have(getattr(module, "__name__", "")):
             continue
@@ -195,6 +200,49 @@ def _run_eagerly(translate: Callable[..., _Call], stock: Callable[..., Any], *ar
     if not isinstance(shapes, Tensor):  # as a tensor, whose numbers are read by the kernel, sizes compile once
         shapes = torch.tensor(shapes)
     return _compiled()(value, shapes, locations, weights, num_points, method)
+
+
+_HUB = "transformers.integrations.hub_kernels"  # where transformers knows of the kernels hub
+
+
+class _HubLayer(nn.Module):
+    """What the hub's mapping has for the CPU: its ``forward`` becomes that of modules of transformers."""
+
+    can_torch_compile = has_backward = True
+
+    def forward(
+        self,
+        value: Tensor,
+        value_spatial_shapes: Tensor,
+        value_spatial_shapes_list: list[tuple[int, int]],
+        level_start_index: Tensor,
+        sampling_locations: Tensor,
+        attention_weights: Tensor,
+        im2col_step: int,
+    ) -> Tensor:
+        stock: Any = type(self).forward
+        shapes = value_spatial_shapes, value_spatial_shapes_list, level_start_index
+        call = self, value, *shapes, sampling_locations, attention_weights, im2col_step
+        # The class's own calls the operator where it is compiled.
+        return stock(*call) if torch.compiler.is_compiling() else _run_eagerly(_of_module, stock, *call)
+
+
+class _HubRepository:
+    """Takes the place of a repository on the hub."""
+
+    layer_name = "MultiScaleDeformableAttention"
+
+    def load(self) -> type[nn.Module]:
+        return _HubLayer
+
+    def __str__(self) -> str:
+        return f"inductor_vision (layer `{self.layer_name}`)"
+
+
+def _register_for_hub(module: ModuleType) -> None:
+    if module.is_kernels_available():
+        repository = _HubRepository()
+        module.register_kernel_mapping({repository.layer_name: {"cpu": repository}})
 
 
 @functools.cache

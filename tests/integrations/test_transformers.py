@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pathlib
 import re
 import sys
-from types import ModuleType
+from types import MethodType, ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -224,6 +226,42 @@ def test_eager_mode_compiles_the_kernel_once(in_eager_mode):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     accelerate_transformers(eager=False)
     assert torch.equal(*call(*arguments_of([2, 2, 2])))
+
+
+class Hub(ModuleType):
+    """transformers' module beside the kernels hub, where the package that it needs is installed."""
+
+    def __init__(self) -> None:
+        super().__init__("transformers.integrations.hub_kernels")
+        self.mapping: dict[str, dict[str, Any]] = {}
+
+    def is_kernels_available(self) -> bool:
+        return True
+
+    def register_kernel_mapping(self, mapping: dict[str, dict[str, Any]]) -> None:
+        self.mapping.update(mapping)
+
+
+def test_kernels_hub(accelerated):
+    """A module whose forward is that of the layer for the CPU, as kernelize() makes it, in eager mode and compiled."""
+    from transformers.models.rf_detr.modeling_rf_detr import MultiScaleDeformableAttention
+
+    hub, module = Hub(), MultiScaleDeformableAttention()
+    integration._exchange_in(hub)
+    layer = hub.mapping["MultiScaleDeformableAttention"]["cpu"].load()
+    theirs, ours = (inspect.signature(kind.forward).parameters for kind in (MultiScaleDeformableAttention, layer))
+    assert list(ours) == list(theirs) and layer.can_torch_compile and layer.has_backward
+    module.forward = MethodType(layer.forward, module)
+
+    value, locations, weights = arguments_of([2, 2, 2])
+    call = value, torch.tensor(SIZES), SIZES, None, locations, weights, 64
+    expected = MultiScaleDeformableAttention.forward.__wrapped__(module, *call)
+    with caches_disabled(), recorded_paths() as paths:
+        torch.testing.assert_close(module(*call), expected, rtol=1e-5, atol=1e-5)
+    assert [path.op for path in paths] == ["multiscale_deformable_attention"]
+    traced = trace_and_run(module, *call)
+    assert [path.op for path in traced.paths] == ["multiscale_deformable_attention"]
+    torch.testing.assert_close(traced.result, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_wrong_arguments(monkeypatch):
