@@ -65,7 +65,9 @@ def test_prepares_a_picture_for_a_model_of_transformers(transformers, transforme
     assert len(lines) == 4
     for line, label, score, box in zip(lines, *(found[name] for name in ("labels", "scores", "boxes")), strict=False):
         name, its_score, *corners = line.split()
-        assert name == ["cat", "dog", "cup", "car", "bus"][label] and float(its_score) == pytest.approx(score, abs=0.01)
+        assert name == ["cat", "dog", "cup", "car", "bus"][label] and float(its_score) == pytest.approx(
+            score.item(), abs=0.01
+        )
         assert [float(corner) for corner in corners] == pytest.approx(box.tolist(), abs=0.2)
 
 
