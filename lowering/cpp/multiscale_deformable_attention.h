@@ -212,6 +212,25 @@ inline Vectorized<accumulate_t<scalar_t>> load_channels(const scalar_t* p, int64
   }
 }
 
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+constexpr bool kSplitsPairs = true;
+
+// Two vectors of elements: those of even places, and those of odd ones.  A shift and a mask make floats of bfloat16 so;
+// in their order they would be moved from lane to lane, which takes longer than the sums.
+inline std::pair<Vectorized<float>, Vectorized<float>> load_even_and_odd(const at::BFloat16* p) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m512i both = _mm512_loadu_si512(p), odd = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)), _mm512_castsi512_ps(_mm512_and_si512(both, odd))};
+#else
+  const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  const __m256i odd = _mm256_set1_epi32(static_cast<int>(0xffff0000));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(both, 16)), _mm256_castsi256_ps(_mm256_and_si256(both, odd))};
+#endif
+}
+#else
+constexpr bool kSplitsPairs = false;
+#endif
+
 // out[0, count) = the sum over all points, of kVectors vectors of channels; `value` is that of the first pixel.
 template <bool kDiscrete, bool kStrided, int kVectors, typename scalar_t, typename acc_t>
 inline void sum_samples(
@@ -219,17 +238,28 @@ inline void sum_samples(
     const HeadsView<const scalar_t>& view, int64_t count, acc_t* out) {
   using Vec = Vectorized<acc_t>;
   constexpr int64_t kLanes = Vec::size();
+  // Pairs of vectors have the sums of even places in the one, and of odd ones in the other.
+  constexpr bool kPairs = kSplitsPairs && kVectors % 2 == 0 && !kStrided && std::is_same_v<scalar_t, at::BFloat16>;
   const int64_t lanes = kVectors > 1 ? kLanes : count;
   // Two sums each, for the instructions to overlap.
   auto above = generate<kVectors>([](int) { return Vec(0); });
   auto below = above;
   const auto add = [&](auto& sums, const scalar_t* pixel, acc_t weight) {
     const Vec w(weight);
-    const ForcedUnroll<kVectors> unroll;
-    unroll([&](auto u) {
-      sums[u] =
-          at::vec::fmadd(w, load_channels<kStrided>(pixel + u * kLanes * view.channel, view.channel, lanes), sums[u]);
-    });
+    if constexpr (kPairs) {
+      const ForcedUnroll<kVectors / 2> unroll;
+      unroll([&](auto u) {
+        const auto [even, odd] = load_even_and_odd(pixel + 2 * u * kLanes);
+        sums[2 * u] = at::vec::fmadd(w, even, sums[2 * u]);
+        sums[2 * u + 1] = at::vec::fmadd(w, odd, sums[2 * u + 1]);
+      });
+    } else {
+      const ForcedUnroll<kVectors> unroll;
+      unroll([&](auto u) {
+        sums[u] =
+            at::vec::fmadd(w, load_channels<kStrided>(pixel + u * kLanes * view.channel, view.channel, lanes), sums[u]);
+      });
+    }
   };
   for (int64_t k = 0; k < levels.points(); ++k) {
     const AttentionLevel& level = *levels.level[k];
@@ -246,7 +276,15 @@ inline void sum_samples(
         [&](int corner, int64_t pixel) { add(above, value + pixel * view.pixel, points.weight[corner][k]); });
   }
   for (int u = 0; u < kVectors; ++u) {
-    (above[u] + below[u]).store(out + u * kLanes, lanes);
+    above[u] = above[u] + below[u];
+  }
+  if constexpr (kPairs) {
+    for (int u = 0; u < kVectors; u += 2) {
+      std::tie(above[u], above[u + 1]) = at::vec::interleave2(above[u], above[u + 1]);
+    }
+  }
+  for (int u = 0; u < kVectors; ++u) {
+    above[u].store(out + u * kLanes, lanes);
   }
 }
 
