@@ -31,10 +31,11 @@ def test_is_one_graph_for_images_of_two_sizes(kind, freezing):
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_package(kind, tmp_path, cpp_program):
-    """For images of any size, where the model allows them, in a Python without transformers and in C++."""
+    """For images of any size, where that compiles, in a Python without transformers and in C++."""
     model, inputs = small_model(kind), inputs_of(kind)
     del inputs["pixel_values"]
-    any_size = kind != "rf_detr"
+    # RF-DETR allows one size. Windows of a Swin make sizes such formulas that Inductor takes very long for any size.
+    any_size = kind in ("deformable_detr", "rt_detr", "rt_detr_v2", "d_fine")
     example = torch.rand(3, 128, 160)
     path = export_detector(model, example, tmp_path / "model.pt2", any_size=any_size, threshold=-2.0, inputs=inputs)
     images = [torch.rand(3, *size) for size in ((128, 160), (192, 352))[: 1 + any_size]]
