@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..lowering.installation import installer
-from ..ops import direct_conv2d  # noqa: F401  (declares what is put in the place of stock convolutions)
+from ..ops import direct_conv2d, inverted_residual_conv2d  # noqa: F401  (what is put in the place of stock convolutions)
 from ..ops.winograd_conv2d import ALGORITHMS
 
 

@@ -1,4 +1,5 @@
-"""depthwise_separable_conv2d as one C++ kernel, and the depthwise half of its gradients as another.
+"""depthwise_separable_conv2d as one C++ kernel, inverted_residual_conv2d as the same with an expansion, and the depthwise
+half of the gradients as another.
 
 See cpp/depthwise_separable_conv2d.h and depthwise_separable_conv2d_backward.h.
 """
@@ -24,6 +25,8 @@ from ..ops.depthwise_separable_conv2d import (
     parse_activation,
 )
 from ..ops.gradients import gradient_format
+from ..ops.inverted_residual_conv2d import Arguments as InvertedResidual
+from ..ops.inverted_residual_conv2d import check_arguments as check_inverted_residual
 from ..ops.registry import GRADIENTS, OPS, accumulate_dtype
 from .common.constants import realize_constant
 from .common.geometry import by_axis, constant_geometry
@@ -32,7 +35,7 @@ from .common.layout import image_and_format
 from .common.machine import cache_bytes
 from .common.panels import MAX_DEPTH, pack_panels, unpack_panels
 from .common.registry import Template, template_for
-from .common.template import BlocksTemplate, ResultsTemplate, double, pointer, size_in_cpp, sizes, struct, view
+from .common.template import BlocksTemplate, ResultsTemplate, double, in_cpp, pointer, size_in_cpp, sizes, struct, view
 from .inductor.codegen import DTYPE_TO_CPP, CppTemplateKernel, V, ir
 
 
@@ -59,16 +62,24 @@ class Separable:
         return [getattr(self, field.name) for field in dataclasses.fields(self)]
 
     def declare(
-        self, kernel: CppTemplateKernel, image: ir.IRNode, tensors: Sequence[ir.IRNode | None], out_size: Sequence[Any]
+        self,
+        kernel: CppTemplateKernel,
+        image: ir.IRNode,
+        tensors: Sequence[ir.IRNode | None],
+        out_size: Sequence[Any],
+        channels: int | None = None,
     ) -> str:
-        """C++ that defines `op`; ``tensors`` are depthwise weight and bias, pointwise weight and bias."""
+        """C++ that defines `op`; ``tensors`` are depthwise weight and bias, pointwise weight and bias.
+
+        ``channels``: those of the expanded image, if it is.
+        """
         names = "depthwise_weight", "depthwise_bias", "pointwise_weight", "pointwise_bias"
         op = struct(
             "DepthwiseSeparableConv2d",
             DTYPE_TO_CPP[image.get_dtype()],
             input=view(kernel, image),
             **{name: pointer(kernel, tensor) for name, tensor in zip(names, tensors)},
-            **sizes(kernel, image, "batch", "channels", "height", "width"),
+            **sizes(kernel, image, "batch", "channels", "height", "width") | ({"channels": channels} if channels else {}),
             multiplier=self.multiplier,
             out_channels=self.out_channels,
             **by_axis(
@@ -78,17 +89,11 @@ class Separable:
         return f"const auto op = {op};"
 
     def declare_activation(self, kernel: CppTemplateKernel, slope: ir.IRNode | None) -> str:
-        """C++ that defines `activation`, of a type of cpp/activations.h: of leaky_relu ``LeakyRelu<Parameters>``."""
-        activation = parse_activation(self.activation)
-        assert activation is not None
+        """C++ that defines `activation`."""
         if self.activation == PRELU:
             value = f"static_cast<double>(*{pointer(kernel, slope)})"
             return f"const auto activation = {struct('Prelu', slope=value)};"
-        name = "".join(word.capitalize() for word in self.activation.partition("(")[0].split("_"))
-        if not activation.parameters:
-            return f"const inductor_vision::{name} activation{{}};"
-        values = (f"static constexpr double {k}() {{ return {double(v)}; }}" for k, v in activation.parameters.items())
-        return f"struct Parameters {{ {' '.join(values)} }}; const inductor_vision::{name}<Parameters> activation{{}};"
+        return _declare_activation("activation", self.activation)
 
     def blocking(self, dtype: torch.dtype) -> int:
         """SeparableBlocking: pixels of a tile whose hidden channels and sums take half of the second-level cache."""
@@ -96,8 +101,25 @@ class Separable:
         return max(12, min(96, cache_bytes() // 2 // ((MAX_DEPTH + self.out_channels) * itemsize)))
 
 
+def _declare_activation(variable: str, text: str) -> str:
+    """C++ that defines a variable of a type of cpp/activations.h: of leaky_relu ``LeakyRelu<a type with its slope>``."""
+    activation = parse_activation(text)
+    assert activation is not None
+    name = "".join(word.capitalize() for word in text.partition("(")[0].split("_"))
+    if not activation.parameters:
+        return f"const inductor_vision::{name} {variable}{{}};"
+    parameters = f"{variable}_parameters"
+    values = (f"static constexpr double {k}() {{ return {double(v)}; }}" for k, v in activation.parameters.items())
+    return f"struct {parameters} {{ {' '.join(values)} }}; const inductor_vision::{name}<{parameters}> {variable}{{}};"
+
+
 def _refusal(*args: Any) -> str | None:
     call = Arguments(*args)
+    return constant_geometry(call.stride, call.padding, call.dilation)
+
+
+def _refusal_expanded(*args: Any) -> str | None:
+    call = InvertedResidual(*args)
     return constant_geometry(call.stride, call.padding, call.dilation)
 
 
@@ -130,14 +152,30 @@ def _pack_depthwise(call: Arguments) -> tuple[Tensor, Tensor | None]:
     return weight, _by_multiplier(call, call.depthwise_bias.to(dtype)).reshape(-1).clone()
 
 
-def _prepack(*args: Any) -> Tensor:
-    call = Arguments(*args)
+def _pack(call: Arguments) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Depthwise and pointwise weight, and depthwise bias."""
     depthwise, bias = _pack_depthwise(call)
     dtype = accumulate_dtype(call.input.dtype)
     pointwise = _by_multiplier(call, call.pointwise_weight.to(dtype).reshape(call.out_channels, -1).t()).t()
-    packed = pack_panels(pointwise[None, :, :, None])  # of [O, M * C]
-    tensors = call.input, depthwise, packed, bias, call.pointwise_bias, call.slope
+    return depthwise, pack_panels(pointwise[None, :, :, None]), bias  # of [O, M * C]
+
+
+def _prepack(*args: Any) -> Tensor:
+    call = Arguments(*args)
+    tensors = call.input, *_pack(call), call.pointwise_bias, call.slope
     return _prepacked(*tensors, *_separable(call).arguments, check_arguments(call))
+
+
+def _prepack_expanded(*args: Any) -> Tensor:
+    call = InvertedResidual(*args)
+    separable = call.separable(call.of_its_size())
+    expansion = pack_panels(call.expansion_weight[None, :, :, :, 0])  # of [E, C]
+    bias = call.expansion_weight.new_zeros(call.channels) if call.expansion_bias is None else call.expansion_bias
+    padding = expansion.shape[1] * expansion.shape[4] - call.channels  # to whole panels
+    expansion_bias = torch.constant_pad_nd(bias.to(expansion.dtype), [0, padding])
+    tensors = call.input, expansion, expansion_bias, *_pack(separable), call.pointwise_bias
+    arguments = call.channels, call.expansion_activation, *_separable(separable).arguments
+    return _prepacked_expanded(*tensors, *arguments, check_inverted_residual(call))
 
 
 def _depthwise_gradients(call: Arguments, grad_hidden: Tensor | None, wanted: DepthwiseGradients) -> DepthwiseGradients:
@@ -195,6 +233,23 @@ def _fake_prepacked(input: Tensor, *args: Any) -> Tensor:
     return empty_output(input, args[6], args[-1])
 
 
+def _expanded_body(input: Tensor, expansion: Tensor, expansion_bias: Tensor, *args: Any) -> Tensor:
+    depthwise, packed, depthwise_bias, pointwise_bias, channels, activation, *fields, _ = args
+    separable = Separable(*fields)
+    pointwise = unpack_panels(packed, separable.out_channels)[0, :, :, 0]  # [O, M * E]
+    expanded = input[:, :1].expand(-1, channels, -1, -1)  # only its size matters
+    a = _unpacked(expanded, depthwise, pointwise, depthwise_bias, pointwise_bias, None, separable)
+    weight = unpack_panels(expansion, channels)[0, :, :, 0, None, None].to(input.dtype)  # [E, C, 1, 1]
+    weights = weight, a.depthwise_weight, a.pointwise_weight
+    biases = expansion_bias[:channels].to(input.dtype), a.depthwise_bias, a.pointwise_bias
+    geometry = a.stride, a.padding, a.dilation
+    return OPS["inverted_residual_conv2d"].decomposition(input, *weights, *biases, *geometry, activation, a.activation)
+
+
+def _fake_expanded(input: Tensor, *args: Any) -> Tensor:
+    return empty_output(input, args[9], args[-1])
+
+
 def _lower(
     input: ir.TensorBox,
     depthwise: ir.TensorBox,
@@ -216,11 +271,39 @@ def _lower(
     ).output()
 
 
+def _lower_expanded(
+    input: ir.TensorBox,
+    expansion: ir.TensorBox,
+    expansion_bias: ir.TensorBox,
+    depthwise: ir.TensorBox,
+    pointwise: ir.TensorBox,
+    depthwise_bias: ir.TensorBox | None,
+    pointwise_bias: ir.TensorBox | None,
+    channels: int,
+    activation: str,
+    *args: Any,
+) -> ir.TensorBox:
+    node = V.graph.current_node
+    image, channels_last = image_and_format(input, node)
+    tensors = (expansion, expansion_bias, depthwise, pointwise, depthwise_bias, pointwise_bias)
+    weight, bias, *others = (realize_constant(i, tensor) for i, tensor in enumerate(tensors, 1))
+    return InvertedResidualConv2dTemplate(
+        Separable(*args[:-1]),
+        image,
+        [*others, None, weight, bias],
+        ir.convert_shape_to_inductor(node.meta["val"].shape),
+        channels_last,
+        channels,
+        activation,
+    ).output()
+
+
 class DepthwiseSeparableConv2dTemplate(BlocksTemplate):
     """See cpp/depthwise_separable_conv2d.h."""
 
     op = "depthwise_separable_conv2d"
     header = "depthwise_separable_conv2d.h"
+    channels: int | None = None  # of the expanded image, if it is
 
     def __init__(
         self,
@@ -232,7 +315,7 @@ class DepthwiseSeparableConv2dTemplate(BlocksTemplate):
     ) -> None:
         """
         Args:
-            tensors: depthwise and pointwise weight, depthwise and pointwise bias, slope.
+            tensors: depthwise and pointwise weight, depthwise and pointwise bias, slope; those of an expansion.
         """
         super().__init__([image, *(t for t in tensors if t is not None)], image.get_dtype(), size, channels_last)
         self.separable = separable
@@ -242,16 +325,46 @@ class DepthwiseSeparableConv2dTemplate(BlocksTemplate):
     def path(self) -> str:
         return f"one pass, tiles of {self.separable.blocking(self.dtype)} pixels"
 
+    def declare_expansion(self, kernel: CppTemplateKernel, tensors: Sequence[ir.IRNode | None]) -> str:
+        """C++ that defines `expansion`."""
+        return "const inductor_vision::NoExpansion expansion{};"
+
     def call(self, kernel: CppTemplateKernel, inputs: Sequence[ir.IRNode], store: str) -> str:
-        image, *tensors = inputs
-        depthwise, pointwise, *biases, slope = (tensors.pop(0) if present else None for present in self.present)
-        out_size = self.output_size(kernel)[2:]
+        image, *given = inputs
+        tensors = [given.pop(0) if present else None for present in self.present]
+        depthwise, pointwise, depthwise_bias, pointwise_bias, slope, *expansion = tensors
+        of_op = depthwise, depthwise_bias, pointwise, pointwise_bias
         return f"""
-    {self.separable.declare(kernel, image, [depthwise, biases[0], pointwise, biases[1]], out_size)}
+    {self.separable.declare(kernel, image, of_op, self.output_size(kernel)[2:], self.channels)}
+    {self.declare_expansion(kernel, expansion)}
     const auto blocking = {struct("SeparableBlocking", pixels=self.separable.blocking(self.dtype))};
     {self.separable.declare_activation(kernel, slope)}
     const auto store = {store};
-    inductor_vision::depthwise_separable_conv2d<{str(self.channels_last).lower()}>(op, activation, blocking, store);"""
+    inductor_vision::depthwise_separable_conv2d<{in_cpp(self.channels_last)}>(
+        op, expansion, activation, blocking, store);"""
+
+
+class InvertedResidualConv2dTemplate(DepthwiseSeparableConv2dTemplate):
+    """The same kernel with an expansion."""
+
+    op = "inverted_residual_conv2d"
+
+    def __init__(self, *args: Any) -> None:
+        """
+        Args:
+            args: those of the base; channels and activation of the expanded image.
+        """
+        *of_base, self.channels, self.activation = args
+        super().__init__(*of_base)
+
+    def declare_expansion(self, kernel: CppTemplateKernel, tensors: Sequence[ir.IRNode | None]) -> str:
+        """C++ that defines `expansion`."""
+        weight, bias = (pointer(kernel, tensor) for tensor in tensors)
+        types = DTYPE_TO_CPP[accumulate_dtype(self.dtype)], "decltype(expansion_activation)"
+        image_channels = kernel.size(self.inputs[0], 1)
+        values = {"weight": weight, "bias": bias, "channels": image_channels, "activation": "expansion_activation"}
+        return f"""{_declare_activation("expansion_activation", self.activation)}
+    const auto expansion = {struct("Expansion", *types, **values)};"""
 
 
 def _gradients_body(
@@ -376,6 +489,14 @@ _prepacked = define_internal_op(
     fake=_fake_prepacked,
     lower=_lower,
 )
+_prepacked_expanded = define_internal_op(
+    "inverted_residual_conv2d_prepacked(Tensor input, Tensor expansion, Tensor expansion_bias, Tensor depthwise, "
+    "Tensor packed, Tensor? depthwise_bias, Tensor? pointwise_bias, int channels, str expansion_activation, "
+    f"{Separable.SCHEMA}, SymInt[2] out_size) -> Tensor",
+    body=_expanded_body,
+    fake=_fake_expanded,
+    lower=_lower_expanded,
+)
 _gradients = define_internal_op(
     "depthwise_separable_conv2d_gradients(Tensor? grad_hidden, Tensor input, Tensor depthwise, Tensor? bias, "
     f"Tensor? slope, {Separable.SCHEMA}, SymInt[2] out_size, bool channels_last, bool[5] wanted) -> "
@@ -385,6 +506,7 @@ _gradients = define_internal_op(
     lower=_lower_gradients,
 )
 template_for("depthwise_separable_conv2d", Template(_refusal, prepack=_prepack))
+template_for("inverted_residual_conv2d", Template(_refusal_expanded, prepack=_prepack_expanded))
 _prepack_backward = GRADIENTS["depthwise_separable_conv2d"].completed(
     functools.partial(gradients, depthwise=_depthwise_gradients)
 )

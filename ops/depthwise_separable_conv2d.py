@@ -457,10 +457,10 @@ class Arguments(NamedTuple):
         return int(self.depthwise_weight.shape[2]), int(self.depthwise_weight.shape[3])
 
 
-def check_arguments(arguments: Arguments) -> tuple[int, int]:
-    """Raise RuntimeError unless the arguments are compatible; return the output's height and width."""
+def check_arguments(arguments: Arguments, op: str = "depthwise_separable_conv2d") -> tuple[int, int]:
+    """Raise RuntimeError, by the name of ``op``, unless the arguments are compatible; return the output's height and
+    width."""
     input, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, slope, *geometry, activation = arguments
-    op = "depthwise_separable_conv2d"
     require = functools.partial(check, op)
 
     require(

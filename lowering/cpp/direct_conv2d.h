@@ -60,63 +60,6 @@ struct DirectBlocking {
   int64_t parallel;  // multiplications and numbers read from which on threads share the work
 };
 
-// Rows of a matrix product, pixels here, that are multiplied at once: as many as registers take, and what is left.
-#if defined(CPU_CAPABILITY_AVX512)
-constexpr int kPixelRows = 14;  // 14 x 2 accumulators of 32 registers; maps are mostly 7, 14, 28, ... wide
-constexpr int kPixelPanels = 2;
-#else
-constexpr int kPixelRows = 6;  // as kMicroRows
-constexpr int kPixelPanels = 1;
-#endif
-constexpr int kSinglePanels = 4 * kPixelPanels;  // of a single row: a chain of additions needs others beside it
-
-// C[rows, panels * kPanel] = begin + A * B for any number of rows; none beyond them is read.
-template <int kPanels, typename acc_t>
-inline void multiply_rows(StridedRows<acc_t> a, const Panels<acc_t>& b, const Sums<acc_t>& c, int64_t rows) {
-  const acc_t* first = a.data;
-  int64_t i = 0;
-  const auto blocks = [&](auto count) {
-    constexpr int kRows = decltype(count)::value;
-    for (; i + kRows <= rows; i += kRows) {
-      a.data = first + i * a.row;
-      micro_kernel<acc_t, kRows, kPanels>(a, b, c.at(i, 0));
-    }
-  };
-  blocks(std::integral_constant<int, kPixelRows>());
-  blocks(std::integral_constant<int, kPixelRows / 2>());
-  if constexpr (kPixelRows / 2 > 4) {
-    blocks(std::integral_constant<int, 4>());
-  }
-  blocks(std::integral_constant<int, 2>());
-  blocks(std::integral_constant<int, 1>());
-}
-
-template <typename acc_t>
-inline void multiply_pixels(
-    const StridedRows<acc_t>& a, Panels<acc_t> b, int64_t panels, const Sums<acc_t>& c, int64_t rows) {
-  const acc_t* first = b.data;
-  int64_t p = 0;
-  const auto columns = [&](auto count, const auto& multiply) {
-    constexpr int kPanels = decltype(count)::value;
-    for (; p + kPanels <= panels; p += kPanels) {
-      b.data = first + p * b.panel_stride;
-      multiply(count, c.at(0, p * kPanel<acc_t>));
-    }
-  };
-  const auto all_rows = [&](auto count, const Sums<acc_t>& sums) {
-    multiply_rows<decltype(count)::value>(a, b, sums, rows);
-  };
-  if (rows == 1) {
-    columns(std::integral_constant<int, kSinglePanels>(), [&](auto count, const Sums<acc_t>& sums) {
-      micro_kernel<acc_t, 1, decltype(count)::value>(a, b, sums);
-    });
-  }
-  columns(std::integral_constant<int, kPixelPanels>(), all_rows);
-  if constexpr (kPixelPanels > 1) {
-    columns(std::integral_constant<int, 1>(), all_rows);
-  }
-}
-
 // How pixels and channels of the output are cut into pieces of work.
 //
 // A thread takes pieces that follow each other, always the same ones: what it reads it has mostly written itself, by
@@ -301,13 +244,13 @@ class DirectTile {
           op_.dilation_height * row_};
       const int64_t next = op_.stride_height * row_;  // row of the tile
       if (next == columns * a.row) {
-        multiply_pixels(a, b, panels, {out, distance, bias_ + o, 0}, rows * columns);
+        multiply_pixels(a, b, panels, Sums<acc_t>(out, distance, bias_ + o, 0), rows * columns);
         return;
       }
       for (int64_t i = 0; i < rows; ++i) {
         auto row = a;
         row.data += i * next;
-        multiply_pixels(row, b, panels, {out + i * columns * distance, distance, bias_ + o, 0}, columns);
+        multiply_pixels(row, b, panels, Sums<acc_t>(out + i * columns * distance, distance, bias_ + o, 0), columns);
       }
     }
   }

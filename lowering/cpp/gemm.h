@@ -126,32 +126,42 @@ struct Panels {
   int64_t panel_stride;
 };
 
+// Sums are stored as they are; what is stored of them otherwise are functions of activations.h.
+struct AsTheyAre {
+  template <typename acc_t>
+  static Vectorized<acc_t> apply(const Vectorized<acc_t>& sum) {
+    return sum;
+  }
+};
+
 // C, and what its sums begin with: with what is in it, or with `begin`.
-template <typename acc_t>
+template <typename acc_t, typename Function = AsTheyAre>
 struct Sums {
   acc_t* data;
   int64_t row;  // elements between neighbouring rows
   const acc_t* begin;
   int64_t begin_row;  // likewise; 0: all rows begin alike
+  Function function;  // of the sums, is stored
 
   Sums(acc_t* data, int64_t row) : Sums(data, row, data, row) {
   }
-  Sums(acc_t* data, int64_t row, const acc_t* begin, int64_t begin_row)
+  Sums(acc_t* data, int64_t row, const acc_t* begin, int64_t begin_row, const Function& function = {})
       : data(data),
         row(row),
         begin(begin),
-        begin_row(begin_row) {
+        begin_row(begin_row),
+        function(function) {
   }
   Sums at(int64_t i, int64_t column) const {
-    return {data + i * row + column, row, begin + i * begin_row + column, begin_row};
+    return {data + i * row + column, row, begin + i * begin_row + column, begin_row, function};
   }
 };
 
 // How many lines of a panel are read ahead: a block of panels does not fit the first-level cache.
 constexpr int64_t kAhead = 16;
 
-template <typename acc_t, int kRows, int kPanels, typename A>
-inline void micro_kernel(const A& a, const Panels<acc_t>& b, const Sums<acc_t>& c) {
+template <typename acc_t, int kRows, int kPanels, typename A, typename Function>
+inline void micro_kernel(const A& a, const Panels<acc_t>& b, const Sums<acc_t, Function>& c) {
   using Vec = Vectorized<acc_t>;
   constexpr int kVec = static_cast<int>(kPanel<acc_t> / Vec::size());  // vectors in a panel's row
   constexpr int kColumns = kPanels * kVec;
@@ -177,8 +187,9 @@ inline void micro_kernel(const A& a, const Panels<acc_t>& b, const Sums<acc_t>& 
       panel += kPanel<acc_t>;
     }
   }
-  ForcedUnroll<kRows * kColumns>{}(
-      [&](auto n) { sum[n].store(c.data + n / kColumns * c.row + n % kColumns * Vec::size()); });
+  ForcedUnroll<kRows * kColumns>{}([&](auto n) {
+    c.function.apply(sum[n]).store(c.data + n / kColumns * c.row + n % kColumns * Vec::size());
+  });
 }
 
 #if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
@@ -245,6 +256,63 @@ inline void gemm(const A& a, Panels<value_t> b, int64_t panels, const Sums<acc_t
       b.data = first + p * b.panel_stride;
       gemm_panels<acc_t, 1>(a, b, c.at(0, p * kPanel<acc_t>), rows);
     }
+  }
+}
+
+// Rows of a matrix product that are pixels where they lie, multiplied at once: as many as registers take, and what is left.
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int kPixelRows = 14;  // 14 x 2 accumulators of 32 registers; maps are mostly 7, 14, 28, ... wide
+constexpr int kPixelPanels = 2;
+#else
+constexpr int kPixelRows = 6;  // as kMicroRows
+constexpr int kPixelPanels = 1;
+#endif
+constexpr int kSinglePanels = 4 * kPixelPanels;  // of a single row: a chain of additions needs others beside it
+
+// C[rows, panels * kPanel] = begin + A * B for any number of rows; none beyond them is read.
+template <int kPanels, typename acc_t, typename Function>
+inline void multiply_rows(StridedRows<acc_t> a, const Panels<acc_t>& b, const Sums<acc_t, Function>& c, int64_t rows) {
+  const acc_t* first = a.data;
+  int64_t i = 0;
+  const auto blocks = [&](auto count) {
+    constexpr int kRows = decltype(count)::value;
+    for (; i + kRows <= rows; i += kRows) {
+      a.data = first + i * a.row;
+      micro_kernel<acc_t, kRows, kPanels>(a, b, c.at(i, 0));
+    }
+  };
+  blocks(std::integral_constant<int, kPixelRows>());
+  blocks(std::integral_constant<int, kPixelRows / 2>());
+  if constexpr (kPixelRows / 2 > 4) {
+    blocks(std::integral_constant<int, 4>());
+  }
+  blocks(std::integral_constant<int, 2>());
+  blocks(std::integral_constant<int, 1>());
+}
+
+template <typename acc_t, typename Function>
+inline void multiply_pixels(
+    const StridedRows<acc_t>& a, Panels<acc_t> b, int64_t panels, const Sums<acc_t, Function>& c, int64_t rows) {
+  const acc_t* first = b.data;
+  int64_t p = 0;
+  const auto columns = [&](auto count, const auto& multiply) {
+    constexpr int kPanels = decltype(count)::value;
+    for (; p + kPanels <= panels; p += kPanels) {
+      b.data = first + p * b.panel_stride;
+      multiply(count, c.at(0, p * kPanel<acc_t>));
+    }
+  };
+  const auto all_rows = [&](auto count, const auto& sums) {
+    multiply_rows<decltype(count)::value>(a, b, sums, rows);
+  };
+  if (rows == 1) {
+    columns(std::integral_constant<int, kSinglePanels>(), [&](auto count, const auto& sums) {
+      micro_kernel<acc_t, 1, decltype(count)::value>(a, b, sums);
+    });
+  }
+  columns(std::integral_constant<int, kPixelPanels>(), all_rows);
+  if constexpr (kPixelPanels > 1) {
+    columns(std::integral_constant<int, 1>(), all_rows);
   }
 }
 

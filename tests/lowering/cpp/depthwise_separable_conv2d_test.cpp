@@ -81,9 +81,9 @@ Results<accumulate_t<scalar_t>> run(
   const bool channels_last = setting.channels_last || !std::is_same_v<Activation, Identity>;
   const Sink<accumulate_t<scalar_t>> store{&out, channels_last};
   if (channels_last) {
-    inductor_vision::depthwise_separable_conv2d<true>(op, make<Activation>(), blocking, store);
+    inductor_vision::depthwise_separable_conv2d<true>(op, NoExpansion{}, make<Activation>(), blocking, store);
   } else if constexpr (std::is_same_v<Activation, Identity>) {
-    inductor_vision::depthwise_separable_conv2d<false>(op, make<Activation>(), blocking, store);
+    inductor_vision::depthwise_separable_conv2d<false>(op, NoExpansion{}, make<Activation>(), blocking, store);
   }
   std::string complaint;
   if (!out.written(1, &complaint)) {
@@ -103,7 +103,7 @@ bool same_in_place(
   omp_set_num_threads(setting.threads);
   const DenseStore<kChannelsLast, acc_t> store{written.data(), channels, call.out(0), call.out(1)};
   const SeparableBlocking blocking{setting.pixels};
-  inductor_vision::depthwise_separable_conv2d<kChannelsLast>(op, make<Activation>(), blocking, store);
+  inductor_vision::depthwise_separable_conv2d<kChannelsLast>(op, NoExpansion{}, make<Activation>(), blocking, store);
   for (int64_t b = 0; b < call.batch; ++b) {
     const inductor_vision::OutputBlock image{b, 0, channels, 0, call.out(0), 0, call.out(1)};
     out.add(kChannelsLast, image, written.data() + b * pixels * channels, store.distance());
