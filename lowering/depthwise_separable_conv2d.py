@@ -1,5 +1,5 @@
-"""depthwise_separable_conv2d as one C++ kernel, inverted_residual_conv2d as the same with an expansion, and the depthwise
-half of the gradients as another.
+"""depthwise_separable_conv2d as one C++ kernel, inverted_residual_conv2d as the same with an expansion, and the
+depthwise half of the gradients as another.
 
 See cpp/depthwise_separable_conv2d.h and depthwise_separable_conv2d_backward.h.
 """
@@ -25,8 +25,7 @@ from ..ops.depthwise_separable_conv2d import (
     parse_activation,
 )
 from ..ops.gradients import gradient_format
-from ..ops.inverted_residual_conv2d import Arguments as InvertedResidual
-from ..ops.inverted_residual_conv2d import check_arguments as check_inverted_residual
+from ..ops.inverted_residual_conv2d import Arguments as InvertedResidual, check_arguments as check_inverted_residual
 from ..ops.registry import GRADIENTS, OPS, accumulate_dtype
 from .common.constants import realize_constant
 from .common.geometry import by_axis, constant_geometry
@@ -74,12 +73,15 @@ class Separable:
         ``channels``: those of the expanded image, if it is.
         """
         names = "depthwise_weight", "depthwise_bias", "pointwise_weight", "pointwise_bias"
+        size = sizes(kernel, image, "batch", "channels", "height", "width")
+        if channels is not None:
+            size["channels"] = str(channels)
         op = struct(
             "DepthwiseSeparableConv2d",
             DTYPE_TO_CPP[image.get_dtype()],
             input=view(kernel, image),
             **{name: pointer(kernel, tensor) for name, tensor in zip(names, tensors)},
-            **sizes(kernel, image, "batch", "channels", "height", "width") | ({"channels": channels} if channels else {}),
+            **size,
             multiplier=self.multiplier,
             out_channels=self.out_channels,
             **by_axis(
@@ -102,7 +104,7 @@ class Separable:
 
 
 def _declare_activation(variable: str, text: str) -> str:
-    """C++ that defines a variable of a type of cpp/activations.h: of leaky_relu ``LeakyRelu<a type with its slope>``."""
+    """C++ that defines a variable of a type of cpp/activations.h: of leaky_relu ``LeakyRelu<what has its slope>``."""
     activation = parse_activation(text)
     assert activation is not None
     name = "".join(word.capitalize() for word in text.partition("(")[0].split("_"))

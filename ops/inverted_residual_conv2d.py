@@ -43,9 +43,7 @@ class Arguments(NamedTuple):
     def separable(self, expanded: Tensor) -> separable.Arguments:
         """The call that is left when the input was expanded."""
         weights = self.depthwise_weight, self.pointwise_weight, self.depthwise_bias, self.pointwise_bias
-        return separable.Arguments(
-            expanded, *weights, None, self.stride, self.padding, self.dilation, self.activation
-        )
+        return separable.Arguments(expanded, *weights, None, self.stride, self.padding, self.dilation, self.activation)
 
     def of_its_size(self) -> Tensor:
         """A view of the input that has the size of the expanded one."""
@@ -85,7 +83,8 @@ def _decomposition(*args: Any) -> Tensor:
     call = Arguments(*args)
     check_arguments(call)
     dtype = accumulate_dtype(call.input.dtype)
-    a = Arguments(*(value.to(dtype) if isinstance(value, Tensor) else value for value in call))
+    values: list[Any] = [value.to(dtype) if isinstance(value, Tensor) else value for value in call]
+    a = Arguments(*values)
     activation = separable.parse_activation(a.expansion_activation)
     assert activation is not None  # which was checked
     expanded = activation(F.conv2d(a.input, a.expansion_weight, a.expansion_bias))  # [B, E, H, W]

@@ -14,8 +14,8 @@
 // A tile of pixels is done at a time: some rows of the output, or a part of one.  For a block of hidden channels they
 // are computed, vectorized over channels, into a buffer that stays in cache, which is multiplied at once by that part
 // of the packed pointwise weight into the tile's sums.  Taps in the padding are left out.  An input that is not
-// channels_last is transposed row by row, as the tiles of a thread come to need them, into a ring of rows; into the same
-// ring go the rows that an expansion makes.
+// channels_last is transposed row by row, as the tiles of a thread come to need them, into a ring of rows.  The rows
+// that an expansion makes go into the same ring.
 //
 // Each sum is one chain in an order that depends on the shape alone: the result is the same, to the bit, for any number
 // of threads.

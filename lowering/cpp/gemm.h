@@ -187,9 +187,8 @@ inline void micro_kernel(const A& a, const Panels<acc_t>& b, const Sums<acc_t, F
       panel += kPanel<acc_t>;
     }
   }
-  ForcedUnroll<kRows * kColumns>{}([&](auto n) {
-    c.function.apply(sum[n]).store(c.data + n / kColumns * c.row + n % kColumns * Vec::size());
-  });
+  ForcedUnroll<kRows * kColumns>{}(
+      [&](auto n) { c.function.apply(sum[n]).store(c.data + n / kColumns * c.row + n % kColumns * Vec::size()); });
 }
 
 #if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
@@ -259,7 +258,8 @@ inline void gemm(const A& a, Panels<value_t> b, int64_t panels, const Sums<acc_t
   }
 }
 
-// Rows of a matrix product that are pixels where they lie, multiplied at once: as many as registers take, and what is left.
+// Rows of a matrix product that are pixels, where they lie, multiplied at once: as many as registers take, and what is
+// left.
 #if defined(CPU_CAPABILITY_AVX512)
 constexpr int kPixelRows = 14;  // 14 x 2 accumulators of 32 registers; maps are mostly 7, 14, 28, ... wide
 constexpr int kPixelPanels = 2;
@@ -302,9 +302,7 @@ inline void multiply_pixels(
       multiply(count, c.at(0, p * kPanel<acc_t>));
     }
   };
-  const auto all_rows = [&](auto count, const auto& sums) {
-    multiply_rows<decltype(count)::value>(a, b, sums, rows);
-  };
+  const auto all_rows = [&](auto count, const auto& sums) { multiply_rows<decltype(count)::value>(a, b, sums, rows); };
   if (rows == 1) {
     columns(std::integral_constant<int, kSinglePanels>(), [&](auto count, const auto& sums) {
       micro_kernel<acc_t, 1, decltype(count)::value>(a, b, sums);

@@ -1,10 +1,11 @@
 """A graph pass that finds depthwise-separable convolutions in models that were written without this package.
 
 A depthwise convolution whose result goes, through a batch norm in eval mode and an activation or without, into a
-pointwise convolution and nowhere else, becomes one call of ``depthwise_separable_conv2d``. If what the depthwise one reads
-is made by another pointwise convolution, for it alone, the three become one call of ``inverted_residual_conv2d``, unless
-gradients are wanted. Batch norms, that behind the last convolution too, become part of weights and biases: a few nodes on vectors, which are computed at compile time
-where weights are constants. What follows stays in the graph; Inductor fuses it into the kernel.
+pointwise convolution and nowhere else, becomes one call of ``depthwise_separable_conv2d``. If what the depthwise one
+reads is made by another pointwise convolution, for it alone, the three become one call of ``inverted_residual_conv2d``,
+unless gradients are wanted. Batch norms, that behind the last convolution too, become part of weights and biases: a few
+nodes on vectors, which are computed at compile time where weights are constants. What follows stays in the graph;
+Inductor fuses it into the kernel.
 
 It runs on the graphs that Inductor gets, before gradients are derived: those of Dynamo, of functions of torch, and
 those of ``torch.export``, of aten operators.
@@ -107,6 +108,7 @@ class Pair:
     first: Layer
     last: Layer
     expansion: Layer | None = None
+    apart: str = ""  # which expansion stays where it is, and why
 
     @property
     def depthwise(self) -> ConvolutionCall:
@@ -159,11 +161,11 @@ class Pair:
 
     def __str__(self) -> str:
         before = "" if self.expansion is None else f"{self.expansion.convolution} and "
-        return f"{before}{self.depthwise} with {self.pointwise}"
+        return f"{before}{self.depthwise} with {self.pointwise}{self.apart}"
 
 
 def find_pair(depthwise: ConvolutionCall) -> Pair | str:
-    """The pair that a depthwise convolution begins, with its expansion if that can be taken in; or why there is none."""
+    """The pair that a depthwise convolution begins, with the expansion if it can be taken in; or why there is none."""
     first = _find_layer(depthwise)
     if isinstance(first, str):
         return first
@@ -181,18 +183,20 @@ def find_pair(depthwise: ConvolutionCall) -> Pair | str:
     pointwise_norm = norm_of(_only_user(pointwise.node), pointwise.node)
     if pointwise_norm is not None and (pointwise_norm.training or pointwise_norm.running_mean is None):
         pointwise_norm = None  # stays where it is
-    reason = None
+    reason, apart = None, ""
     for expansion in dict.fromkeys((_find_expansion(depthwise), None)):  # what cannot be taken in stays where it is
         for norm in dict.fromkeys((pointwise_norm, None)):
-            pair = Pair(first, Layer(pointwise, norm), expansion)
+            pair = Pair(first, Layer(pointwise, norm), expansion, apart)
             reason = next((reason for test in _TESTS if (reason := test(pair)) is not None), None)
             if reason is None:
                 return pair
+        apart = "" if expansion is None else f", without {expansion.convolution}: {reason}"
     return str(reason)
 
 
 def _find_layer(convolution: ConvolutionCall) -> Layer | str:
-    """A convolution with the norm and the activation that are all that reads its result; or why it is none of a pair."""
+    """A convolution with the norm and the activation behind it, which alone read what they are behind; or why it is
+    none of a pair."""
     node = convolution.node
     follower = _only_user(node)
     norm = norm_of(follower, node)
@@ -425,9 +429,9 @@ _MOST_REPEATED = 0.3  # of the rows
 def _test_gain_of_expansion(pair: Pair, sizes: Sequence[int]) -> str | None:
     """Whether the three together were found to be faster, than the expansion by itself and the pair.
 
-    Measured with AVX-512, 1 MB of second-level cache and two threads, in float32: the blocks of MobileNetV2 take 0.61 of
-    the time at 112 x 112, 0.7 to 0.85 at 56 to 14, where 0.03 to 0.14 of the rows are expanded by both threads, and 0.98
-    at 7 x 7, where 0.29 are.
+    Measured with AVX-512, 1 MB of second-level cache and two threads, in float32: the blocks of MobileNetV2 take 0.61
+    of the time at 112 x 112, 0.7 to 0.9 at 56 to 14, where 0.03 to 0.14 of the rows are expanded by both threads, and
+    0.98 at 7 x 7, where 0.29 are.
     """
     batch, _, height, width, *_ = sizes
     depthwise = pair.depthwise

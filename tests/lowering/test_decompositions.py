@@ -48,6 +48,9 @@ def calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield f"{op}_backward", regions.positional_backward
     image, weight, bias = torch.randn(2, 5, 7, 9), torch.randn(6, 5, 3, 3), torch.randn(6)
     yield "direct_conv2d", (image, weight, bias, [2, 1], [1, 1], [1, 1])
+    weights = torch.randn(20, 5, 1, 1), torch.randn(20, 1, 3, 3), torch.randn(6, 20, 1, 1)
+    biases = torch.randn(20), torch.randn(20), torch.randn(6)
+    yield "inverted_residual_conv2d", (image, *weights, *biases, [2, 1], [1, 1], [1, 1], "relu6", "silu")
     boxes, scores, classes = Boxes(12).tensors()
     rotated, _, _ = RotatedBoxes(12).tensors()
     yield "nms", (boxes, scores, classes, 0.5)

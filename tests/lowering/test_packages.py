@@ -227,6 +227,28 @@ def direct_conv2d() -> Part:
     return Part(model, calls, (0, 2, 3), same_as_in_float64(model), ["direct_conv2d"] * 2, constants)
 
 
+class InvertedResidual(nn.Module):
+    """The block of MobileNetV2, with its sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expansion, self.last = nn.Conv2d(20, 72, 1), nn.Conv2d(72, 20, 1)
+        self.depthwise = nn.Conv2d(72, 72, 3, 1, 1, groups=72)
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = self.expansion, self.depthwise, self.last
+        tensors = [layer.weight for layer in layers] + [layer.bias for layer in layers]
+        return x + OPS["inverted_residual_conv2d"](x, *tensors, [1, 1], [1, 1], [1, 1], "relu6", "relu6")
+
+
+def inverted_residual_conv2d() -> Part:
+    model = InvertedResidual()
+    sizes = (3, 9, 12), (1, 9, 12), (2, 1, 1), (5, 33, 70)
+    calls = [(torch.randn(batch, 20, *size).contiguous(memory_format=torch.channels_last),) for batch, *size in sizes]
+    constants = ["1, 5, 1, 20, 16", "80", "9, 72", "72", "1, 2, 1, 72, 16", "20"]
+    return Part(model, calls, (0, 2, 3), same_as_in_float64(model), ["inverted_residual_conv2d"], constants)
+
+
 # Regions
 
 
@@ -489,6 +511,7 @@ PARTS: dict[str, Callable[[], Part]] = {
         patch_conv2d,
         winograd_conv2d,
         direct_conv2d,
+        inverted_residual_conv2d,
         on_regions,
         on_regions_backward,
         keypoints,

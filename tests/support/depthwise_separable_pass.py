@@ -16,7 +16,10 @@ from inductor_vision.tests.support.compare import assert_close
 from inductor_vision.tests.support.layouts import strides_of
 from torch import Tensor, nn
 
-OP = torch.ops.inductor_vision.depthwise_separable_conv2d.default
+OPERATORS = (
+    torch.ops.inductor_vision.depthwise_separable_conv2d.default,
+    torch.ops.inductor_vision.inverted_residual_conv2d.default,
+)
 
 
 class Rewritten:
@@ -24,7 +27,7 @@ class Rewritten:
 
     Attributes:
         result: what the rewritten graphs compute, run eagerly.
-        calls: the operator's calls in them.
+        calls: the operators' calls in them.
         left: why depthwise convolutions were left alone.
     """
 
@@ -45,13 +48,18 @@ class Rewritten:
     def activations(self) -> list[str]:
         return [node.args[-1] for node in self.calls]
 
+    @property
+    def expanded(self) -> list[bool]:
+        """Whether each call has an expansion."""
+        return [node.target is OPERATORS[1] for node in self.calls]
+
 
 def rewrite(graph: torch.fx.GraphModule) -> list[torch.fx.Node]:
-    """Run the pass on a graph; the operator's calls that are in it then."""
+    """Run the pass on a graph; the operators' calls that are in it then."""
     FuseDepthwiseSeparable("tested")(graph.graph)
     graph.graph.lint()
     graph.recompile()
-    return [node for node in graph.graph.nodes if node.target is OP]
+    return [node for node in graph.graph.nodes if node.target in OPERATORS]
 
 
 def assert_fused(model: nn.Module, *inputs: Tensor, count: int = 1, dtype: torch.dtype = torch.float32) -> Rewritten:

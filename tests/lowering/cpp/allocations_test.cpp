@@ -286,7 +286,14 @@ void run_separable() {
       grad_weight(kTaps * kIn), grad_bias(kIn), hidden(kBatch * kHeight * kWidth * kIn);
   run_out_of_memory("depthwise_separable_conv2d", [&] {
     depthwise_separable_conv2d<false>(
-        op, Relu{}, SeparableBlocking{24}, DenseStore<false, float>{out.data(), kOut, kHeight, kWidth});
+        op, NoExpansion{}, Relu{}, SeparableBlocking{24}, DenseStore<false, float>{out.data(), kOut, kHeight, kWidth});
+  });
+  const Tensor<float> weight = tensor(1, divide_up(kIn, 16), kIn, 16, -1, 1);
+  const Tensor<float> shift = tensor(1, 1, divide_up(kIn, 16), 16, -1, 1);
+  const Expansion<float, Relu> expansion{weight.view().data, shift.view().data, kIn, {}};
+  run_out_of_memory("inverted_residual_conv2d", [&] {
+    depthwise_separable_conv2d<true>(
+        op, expansion, Relu{}, SeparableBlocking{24}, DenseStore<true, float>{out.data(), kOut, kHeight, kWidth});
   });
   const SeparableGradients<float> gradients{grad.view().data, false,   grad_input.data(), grad_weight.data(),
                                             grad_bias.data(), nullptr, hidden.data()};

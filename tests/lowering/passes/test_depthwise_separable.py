@@ -106,6 +106,130 @@ def test_fused(name):
         assert_close(exported(x), model(x), torch.float32)
 
 
+# Expansions: pointwise convolutions before the depthwise one
+
+
+class Expanded(nn.Module):
+    """An inverted residual, with something between the expansion and the depthwise convolution."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor], first: nn.Module | None = None) -> None:
+        super().__init__()
+        self.first, self.between, self.rest = (
+            first or pointwise(8, 24),
+            between,
+            nn.Sequential(depthwise(24), nn.ReLU()),
+        )
+        self.last = pointwise(24, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.rest(self.between(self.first(x))))
+
+
+EXPANDED: dict[str, Callable[[], nn.Module]] = {
+    "mobilenet_v2": InvertedResidual,
+    "nothing_between": lambda: Expanded(lambda x: x),
+    "bias": lambda: Expanded(nn.Hardswish(), pointwise(8, 24, bias=True)),
+    "written_out": lambda: Expanded(lambda x: x * torch.sigmoid(x)),
+    "in_place": lambda: Expanded(nn.Sequential(norm(24), nn.ReLU(inplace=True))),
+    "two": lambda: nn.Sequential(InvertedResidual(), InvertedResidual()),
+}
+
+
+@pytest.mark.parametrize("name", EXPANDED)
+def test_an_expansion_is_part_of_the_kernel(name):
+    model = EXPANDED[name]().eval()
+    with torch.no_grad():
+        count = 2 if name == "two" else 1
+        assert assert_fused(model, torch.randn(IMAGE), count=count).expanded == [True] * count
+        exported = torch.export.export(model, (torch.randn(IMAGE),)).module(check_guards=False)
+        assert [node.target.__name__ for node in rewrite(exported)] == ["inverted_residual_conv2d.default"] * count
+        x = torch.randn(IMAGE)
+        assert_close(exported(x), model(x), torch.float32)
+
+
+class ReadTwice(Expanded):
+    def forward(self, x: Tensor) -> Tensor:
+        expanded = self.between(self.first(x))
+        return self.last(self.rest(expanded)) + expanded.mean()
+
+
+ALONE: dict[str, Callable[[], nn.Module]] = {
+    "its_result_is_read_elsewhere": lambda: ReadTwice(nn.ReLU()),
+    "of_3_x_3": lambda: Expanded(nn.ReLU(), nn.Conv2d(8, 24, 3)),
+    "of_groups": lambda: Expanded(nn.ReLU(), pointwise(8, 24, groups=2)),
+    "slope": lambda: Expanded(nn.PReLU()),
+    "norm_behind_the_activation": lambda: Expanded(nn.Sequential(nn.ReLU(), norm(24))),
+    "norm_in_training": lambda: Expanded(norm(24).train()),
+    "no_convolution": lambda: Expanded(nn.ReLU(), nn.Sequential(nn.ZeroPad2d(1), norm(8), nn.Upsample(scale_factor=2))),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_a_pair_without_what_is_no_expansion(name):
+    model = ALONE[name]()
+    for layer in model.modules():
+        if layer is not getattr(model, "between", None):
+            layer.training = False
+    if name == "no_convolution":
+        model.rest[0], model.last = depthwise(8), pointwise(8, 8)
+    with torch.no_grad():
+        assert assert_fused(model, torch.randn(IMAGE)).expanded == [False]
+
+
+def fused_paths(model: nn.Module, x: Tensor) -> list[str]:
+    with recorded_paths() as paths:
+        Rewritten(model, x)
+    return [path.detail for path in paths if path.kind == "fused"]
+
+
+def test_it_is_said_why_an_expansion_is_left_apart(monkeypatch):
+    model, x = InvertedResidual().eval(), torch.randn(IMAGE)
+    apart = "without layers.0 (1 x 1, 24 channels): "
+    (path,) = fused_paths(model, x)
+    assert path.endswith(f"{apart}gradients are wanted, and the operator has none")
+    with torch.no_grad():
+        (path,) = fused_paths(model, x)
+        assert path.startswith("layers.0 (1 x 1, 24 channels) and layers.3 ") and "without" not in path
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 16)  # 8 for each image, of 9 rows
+        (path,) = fused_paths(model, x)
+        assert path.endswith(f"{apart}16 threads would repeat 156% of the rows that are expanded")
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # an image each
+        assert assert_fused(model, x).expanded == [True]
+        monkeypatch.setattr(depthwise_separable, "cache_bytes", lambda: 2 * 3 * 11 * 24 * 4 - 1)
+        (path,) = fused_paths(model, x)
+        assert path.endswith(f"{apart}the 3 rows of its input that are read at once do not stay in the cache")
+
+
+def test_an_image_that_is_changed_behind_the_expansion():
+    """All is computed where the expansion was."""
+
+    class Changing(Expanded):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + 1
+            expanded = self.between(self.first(x))
+            x.mul_(2)
+            return self.last(self.rest(expanded)) + x.mean()
+
+    with torch.no_grad():
+        assert assert_fused(Changing(nn.ReLU()), torch.randn(IMAGE)).expanded == [True]
+
+
+def test_a_weight_that_is_changed_behind_the_expansion():
+    class Changing(Expanded):
+        def forward(self, x: Tensor) -> Tensor:
+            expanded = self.between(self.first(x))
+            self.rest[0].weight.mul_(0.5)
+            return self.last(self.rest(expanded))
+
+    with torch.no_grad():
+        model = Changing(nn.ReLU())
+        weight, x = model.rest[0].weight.clone(), torch.randn(IMAGE)
+        rewritten = Rewritten(model, x)
+        model.rest[0].weight.copy_(weight)
+        assert rewritten.expanded == [False]  # the pair, where the weight is what it is then
+        assert_close(rewritten.result, model(x), torch.float32)
+
+
 ACTIVATIONS: dict[str, list[Callable[[Tensor], Tensor]]] = {
     "relu": [
         F.relu,
