@@ -13,7 +13,10 @@ from .sizes import depends_on_data
 
 _RESHAPING = (torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default)
 # What freezing makes of convolutions, which is always channels_last, and what passes put there, which is faster so.
-_CONVOLUTIONS = "mkldnn._convolution", "inductor_vision.winograd_conv2d", "inductor_vision.direct_conv2d"
+_CONVOLUTIONS = (
+    "mkldnn._convolution",
+    *(f"inductor_vision.{name}_conv2d" for name in ("winograd", "direct", "inverted_residual")),
+)
 
 
 def channels_last_strides(strides: Sequence[Any], size: Sequence[Any]) -> bool:

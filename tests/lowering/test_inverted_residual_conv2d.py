@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import pytest
@@ -175,3 +176,15 @@ def test_errors(message):
 
 def test_operator():
     torch.library.opcheck(inverted_residual_conv2d.overload, Case(6, 12).arguments())
+
+
+def test_a_map_between_two_of_them_is_channels_last():
+    """Of a contiguous image: the second reads its rows in place, and gives the result in the image's format."""
+    call = Case(6, 12, layout="contiguous").arguments()
+    with torch.no_grad():
+        compiled = compile_and_run(lambda x: run([(run([(x, *call[1:])])[0], *call[1:])])[0], call[0])
+    formats = re.findall(r"inductor_vision::depthwise_separable_conv2d<(\w+)>", compiled.source)
+    assert formats == ["true", "false"]
+    assert compiled.result.is_contiguous()
+    first = expected(*call)
+    assert_close(compiled.result, expected(first, *call[1:]), FP32)
