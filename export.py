@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .integrations.one_image import OneImage, OneImageOfTransformers, one_image
 from .integrations.torchvision import accelerate_torchvision
 from .integrations.transformers import accelerate_transformers
-from .lowering.installation.installer import fold_norms, require_lowerings
+from .lowering.installation.installer import fold_norms, hide_long_sizes, require_lowerings
 from .lowering.workarounds.sizes_in_tensors import sizes_in_tensors
 from .lowering.workarounds.tracing import install_for_tracing
 from .target import check_target, package_target
@@ -115,6 +115,7 @@ def export_detector(
     if importlib.util.find_spec("transformers") is not None:
         accelerate_transformers()
     install_for_tracing()
+    hide_long_sizes()
     from .lowering.workarounds.unchecked_inputs import inputs_checked
     from .lowering.workarounds.unpacked_weights import weights_packed
 

@@ -164,6 +164,7 @@ def accelerate_transformers(eager: bool | None = None) -> None:
         if _hook.waits_for(name):
             _exchange_in(module)
     install_for_tracing()
+    installer.hide_long_sizes()
 
 
 def _exchange_in(module: ModuleType) -> None:

@@ -46,7 +46,7 @@ def install() -> None:
     """
     global _not_installed
     _not_installed = _enter(
-        *(_register_operators, _serve_torchvision, _serve_aten),
+        *(_register_operators, _serve_torchvision, _serve_aten, _hide_long_sizes),
         *(_add_fusion_pass, _add_folding_pass, _add_convolution_pass),
     )
     if _not_installed is not None:
@@ -115,13 +115,11 @@ def _all_or_nothing() -> Iterator[None]:
 
 def _register_operators() -> None:
     from ..inductor.tables import config, decompositions, register_lowering
-    from ..workarounds import long_sizes  # imports sympy, which takes its time
 
     for op in OPS.values():
         decompositions[op.overload] = registry.decompose_or_keep(op)
         register_lowering(op.overload, type_promotion_kind=None)(registry.lowering_of(op))
-    workarounds = adaptive_pooling, data_dependent_convolutions, data_dependent_views, device_assertions, long_sizes
-    for workaround in workarounds:
+    for workaround in (adaptive_pooling, data_dependent_convolutions, data_dependent_views, device_assertions):
         workaround.install()
     _ = config.cpu_backend  # read in every compilation: let it be missed now
     tag_caches()
@@ -156,6 +154,25 @@ def _serve_torchvision() -> None:
         decompositions[getattr(torch.ops.torchvision, name).default] = TORCHVISION[name]
     _add_pass("post_grad_custom_post_pass", SkipConcatenations(TAG))
     tag_caches("torchvision")  # the same graph compiles to something else from now on
+
+
+_long_sizes = False
+
+
+def hide_long_sizes() -> None:
+    """Have Inductor compile models faster whose sizes are long formulas, as those of detectors are, of whichever
+    library; takes effect now, or once Inductor is imported."""
+    global _long_sizes
+    if not _long_sizes:
+        _long_sizes = True
+        _enter_later("hide_long_sizes", _hide_long_sizes)
+
+
+def _hide_long_sizes() -> None:
+    if _long_sizes:
+        from ..workarounds import long_sizes  # imports sympy, which takes its time
+
+        long_sizes.install()
 
 
 _sampling = False

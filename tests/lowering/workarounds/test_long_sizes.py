@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import sympy
 import torch._inductor.lowering  # noqa: F401  (first)
+from inductor_vision.lowering.workarounds import long_sizes
 from inductor_vision.lowering.workarounds.long_sizes import _hide_sizes, not_installed
 from inductor_vision.tests.support.oldest_torch import with_oldest_torch
 from sympy.core.cache import clear_cache
@@ -28,6 +29,13 @@ INDICES = {
     "without the loop": X0 + COLUMNS,
     "numbers": 3 * X2 + 7,
 }
+
+
+@pytest.fixture(autouse=True)
+def installed(monkeypatch):
+    for name in long_sizes.NAMES:
+        monkeypatch.setattr(sizevars, name, getattr(sizevars, name))  # is undone
+    long_sizes.install()
 
 
 @pytest.mark.parametrize("index", INDICES.values(), ids=INDICES)
