@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .paste_masks import paste_masks
 from .ps_roi_align import ps_roi_align
 from .ps_roi_pool import ps_roi_pool
 from .registry import accumulate_dtype, replaces_torchvision
@@ -154,10 +155,7 @@ def postprocess(
 
 @replaces_torchvision("models.detection.roi_heads.paste_masks_in_image")
 def paste_masks_in_image(masks: Tensor, boxes: Tensor, img_shape: tuple[int, int], padding: int = 1) -> Tensor:
-    """The original resizes mask by mask, each to the size of its box.
-
-    Here a product with matrices of weights resizes the rows of all masks, and each row of the images is then a sum of
-    two of these. A NaN in a mask is so in all of its row, from one side of the box to the other.
+    """The original asks how many masks there are, and pastes them one by one.
 
     Args:
         masks: ``[N, 1, M, M]``.
@@ -170,36 +168,7 @@ def paste_masks_in_image(masks: Tensor, boxes: Tensor, img_shape: tuple[int, int
     from torchvision.models.detection.roi_heads import expand_boxes, expand_masks
 
     masks, scale = expand_masks(masks, padding)
-    x1, y1, x2, y2 = expand_boxes(boxes, scale).long().unbind(1)
-    height, width = img_shape
-    rows, columns = masks.shape[-2:]
-    dtype = accumulate_dtype(masks.dtype)
-    left, right_part, in_columns = _resizing(x1, x2, width, columns, dtype)
-    above, below_part, in_rows = _resizing(y1, y2, height, rows, dtype)
-    column = torch.arange(columns, device=masks.device)[:, None]
-    weights = (1 - right_part).where(column == left, 0) + right_part.where(column == left + 1, 0)  # [N, M, W]
-    with torch.autocast(masks.device.type, enabled=False):
-        resized = masks[:, 0].to(dtype) @ weights  # [N, M, W]
-    upper, lower = (resized.gather(1, row.mT.expand(-1, -1, width)) for row in (above, (above + 1).clamp(max=rows - 1)))
-    inside = in_rows.mT & in_columns
-    pasted = torch.lerp(upper, lower, below_part.mT)
-    return pasted.to(masks.dtype).where(inside, 0)[:, None]
-
-
-def _resizing(begin: Tensor, end: Tensor, size: int, source: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """How ``source`` pixels are stretched over those from ``begin`` to ``end``, as
-    :func:`torch.nn.functional.interpolate` does it without ``align_corners``.
-
-    Returns:
-        ``[N, 1, size]`` each: for each of ``size`` pixels the one at or before it, what the next one has of it (0 to 1,
-        and 0 where there is none), and whether it is among those from ``begin`` to ``end``.
-    """
-    at = torch.arange(size, device=begin.device)
-    begin, end = begin[:, None, None], end[:, None, None]
-    scale = source / (end - begin + 1).clamp(min=1).to(dtype)
-    position = (((at - begin).to(dtype) + 0.5) * scale - 0.5).clamp(0, source - 1)
-    low = position.floor()
-    return low.long(), position - low, (at >= begin) & (at <= end)
+    return paste_masks(masks, expand_boxes(boxes, scale).long(), img_shape)
 
 
 @replaces_torchvision("models.detection.transform.GeneralizedRCNNTransform.forward")

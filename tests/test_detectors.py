@@ -42,7 +42,7 @@ from torch.utils._pytree import tree_map
 
 # What each image takes, beside its resizing and the pooling of regions.
 OPERATORS = {
-    "MaskRCNN": ["nms", "nms"],
+    "MaskRCNN": ["nms", "nms", "paste_masks"],
     "KeypointRCNN": ["nms", "nms", "heatmaps_to_keypoints"],
     "RetinaNet": ["nms"],
     "FCOS": ["nms"],

@@ -21,6 +21,7 @@ from inductor_vision.tests.support.compare import assert_close
 from inductor_vision.tests.support.grid_sampler_2d import Case as Warp
 from inductor_vision.tests.support.heatmaps_to_keypoints import Heatmaps
 from inductor_vision.tests.support.multiscale_deformable_attention import Case as Attention
+from inductor_vision.tests.support.paste_masks import Case as Paste
 from inductor_vision.tests.support.regions import OPERATORS, sample as sample_regions
 from inductor_vision.tests.support.upsample_bilinear2d import Case as Resize
 from torch import Tensor, nn
@@ -58,6 +59,8 @@ def calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "nms_rotated", (rotated, scores, classes, 0.3)
     yield "box_iou_rotated", (rotated, rotated[:5])
     yield "heatmaps_to_keypoints", Heatmaps().tensors()
+    yield "paste_masks", Paste().positional
+    yield "paste_masks_backward", Paste().positional_backward
     yield "multiscale_deformable_attention", Attention().positional
     yield "multiscale_deformable_attention_backward", Attention(as_tensor=True).positional_backward
     yield "upsample_bilinear2d", Resize().positional

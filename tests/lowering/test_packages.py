@@ -28,6 +28,7 @@ from inductor_vision.tests.support import (
     grid_sampler_2d as sampling,
     heatmaps_to_keypoints as heatmaps,
     multiscale_deformable_attention as attention,
+    paste_masks as pasting,
     patch_conv2d as patches,
     regions,
     upsample_bilinear2d as upsampling,
@@ -335,6 +336,14 @@ def keypoints() -> Part:
     return Part(heatmaps_to_keypoints, calls, varies, assert_right, ["heatmaps_to_keypoints"], wrong=wrong)
 
 
+def paste_masks() -> Part:
+    def function(masks: Tensor, boxes: Tensor, like: Tensor) -> Tensor:
+        return pasting.OP(masks, boxes, *like.shape)
+
+    calls = [(*case.tensors(), torch.empty(case.image)) for case in pasting.CASES.values()]
+    return Part(function, calls, ((0, 2, 3), (0,), (0, 1)), same_as_eagerly(function), ["paste_masks"])
+
+
 # Attention
 
 
@@ -515,6 +524,7 @@ PARTS: dict[str, Callable[[], Part]] = {
         on_regions,
         on_regions_backward,
         keypoints,
+        paste_masks,
         multiscale_deformable_attention,
         upsample_bilinear2d,
         grid_sampler_2d,

@@ -24,6 +24,7 @@ from inductor_vision import (
     winograd_conv2d,
 )
 from inductor_vision.ops.heatmaps_to_keypoints import heatmaps_to_keypoints
+from inductor_vision.ops.paste_masks import paste_masks
 from inductor_vision.ops.registry import OPS
 from inductor_vision.ops.upsample_bilinear2d import upsample_bilinear2d
 from torch import Tensor
@@ -113,6 +114,11 @@ DIFFERENTIABLE = {
             "input": randn(2, 3, 5, 6), "depthwise_weight": randn(6, 1, 3, 3), "pointwise_weight": randn(4, 6, 1, 1)
         },
         ("input", "depthwise_weight", "pointwise_weight"),
+    ),
+    "paste_masks": Call(
+        lambda masks, boxes: paste_masks(masks, boxes, (6, 7)),
+        lambda: {"masks": randn(4, 1, 3, 5), "boxes": some_rois()[:, 1:].long()},
+        ("masks",),
     ),
     "upsample_bilinear2d": Call(
         lambda input: upsample_bilinear2d(input, (7, 4), padding=(1, 2)),

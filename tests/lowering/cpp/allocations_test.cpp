@@ -9,6 +9,7 @@
 #include "heatmaps_to_keypoints.h"
 #include "multiscale_deformable_attention_backward.h"
 #include "nms_rotated.h"
+#include "paste_masks.h"
 #include "patch_conv2d_backward.h"
 #include "ps_roi_align.h"
 #include "ps_roi_pool.h"
@@ -132,6 +133,14 @@ void run_boxes() {
   std::vector<float> keypoints(3 * 2 * 3);
   run_out_of_memory("heatmaps_to_keypoints", [&] {
     heatmaps_to_keypoints(Images<float>{maps.view(), 3, 2, 5, 6}, HeatmapBoxes<float>{sides, 4, 1}, keypoints.data());
+  });
+  const Tensor<float> masks = tensor(3, 1, 5, 6, -1, 1);
+  const int64_t corners[] = {0, 0, 9, 8, 1, 2, 20, 30, 3, 3, 5, 7};
+  std::vector<float> pasted(3 * 40 * 50);
+  run_out_of_memory("paste_masks", [&] {
+    paste_masks(
+        PasteMasks<float>{Images<float>{masks.view(), 3, 1, 5, 6}, corners, 4, 1, 40, 50},
+        DenseStore<false, float>{pasted.data(), 1, 40, 50});
   });
 }
 

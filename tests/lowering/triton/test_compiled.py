@@ -21,6 +21,7 @@ from inductor_vision.tests.support.boxes import Boxes, RotatedBoxes
 from inductor_vision.tests.support.compare import assert_close
 from inductor_vision.tests.support.compiled import Compiled, compile_and_run
 from inductor_vision.tests.support.convolution import gradient_like
+from inductor_vision.tests.support.paste_masks import Case as Paste
 from inductor_vision.tests.support.triton import launched_kernels, moved
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -88,6 +89,8 @@ CALLS: dict[str, tuple[Callable[[], tuple[Any, ...]], str | None]] = {
     "soft_nms": (lambda: (*_boxes(Boxes), 0.3, 0.5, 0.1, "linear"), "take"),
     "box_iou_rotated": (lambda: (_boxes(RotatedBoxes)[0], RotatedBoxes(7).tensors()[0]), None),
     "heatmaps_to_keypoints": (_heatmaps, "find_peak"),
+    "paste_masks": (lambda: Paste().positional, None),
+    "paste_masks_backward": (lambda: Paste().positional_backward, None),
 }
 
 
