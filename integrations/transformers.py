@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..lowering.installation import installer
 from ..lowering.installation.hook import ImportHook
 from ..lowering.workarounds.tracing import install_for_tracing
 from ..ops.multiscale_deformable_attention import multiscale_deformable_attention

@@ -125,27 +125,15 @@ def _grid_view(kernel: CppTemplateKernel, grid: ir.IRNode) -> str:
     return members(data=pointer(kernel, grid), **in_order)
 
 
-def _unmeasured(dtype: torch.dtype, interpolation: int, padding: int) -> str | None:
-    if dtype in (torch.float32, torch.bfloat16) and (interpolation, padding) == (0, 0):
-        return None
-    return "only bilinear samples between zeros, in float32 and bfloat16, were measured to be faster"
-
-
-def _leaves(input: Tensor, grid: Tensor, interpolation: int, padding: int, *_: Any) -> str | None:
-    channels = input.shape[1]
-    if input.dtype == torch.float32 and isinstance(channels, int) and channels < _FEW_CHANNELS:
-        return f"images of {channels} channels in {input.dtype} were not measured to be sampled faster"
-    return _unmeasured(input.dtype, interpolation, padding)
-
-
 def _leaves_backward(
     grad: Tensor, input: Tensor, grid: Tensor, interpolation: int, padding: int, *_: Any
 ) -> str | None:
     channels = input.shape[1]
-    if isinstance(channels, int) and channels < _FEW_CHANNELS:
-        return f"the gradients of images of {channels} channels were measured to be slower"
-    return _unmeasured(input.dtype, interpolation, padding)
+    few = isinstance(channels, int) and channels < _FEW_CHANNELS
+    if few and input.dtype in (torch.float32, torch.float64) and _INTERPOLATIONS[interpolation] == "bilinear":
+        return f"bilinear gradients of images of {channels} channels in {input.dtype} were measured to be slower"
+    return None
 
 
-template_for("grid_sampler_2d", Template(serve_all, _lower, leaves=_leaves))
+template_for("grid_sampler_2d", Template(serve_all, _lower))
 template_for("grid_sampler_2d_backward", Template(serve_all, _lower_backward, leaves=_leaves_backward))

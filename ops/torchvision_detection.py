@@ -23,7 +23,7 @@ from .ps_roi_pool import ps_roi_pool
 from .registry import accumulate_dtype, replaces_torchvision
 from .roi_align import roi_align
 from .roi_pool import roi_pool
-from .upsample_bilinear2d import upsample_bilinear2d
+from .upsample2d import upsample_bilinear2d
 
 
 @replaces_torchvision("models.detection.anchor_utils.AnchorGenerator.set_cell_anchors")

@@ -7,46 +7,13 @@
 #ifndef INDUCTOR_VISION_HEATMAPS_TO_KEYPOINTS_H
 #define INDUCTOR_VISION_HEATMAPS_TO_KEYPOINTS_H
 
-#include <cmath>
 #include <limits>
 #include <stdexcept>
 #include <string>
 
-#include "base.h"
+#include "resampling.h"
 
 namespace [[gnu::visibility("hidden")]] inductor_vision {
-
-// The four source pixels of a pixel of the result, and what each counts.
-//
-// Keys, "Cubic convolution interpolation for digital image processing", with a = -0.75 as in PyTorch.  Pixels beyond
-// the border are those at the border.
-template <typename acc_t>
-struct CubicTaps {
-  std::array<int64_t, 4> index;
-  std::array<acc_t, 4> weight;
-
-  // Of pixel `at` where `source` pixels, at least 1, become `size`.
-  CubicTaps(int64_t at, int64_t source, int64_t size) {
-    const acc_t scale = static_cast<acc_t>(source) / static_cast<acc_t>(size);
-    const acc_t position = scale * (static_cast<acc_t>(at) + acc_t(0.5)) - acc_t(0.5);
-    const int64_t floor = std::min(static_cast<int64_t>(std::floor(position)), source - 1);
-    const acc_t t = std::min(std::max(position - static_cast<acc_t>(floor), acc_t(0)), acc_t(1));
-    for (int64_t i = 0; i < 4; ++i) {
-      index[i] = std::min(std::max<int64_t>(floor - 1 + i, 0), source - 1);
-    }
-    weight = {far(t + 1), near(t), near(1 - t), far(2 - t)};
-  }
-
- private:
-  static constexpr acc_t a = acc_t(-0.75);
-
-  static acc_t near(acc_t x) {
-    return ((a + 2) * x - (a + 3)) * x * x + 1;
-  }
-  static acc_t far(acc_t x) {
-    return ((a * x - 5 * a) * x + 8 * a) * x - 4 * a;
-  }
-};
 
 // The first maximum of rows of numbers; NaN is greater than any number.
 template <typename acc_t>
@@ -105,7 +72,7 @@ class HeatmapSearch {
     for (int64_t column = 0; column < columns; column += kColumns) {
       const int64_t count = std::min(kColumns, columns - column);
       for (int64_t x = 0; x < count; ++x) {
-        const CubicTaps<acc_t> taps(column + x, width_, columns);
+        const CubicTaps<acc_t> taps = taps_of(column + x, width_, columns);
         for (int64_t y = 0; y < height_; ++y) {
           resized[y * kColumns + x] = sum(taps.weight, [&](int64_t i) {
             return static_cast<acc_t>(map.data[y * map.row + taps.index[i] * map.column]);
@@ -118,7 +85,7 @@ class HeatmapSearch {
         }
       }
       for (int64_t y = 0; y < rows; ++y) {
-        peak.search(row, count, interpolate(CubicTaps<acc_t>(y, height_, rows), resized, row, count), y, column);
+        peak.search(row, count, interpolate(taps_of(y, height_, rows), resized, row, count), y, column);
       }
     }
     return peak;
@@ -128,6 +95,11 @@ class HeatmapSearch {
   using Vec = Vectorized<acc_t>;
   static constexpr int64_t kColumns = 256;
 
+  // Each step is rounded.  So the middle of a pixel is met exactly: it decides which pixels NaN spreads from.
+  static CubicTaps<acc_t> taps_of(int64_t at, int64_t source, int64_t size) {
+    const acc_t scale = static_cast<acc_t>(source) / static_cast<acc_t>(size);
+    return {scale * (static_cast<acc_t>(at) + acc_t(0.5)) - acc_t(0.5), source};
+  }
   template <typename Weights, typename Load>
   static auto sum(const Weights& weights, const Load& load) {
     return load(0) * weights[0] + load(1) * weights[1] + load(2) * weights[2] + load(3) * weights[3];
@@ -135,7 +107,7 @@ class HeatmapSearch {
 
   // A row of the result, and its maximum.
   static acc_t interpolate(const CubicTaps<acc_t>& taps, const acc_t* resized, acc_t* row, int64_t count) {
-    const auto weights = generate<4>([&](int i) { return Vec(taps.weight[i]); });
+    const auto weights = broadcast_weights(taps);
     Vec maximum(-std::numeric_limits<acc_t>::infinity());
     for (int64_t x = 0; x < count; x += Vec::size()) {
       const Vec value = sum(weights, [&](int64_t i) { return Vec::loadu(resized + taps.index[i] * kColumns + x); });

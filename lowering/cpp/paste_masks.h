@@ -54,11 +54,11 @@ class MaskPasting {
         zeros_(std::max<int64_t>(1, std::min(op.height, kZeros / std::max<int64_t>(1, op.width)))),
         zero_(zeros_ * length_),
         taps_(threads * 2 * length_),
-        numbers_(threads * (4 * length_ + source_)) {
+        numbers_(threads * (5 * length_ + source_)) {
     std::fill_n(zero_.get(), zeros_ * length_, acc_t(0));
     // Vectors are whole: what is behind the last column is read.
     std::fill_n(taps_.get(), threads * 2 * length_, index_t(0));
-    std::fill_n(numbers_.get(), threads * (4 * length_ + source_), acc_t(0));
+    std::fill_n(numbers_.get(), threads * (5 * length_ + source_), acc_t(0));
   }
 
   // Rows from `begin` to `end` of image `n`.
@@ -95,45 +95,46 @@ class MaskPasting {
   void store_object(
       int64_t n, const PastedSide& x, const PastedSide& y, int64_t begin, int64_t end, int64_t thread,
       const Store& store) const {
+    const Resampling columns{op_.masks.width, x.size, false, 0}, rows{op_.masks.height, y.size, false, 0};
     const int64_t count = x.end - x.first;
-    index_t* left = taps_.get() + thread * 2 * length_;
-    index_t* right = left + length_;
-    acc_t* part = numbers_.get() + thread * (4 * length_ + source_);
-    const std::array<acc_t*, 2> lines{part + length_, part + 2 * length_};
-    acc_t* row = part + 3 * length_;
+    index_t* index = taps_.get() + thread * 2 * length_;
+    acc_t* weight = numbers_.get() + thread * (5 * length_ + source_);
+    acc_t* lines = weight + 2 * length_;
+    acc_t* row = lines + 2 * length_;
     acc_t* source = row + length_;
     for (int64_t i = 0; i < count; ++i) {
-      const LinearTaps<acc_t> taps(x.first + i - x.begin, op_.masks.width, x.size, false, 0);
-      left[i] = static_cast<index_t>(taps.first);
-      right[i] = static_cast<index_t>(taps.second);
-      part[i] = taps.fraction;
+      const LinearTaps<acc_t> taps(columns, x.first + i - x.begin);
+      for (int k = 0; k < 2; ++k) {
+        index[k * length_ + i] = static_cast<index_t>(taps.index[k]);
+        weight[k * length_ + i] = taps.weight[k];
+      }
     }
     std::fill_n(row, op_.width, acc_t(0));
 
     std::array<int64_t, 2> held{-1, -1};  // rows of the mask: two that are neighbours are both held
     const auto line = [&](int64_t at) {
-      acc_t* line = lines[at % 2];
+      acc_t* line = lines + at % 2 * length_;
       if (held[at % 2] != at) {
         held[at % 2] = at;
         const View4d<mask_t>& mask = op_.masks.view;
         load_block(mask.at(n, at, 0), mask.row, mask.column, source, source_, 1, op_.masks.width);
         for (int64_t i = 0; i < count; i += Vec::size()) {
-          const auto pixels = [&](const index_t* index) {
-            return at::vec::gather<sizeof(acc_t)>(source, Vectorized<index_t>::loadu(index + i));
-          };
-          between(pixels(left), pixels(right), Vec::loadu(part + i)).store(line + i);
+          const auto weights = generate<2>([&](int k) { return Vec::loadu(weight + k * length_ + i); });
+          const Vec sum = weighted(weights, [&](int k) {
+            return at::vec::gather<sizeof(acc_t)>(source, Vectorized<index_t>::loadu(index + k * length_ + i));
+          });
+          sum.store(line + i);
         }
       }
       return line;
     };
     for (int64_t at = begin; at < end; ++at) {
-      const LinearTaps<acc_t> taps(at - y.begin, op_.masks.height, y.size, false, 0);
-      const acc_t* first = line(taps.first);
-      const acc_t* second = line(taps.second);
-      const Vec fraction(taps.fraction);
+      const LinearTaps<acc_t> taps(rows, at - y.begin);
+      const auto pair = generate<2>([&](int j) { return line(taps.index[j]); });
+      const auto weights = broadcast_weights(taps);
       for (int64_t i = 0; i < count; i += Vec::size()) {
-        const int64_t columns = std::min<int64_t>(Vec::size(), count - i);
-        between(Vec::loadu(first + i), Vec::loadu(second + i), fraction).store(row + x.first + i, columns);
+        const Vec sum = weighted(weights, [&](int j) { return Vec::loadu(pair[j] + i); });
+        sum.store(row + x.first + i, std::min<int64_t>(Vec::size(), count - i));
       }
       store(OutputBlock{n, 0, 1, at, 1, 0, op_.width}, static_cast<const acc_t*>(row), op_.width);
     }

@@ -19,14 +19,14 @@ from inductor_vision import (
 )
 from inductor_vision.integrations.one_image import OneImage
 from inductor_vision.ops.heatmaps_to_keypoints import heatmaps_to_keypoints
-from inductor_vision.ops.upsample_bilinear2d import upsample_bilinear2d
+from inductor_vision.ops.upsample2d import upsample_bilinear2d
 from inductor_vision.tests.support.boxes import Boxes, nms_oracle
 from inductor_vision.tests.support.compare import assert_close
 from inductor_vision.tests.support.deform_conv2d import oracle as deformed, sample
 from inductor_vision.tests.support.detectors import assert_same_detections, small_detector
 from inductor_vision.tests.support.heatmaps_to_keypoints import Heatmaps, assert_keypoints
 from inductor_vision.tests.support.regions import pyramid, pyramid_oracle, roi_align_oracle, sample as sample_regions
-from inductor_vision.tests.support.upsample_bilinear2d import Case, oracle as resized
+from inductor_vision.tests.support.upsample2d import Case, oracle as resized
 from torch import Tensor, nn
 from torch.export import Dim
 

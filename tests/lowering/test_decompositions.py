@@ -23,7 +23,7 @@ from inductor_vision.tests.support.heatmaps_to_keypoints import Heatmaps
 from inductor_vision.tests.support.multiscale_deformable_attention import Case as Attention
 from inductor_vision.tests.support.paste_masks import Case as Paste
 from inductor_vision.tests.support.regions import OPERATORS, sample as sample_regions
-from inductor_vision.tests.support.upsample_bilinear2d import Case as Resize
+from inductor_vision.tests.support.upsample2d import MODES as RESIZING_MODES, Case as Resize
 from torch import Tensor, nn
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -63,8 +63,10 @@ def calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "paste_masks_backward", Paste().positional_backward
     yield "multiscale_deformable_attention", Attention().positional
     yield "multiscale_deformable_attention_backward", Attention(as_tensor=True).positional_backward
-    yield "upsample_bilinear2d", Resize().positional
-    yield "upsample_bilinear2d_backward", Resize().positional_backward
+    for mode in RESIZING_MODES:
+        resize = Resize(mode=mode)
+        yield resize.op.name, resize.positional
+        yield resize.op.backward.name, resize.positional_backward
     yield "grid_sampler_2d", Warp().positional
     yield "grid_sampler_2d_backward", Warp().positional_backward
 

@@ -31,7 +31,6 @@ from inductor_vision.tests.support import (
     paste_masks as pasting,
     patch_conv2d as patches,
     regions,
-    upsample_bilinear2d as upsampling,
     winograd_conv2d as winograd,
 )
 from inductor_vision.tests.support.boxes import (
@@ -382,15 +381,17 @@ def multiscale_deformable_attention() -> Part:
 # Images
 
 
-def upsample_bilinear2d() -> Part:
+def upsample2d() -> Part:
     """To two sizes, with zeros up to the larger one, and with the centres of corners coinciding."""
+    bilinear, bicubic = OPS["upsample_bilinear2d"], OPS["upsample_bicubic2d"]
 
     def function(fine: Tensor, coarse: Tensor, fewer: Tensor, more: Tensor) -> tuple[Tensor, ...]:
         small, large = fewer.shape[2:], more.shape[2:]
         padding = [a - b for a, b in zip(large, small)]
         return (
-            upsampling.OP(fine, small, False, None, None, padding),
-            upsampling.OP(coarse, large, True, None, None, [0, 0]),
+            bilinear(fine, small, False, None, None, padding),
+            bilinear(coarse, large, True, None, None, [0, 0]),
+            bicubic(fine, large, False, None, None, [0, 0]),
         )
 
     def call(batch: int, fine: tuple[int, int], coarse: tuple[int, int], fewer: tuple[int, int]) -> Call:
@@ -404,7 +405,8 @@ def upsample_bilinear2d() -> Part:
         call(3, (70, 41), (33, 9), (80, 50)),
     ]
     image = (0, 2, 3)
-    return Part(function, calls, (image, image, (2, 3), (2, 3)), same_as_eagerly(function), ["upsample_bilinear2d"] * 2)
+    ops = ["upsample_bilinear2d", "upsample_bilinear2d", "upsample_bicubic2d"]
+    return Part(function, calls, (image, image, (2, 3), (2, 3)), same_as_eagerly(function), ops)
 
 
 def grid_sampler_2d() -> Part:
@@ -526,7 +528,7 @@ PARTS: dict[str, Callable[[], Part]] = {
         keypoints,
         paste_masks,
         multiscale_deformable_attention,
-        upsample_bilinear2d,
+        upsample2d,
         grid_sampler_2d,
         nms,
         nms_rotated,

@@ -23,10 +23,11 @@ class Warp(nn.Module):
     def forward(self, input: Tensor, grid: Tensor) -> tuple[Tensor, ...]:
         sampled = F.grid_sample(input, grid, align_corners=False)
         larger = F.interpolate(input, scale_factor=2.5, mode="bilinear")
-        return sampled, larger, F.interpolate(input, size=(17, 20), mode="bilinear", align_corners=True)
+        smaller = F.interpolate(input, size=(9, 20), mode="bicubic")
+        return sampled, larger, smaller, F.interpolate(input, size=(17, 20), mode="bilinear", align_corners=True)
 
 
-SERVED = ["grid_sampler_2d", "upsample_bilinear2d", "upsample_bilinear2d"]
+SERVED = ["grid_sampler_2d", "upsample_bicubic2d", "upsample_bilinear2d", "upsample_bilinear2d"]
 
 
 def test_nothing_is_served_without_the_call():
@@ -98,35 +99,50 @@ def test_other_backends_are_left_alone(sampling):
     [
         (lambda input: F.interpolate(input.byte(), scale_factor=2, mode="bilinear"), "integers"),
         (lambda input: F.interpolate(input.bfloat16(), scale_factor=2, mode="bilinear"), None),
-        (lambda input: F.interpolate(input.double(), scale_factor=2, mode="bilinear"), "not measured"),
+        (lambda input: F.interpolate(input.double(), scale_factor=2, mode="bilinear"), None),
         (lambda input: F.interpolate(input, scale_factor=0.5, mode="bilinear"), "become larger"),
+        (lambda input: F.interpolate(input.half(), scale_factor=0.5, mode="bicubic"), None),
     ],
 )
 def test_what_is_left_alone_says_why(sampling, function, reason):
     (path,) = trace_and_run(function, CASE.input()).paths
-    assert path.op == "upsample_bilinear2d"
+    assert path.op in ("upsample_bilinear2d", "upsample_bicubic2d")
     assert (path.kind, reason is None or reason in path.detail) == ("eager" if reason is None else "left alone", True)
 
 
-def test_few_channels_are_left_alone(sampling):
+def warp(input: Tensor, grid: Tensor, mode: str = "bilinear", padding: str = "zeros") -> Tensor:
+    return F.grid_sample(input, grid, mode, padding, align_corners=False)
+
+
+@pytest.mark.parametrize(
+    ("channels", "dtype", "mode", "padding"),
+    [
+        (3, torch.float32, "bilinear", "zeros"),
+        (16, torch.float32, "nearest", "border"),
+        (16, torch.float64, "bicubic", "reflection"),
+        (3, torch.float16, "bicubic", "zeros"),
+        (16, torch.bfloat16, "bilinear", "reflection"),
+    ],
+)
+def test_every_mode_and_dtype_is_served(sampling, channels, dtype, mode, padding):
+    case = dataclasses.replace(CASE, channels=channels, dtype=dtype)
+    (path,) = trace_and_run(lambda *call: warp(*call, mode, padding), case.input(), case.grid()).paths
+    assert (path.op, path.kind) == ("grid_sampler_2d", "eager")
+
+
+def test_gradients_of_few_channels_are_left_alone(sampling):
     case = dataclasses.replace(CASE, channels=3)
-    sample = lambda input, grid: F.grid_sample(input, grid, align_corners=False)  # noqa: E731 (a name for one call)
-    (path,) = trace_and_run(sample, case.input(), case.grid()).paths
-    assert path.kind == "left alone" and "channels" in path.detail
-
-
-@pytest.mark.parametrize(("dtype", "mode"), [(torch.float32, "nearest"), (torch.float64, "bilinear")])
-def test_what_was_not_measured_is_left_alone(sampling, dtype, mode):
-    case = dataclasses.replace(CASE, dtype=dtype)
-    sample = lambda input, grid: F.grid_sample(input, grid, mode, align_corners=False)  # noqa: E731 (as above)
-    (path,) = trace_and_run(sample, case.input(), case.grid()).paths
-    assert path.kind == "left alone" and "measured" in path.detail
+    paths = trace_and_run(warp, case.input().requires_grad_(), case.grid()).paths
+    forward, backward = sorted(paths, key=lambda path: path.op)
+    assert (forward.op, forward.kind) == ("grid_sampler_2d", "eager")
+    assert backward.op == "grid_sampler_2d_backward"
+    assert backward.kind == "left alone" and "bilinear gradients of images of 3 channels" in backward.detail
 
 
 def test_where_inductor_generates_no_cpp(sampling):
     config_of_triton = {"cpu_backend": "triton"}
     paths = trace_and_run(Warp(), CASE.input(), CASE.grid(), config=config_of_triton).paths
-    assert [path.kind for path in paths] == ["left alone"] * 3
+    assert [path.kind for path in paths] == ["left alone"] * len(SERVED)
     assert all("cpu_backend" in path.detail for path in paths)
 
 

@@ -26,7 +26,7 @@ from inductor_vision import (
 from inductor_vision.ops.heatmaps_to_keypoints import heatmaps_to_keypoints
 from inductor_vision.ops.paste_masks import paste_masks
 from inductor_vision.ops.registry import OPS
-from inductor_vision.ops.upsample_bilinear2d import upsample_bilinear2d
+from inductor_vision.ops.upsample2d import upsample_bilinear2d
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -122,6 +122,11 @@ DIFFERENTIABLE = {
     ),
     "upsample_bilinear2d": Call(
         lambda input: upsample_bilinear2d(input, (7, 4), padding=(1, 2)),
+        lambda: {"input": randn(2, 3, 5, 6)},
+        ("input",),
+    ),
+    "upsample_bicubic2d": Call(
+        lambda input: torch.ops.inductor_vision.upsample_bicubic2d(input, (7, 4), False, None, None, (1, 2)),
         lambda: {"input": randn(2, 3, 5, 6)},
         ("input",),
     ),

@@ -16,7 +16,7 @@
 #include "roi_align.h"
 #include "roi_pool.h"
 #include "soft_nms.h"
-#include "upsample_bilinear2d.h"
+#include "upsample2d.h"
 #include "winograd_conv2d.h"
 
 #include <atomic>
@@ -147,12 +147,13 @@ void run_boxes() {
 void run_images() {
   const Tensor<float> images = tensor(2, 3, 20, 30, -1, 1), many(2, 20, 9, 11, Layout::channels_last);
   std::vector<float> out(2 * 20 * 40 * 50);
-  const UpsampleBilinear2d<float> few{images.view(), 2, 3, 20, 30, 37, 44, 40, 50, false, 0, 0};
-  const UpsampleBilinear2d<float> pixels{many.view(), 2, 20, 9, 11, 37, 44, 40, 50, false, 0, 0};
-  run_out_of_memory(
-      "upsample_bilinear2d", [&] { upsample_bilinear2d<false>(few, DenseStore<false, float>{out.data(), 3, 40, 50}); });
-  run_out_of_memory("upsample_bilinear2d_of_pixels", [&] {
-    upsample_bilinear2d<true>(pixels, DenseStore<true, float>{out.data(), 20, 40, 50});
+  const Upsample2d<float> few{images.view(), 2, 3, 20, 30, 37, 44, 40, 50, false, 0, 0};
+  const Upsample2d<float> pixels{many.view(), 2, 20, 9, 11, 37, 44, 40, 50, false, 0, 0};
+  run_out_of_memory("upsample_bilinear2d", [&] {
+    upsample2d<LinearTaps, false>(few, DenseStore<false, float>{out.data(), 3, 40, 50});
+  });
+  run_out_of_memory("upsample_bicubic2d", [&] {
+    upsample2d<CubicTaps, true>(pixels, DenseStore<true, float>{out.data(), 20, 40, 50});
   });
 }
 

@@ -1,15 +1,16 @@
-"""The benchmark of upsample_bilinear2d: do its contenders compute what they are said to compute?"""
+"""The benchmark of upsample2d: do its contenders compute what they are said to compute?"""
 
 import pytest
 import torch
 from inductor_vision.perf import backends
 from inductor_vision.perf.spec import Case, Job
-from inductor_vision.perf.suites.upsample_bilinear2d import SUITE, Resize
+from inductor_vision.perf.suites.upsample2d import SUITE, Resize
 from inductor_vision.perf.verify import relative_error
 
 PROBLEMS = (
     Resize(3, (9, 14), (17, 20), (3, 5)),
     Resize(20, (9, 14), (18, 28), dtype=torch.bfloat16, channels_last=True),
+    Resize(5, (9, 14), (8, 31), mode="bicubic"),
 )
 
 

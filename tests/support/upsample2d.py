@@ -1,4 +1,4 @@
-"""Images to resize, and an oracle, for the tests of what upsample_bilinear2d means and compiles to."""
+"""Images to resize, and an oracle, for the tests of what upsample2d's operators mean and compile to."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from inductor_vision.ops.registry import OPS, VisionOp
 from inductor_vision.tests.support.layouts import arrange
 from torch import Tensor
 
-OP = torch.ops.inductor_vision.upsample_bilinear2d.default
+MODES = ("bilinear", "bicubic")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Case:
         scales: of height and width, None where sizes count.
         padding: zeros below and at the right.
         layout: memory layout of the input, one of ``LAYOUTS``.
+        mode: one of ``MODES``.
     """
 
     batch: int = 2
@@ -36,6 +38,11 @@ class Case:
     padding: tuple[int, int] = (3, 5)
     dtype: torch.dtype = torch.float32
     layout: str = "contiguous"
+    mode: str = "bilinear"
+
+    @property
+    def op(self) -> VisionOp:
+        return OPS[f"upsample_{self.mode}2d"]
 
     def input(self) -> Tensor:
         """Values depend on the description alone."""
@@ -93,9 +100,21 @@ def _taps(at: int, source: int, size: int, case: Case, scale: float | None) -> l
     else:
         ratio = real(source) / real(size) if scale is None else real(1 / scale)
         place = real(float(ratio) * (at + 0.5) - 0.5)  # rounded once
-    place = min(max(float(place), 0.0), source - 1.0)
-    low = math.floor(place)
-    return [(low, 1 - (place - low)), (min(low + 1, source - 1), place - low)]
+    if case.mode == "bilinear":
+        place = min(max(float(place), 0.0), source - 1.0)
+        low = math.floor(place)
+        return [(low, 1 - (place - low)), (min(low + 1, source - 1), place - low)]
+    low = min(math.floor(place), source - 1)
+    fraction = min(max(float(place) - low, 0.0), 1.0)
+    return [(min(max(low + i, 0), source - 1), _cubic(abs(fraction - i))) for i in range(-1, 3)]
+
+
+def _cubic(distance: float) -> float:
+    """Keys, "Cubic convolution interpolation for digital image processing", with a = -0.75."""
+    a, x = -0.75, distance
+    if x <= 1:
+        return (a + 2) * x**3 - (a + 3) * x**2 + 1
+    return a * (x**3 - 5 * x**2 + 8 * x - 4)
 
 
 def oracle(input: Tensor, case: Case) -> Tensor:

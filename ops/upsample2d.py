@@ -1,4 +1,5 @@
-"""Bilinear resizing of images: aten's ``upsample_bilinear2d``, for where its result is part of a larger image."""
+"""Resizing of images: aten's ``upsample_bilinear2d`` and ``upsample_bicubic2d``, for where the result is part of a
+larger image, too."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from .gradients import Gradient
-from .registry import check, define_op, serves_aten
+from .registry import VisionOp, check, define_op, serves_aten
 from .transforms import as_one_batch
 
 
@@ -45,11 +46,10 @@ def upsample_bilinear2d(
         RuntimeError: ``input`` has other dimensions, no channels or no pixels, or no floating dtype; ``output_size`` is
             not positive, or ``padding`` is negative.
     """
-    return _op(input, output_size, align_corners, scales_h, scales_w, padding)
+    return _MODES["bilinear"](input, output_size, align_corners, scales_h, scales_w, padding)
 
 
-def _check(input: Tensor, output_size: Sequence[int], padding: Sequence[int]) -> None:
-    name = "upsample_bilinear2d"
+def _check(name: str, input: Tensor, output_size: Sequence[int], padding: Sequence[int]) -> None:
     shape = tuple(input.shape)
     check(name, len(shape) == 4, f"input must be [B, C, H, W], got {shape}")
     check(
@@ -64,71 +64,70 @@ def _check(input: Tensor, output_size: Sequence[int], padding: Sequence[int]) ->
     check(name, below >= 0 and right >= 0, f"padding must not be negative, got {below} and {right}")
 
 
-def _fake(
-    input: Tensor,
-    output_size: Sequence[int],
-    align_corners: bool,
-    scales_h: float | None,
-    scales_w: float | None,
-    padding: Sequence[int],
-) -> Tensor:
-    _check(input, output_size, padding)
-    size = [length + zeros for length, zeros in zip(output_size, padding)]
-    return input.new_empty([*input.shape[:2], *size]).contiguous(memory_format=suggest_memory_format(input))
-
-
-def _decomposition(
-    input: Tensor,
-    output_size: Sequence[int],
-    align_corners: bool,
-    scales_h: float | None,
-    scales_w: float | None,
-    padding: Sequence[int],
-) -> Tensor:
-    _check(input, output_size, padding)
-    resized = torch.ops.aten.upsample_bilinear2d.default(input, output_size, align_corners, scales_h, scales_w)
-    below, right = padding
-    return F.pad(resized, (0, right, 0, below)).contiguous(memory_format=suggest_memory_format(input))
-
-
-def _backward(
-    grad: Tensor,
-    output_size: Sequence[int],
-    align_corners: bool,
-    scales_h: float | None,
-    scales_w: float | None,
-    size: Sequence[int],
-) -> Tensor:
-    height, width = output_size
-    resized = grad[..., :height, :width]
-    return torch.ops.aten.upsample_bilinear2d_backward.default(
-        resized, output_size, size, align_corners, scales_h, scales_w
-    )
-
-
 def _unknown_sizes(output_size: Sequence[int], size: Sequence[int], **arguments: Any) -> str | None:
     """aten's operator has no fake kernel for such."""
     symbolic = any(isinstance(length, torch.SymInt) for length in (*output_size, *size))
     return "sizes change from call to call" if symbolic else None
 
 
-_op = define_op(
-    "upsample_bilinear2d(Tensor input, SymInt[2] output_size, bool align_corners, float? scales_h, float? scales_w, "
-    "SymInt[2] padding) -> Tensor",
-    decomposition=_decomposition,
-    fake=_fake,
-    gradient=Gradient(
-        _backward,
-        of="input",
-        takes="output_size, align_corners, scales_h, scales_w, input.shape",
-        untraceable=_unknown_sizes,
-    ),
-    autocast=False,  # nor does it cast aten's on a CPU
-    fold=as_one_batch("input"),
-)
+def _define(mode: str) -> VisionOp:
+    name = f"upsample_{mode}2d"
+    forward = getattr(torch.ops.aten, name).default
+    gradient = getattr(torch.ops.aten, f"{name}_backward").default
+
+    def fake(
+        input: Tensor,
+        output_size: Sequence[int],
+        align_corners: bool,
+        scales_h: float | None,
+        scales_w: float | None,
+        padding: Sequence[int],
+    ) -> Tensor:
+        _check(name, input, output_size, padding)
+        size = [length + zeros for length, zeros in zip(output_size, padding)]
+        return input.new_empty([*input.shape[:2], *size]).contiguous(memory_format=suggest_memory_format(input))
+
+    def decomposition(
+        input: Tensor,
+        output_size: Sequence[int],
+        align_corners: bool,
+        scales_h: float | None,
+        scales_w: float | None,
+        padding: Sequence[int],
+    ) -> Tensor:
+        _check(name, input, output_size, padding)
+        resized = forward(input, output_size, align_corners, scales_h, scales_w)
+        below, right = padding
+        return F.pad(resized, (0, right, 0, below)).contiguous(memory_format=suggest_memory_format(input))
+
+    def backward(
+        grad: Tensor,
+        output_size: Sequence[int],
+        align_corners: bool,
+        scales_h: float | None,
+        scales_w: float | None,
+        size: Sequence[int],
+    ) -> Tensor:
+        height, width = output_size
+        return gradient(grad[..., :height, :width], output_size, size, align_corners, scales_h, scales_w)
+
+    return define_op(
+        f"{name}(Tensor input, SymInt[2] output_size, bool align_corners, float? scales_h, float? scales_w, "
+        "SymInt[2] padding) -> Tensor",
+        family="upsample2d",
+        decomposition=decomposition,
+        fake=fake,
+        gradient=Gradient(
+            backward,
+            of="input",
+            takes="output_size, align_corners, scales_h, scales_w, input.shape",
+            untraceable=_unknown_sizes,
+        ),
+        autocast=False,  # nor does it cast aten's on a CPU
+        fold=as_one_batch("input"),
+    )
 
 
-@serves_aten(_op, torch.ops.aten.upsample_bilinear2d.default)
 def _unpadded(
     input: Tensor,
     output_size: Sequence[int],
@@ -139,7 +138,6 @@ def _unpadded(
     return input, output_size, align_corners, scales_h, scales_w, (0, 0)
 
 
-@serves_aten(_op, torch.ops.aten.upsample_bilinear2d.vec)
 def _of_either_size(
     input: Tensor, output_size: Sequence[int] | None, align_corners: bool, scale_factors: Sequence[float] | None
 ) -> tuple[Any, ...]:
@@ -148,3 +146,11 @@ def _of_either_size(
         assert scale_factors is not None  # or interpolate would have raised
         output_size = [torch.sym_int(length * scale) for length, scale in zip(input.shape[2:], scale_factors)]
     return _unpadded(input, output_size, align_corners, *(scale_factors or ()))
+
+
+_MODES = {mode: _define(mode) for mode in ("bilinear", "bicubic")}
+
+for _mode, _op in _MODES.items():
+    _aten = getattr(torch.ops.aten, f"upsample_{_mode}2d")
+    serves_aten(_op, _aten.default)(_unpadded)
+    serves_aten(_op, _aten.vec)(_of_either_size)

@@ -1,35 +1,35 @@
-"""What upsample_bilinear2d compiles to."""
+"""What upsample_bilinear2d and upsample_bicubic2d compile to."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 from inductor_vision import explain
-from inductor_vision.ops.upsample_bilinear2d import upsample_bilinear2d
 from inductor_vision.tests.support.compare import assert_close
 from inductor_vision.tests.support.compiled import compile_and_run, trace_and_run
 from inductor_vision.tests.support.layouts import arrange
-from inductor_vision.tests.support.upsample_bilinear2d import CASES, Case, oracle
+from inductor_vision.tests.support.upsample2d import CASES, MODES, Case, oracle
 from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("optimized")
 
 
 def resize(input: Tensor, case: Case) -> Tensor:
-    return upsample_bilinear2d(input, *case.arguments)
+    return case.op(input, *case.arguments)
 
 
-@pytest.mark.parametrize("align_corners", [False, True])
-def test_values_for_all_sizes(align_corners):
+@pytest.mark.parametrize(("mode", "align_corners"), [("bilinear", False), ("bilinear", True), ("bicubic", False)])
+def test_values_for_all_sizes(mode, align_corners):
     """One graph; sizes of 1, for which torch.compile makes one of their own, are in the test of packages."""
 
     def function(input: Tensor, like: Tensor, padded: Tensor) -> Tensor:
         size = like.shape[2:]
         padding = [a - b for a, b in zip(padded.shape[2:], size)]
-        return upsample_bilinear2d(input, size, align_corners, padding=padding)
+        return op(input, size, align_corners, None, None, padding)
 
     def call(case: Case) -> tuple[Tensor, ...]:
         padded = [length + zeros for length, zeros in zip(case.to, case.padding)]
@@ -39,10 +39,11 @@ def test_values_for_all_sizes(align_corners):
         same = case.align_corners == align_corners and case.scales == (None, None)
         return same and min(case.batch, *case.size, *case.to, *case.padding) > 1 and case.channels == 3
 
+    op = Case(mode=mode).op
     first = call(Case(align_corners=align_corners, padding=(2, 2), to=(11, 12)))
     compiled = compile_and_run(function, *first, dynamic=True)
     assert compiled.kinds == ["template"] and compiled.templates == 1
-    cases = [case for case in CASES.values() if is_one(case)]
+    cases = [dataclasses.replace(case, mode=mode) for case in CASES.values() if is_one(case)]
     assert len(cases) >= 2
     with torch.compiler.set_stance("fail_on_recompile"):
         for case in cases:
@@ -51,8 +52,9 @@ def test_values_for_all_sizes(align_corners):
 
 @pytest.mark.usefixtures("unoptimized")
 @pytest.mark.parametrize("name", ["scales", "one channel", "vector of channels", "channels in groups"])
-def test_values(name):
-    case = CASES[name]
+@pytest.mark.parametrize("mode", MODES)
+def test_values(name, mode):
+    case = dataclasses.replace(CASES[name], mode=mode)
     compiled = compile_and_run(lambda input: resize(input, case), case.input())
     assert compiled.kinds == ["template"]
     assert_close(compiled.result, oracle(case.input(), case), torch.float32)
@@ -60,18 +62,21 @@ def test_values(name):
 
 @pytest.mark.usefixtures("unoptimized")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_dtypes(dtype):
-    case = Case(dtype=dtype)
+@pytest.mark.parametrize("mode", MODES)
+def test_dtypes(dtype, mode):
+    case = Case(dtype=dtype, mode=mode)
     compiled = compile_and_run(lambda input: resize(input, case), case.input())
     assert compiled.kinds == ["template"]
     assert_close(compiled.result, oracle(case.input(), case), dtype)
 
 
 @pytest.mark.usefixtures("unoptimized")
-@pytest.mark.parametrize("channels", [3, 37])
-def test_every_layout_and_number_of_threads_gives_the_same(channels):
+@pytest.mark.parametrize(
+    ("channels", "mode"), [(3, "bilinear"), (37, "bilinear"), pytest.param(37, "bicubic", marks=pytest.mark.slow)]
+)
+def test_every_layout_and_number_of_threads_gives_the_same(channels, mode):
     """And what aten gives but for the last bits."""
-    case = Case(channels=channels, to=(70, 33))
+    case = Case(channels=channels, to=(70, 33), mode=mode)
     inputs = [arrange(case.input(), layout) for layout in ("contiguous", "channels_last", "stepped")]
     compiled = compile_and_run(
         lambda *inputs: [resize(input, case) for input in inputs], *inputs, config={"cpp_wrapper": True}

@@ -1,29 +1,34 @@
-"""What upsample_bilinear2d means."""
+"""What upsample_bilinear2d and upsample_bicubic2d mean."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 
 import pytest
 import torch
 import torch.nn.functional as F
-from inductor_vision.ops.upsample_bilinear2d import upsample_bilinear2d
+from inductor_vision.ops.upsample2d import upsample_bilinear2d
 from inductor_vision.tests.support.compare import assert_close
 from inductor_vision.tests.support.layouts import LAYOUTS
-from inductor_vision.tests.support.upsample_bilinear2d import CASES, OP, Case, oracle
+from inductor_vision.tests.support.upsample2d import CASES, MODES, Case, oracle
 from torch._subclasses import FakeTensorMode
 
+every_mode = pytest.mark.parametrize("mode", MODES)
 
+
+@every_mode
 @pytest.mark.parametrize("name", CASES)
-def test_values(name):
-    case = CASES[name]
+def test_values(name, mode):
+    case = dataclasses.replace(CASES[name], mode=mode)
     input = case.input()
-    result = upsample_bilinear2d(input, *case.arguments)
+    result = case.op(*case.positional)
     (height, width), (below, right) = case.to, case.padding
     assert result.shape == (case.batch, case.channels, height + below, width + right)
     assert_close(result, oracle(input, case), torch.float32)
-    stock = torch.ops.aten.upsample_bilinear2d(input, case.to, case.align_corners, *case.scales)
+    aten = getattr(torch.ops.aten, case.op.name)
+    stock = aten(input, case.to, case.align_corners, *case.scales)
     assert torch.equal(result[..., :height, :width], stock)
     assert not result[..., height:, :].any() and not result[..., width:].any()
 
@@ -36,11 +41,12 @@ def test_is_what_interpolate_computes():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_dtypes_and_layouts(dtype, layout):
-    case = Case(dtype=dtype, layout=layout)
-    result = upsample_bilinear2d(case.input(), *case.arguments)
+@every_mode
+def test_dtypes_and_layouts(dtype, layout, mode):
+    case = Case(dtype=dtype, layout=layout, mode=mode)
+    result = case.op(*case.positional)
     assert_close(result, oracle(case.input(), case), dtype)
-    stock = F.interpolate(case.input(), size=case.to, mode="bilinear")
+    stock = F.interpolate(case.input(), size=case.to, mode=mode)
     assert result.dtype == stock.dtype
     channels_last = stock.is_contiguous(memory_format=torch.channels_last)
     assert result.is_contiguous(memory_format=torch.channels_last) == channels_last
@@ -56,19 +62,21 @@ def test_under_autocast_it_is_what_aten_does():
 
 
 @pytest.mark.parametrize("name", ["larger", "smaller", "align_corners", "scales", "no padding"])
-def test_gradients(name):
-    case = CASES[name]
+@every_mode
+def test_gradients(name, mode):
+    case = dataclasses.replace(CASES[name], mode=mode)
     input = case.input().double()[:1, :2].requires_grad_()
-    torch.autograd.gradcheck(lambda input: upsample_bilinear2d(input, *case.arguments), input, fast_mode=True)
-    with pytest.raises(RuntimeError, match=r"^upsample_bilinear2d: double backward is not supported"):
-        torch.autograd.gradgradcheck(lambda input: upsample_bilinear2d(input, *case.arguments), input)
+    torch.autograd.gradcheck(lambda input: case.op(input, *case.arguments), input, fast_mode=True)
+    with pytest.raises(RuntimeError, match=rf"^{case.op.name}: double backward is not supported"):
+        torch.autograd.gradgradcheck(lambda input: case.op(input, *case.arguments), input)
 
 
-def test_opcheck():
+@every_mode
+def test_opcheck(mode):
     pytest.importorskip("expecttest")
-    case = Case(layout="channels_last")
-    torch.library.opcheck(OP, case.positional)
-    torch.library.opcheck(torch.ops.inductor_vision.upsample_bilinear2d_backward.default, case.positional_backward)
+    case = Case(layout="channels_last", mode=mode)
+    torch.library.opcheck(case.op.overload, case.positional)
+    torch.library.opcheck(case.op.backward.overload, case.positional_backward)
 
 
 WRONG = {

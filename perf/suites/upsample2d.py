@@ -1,4 +1,4 @@
-"""Bilinear resizing of images: those that detectors read, and maps of features that are enlarged.
+"""Resizing of images: those that detectors read, and maps of features that are enlarged.
 
 The limit is a copy of as many bytes as image and result have.
 """
@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...ops.upsample_bilinear2d import upsample_bilinear2d
+from ...ops import upsample2d as _defines_the_operators  # noqa: F401
+from ...ops.registry import OPS
 from .. import backends
 from ..spec import Case, Contender, Job, Prepared, Suite
 
@@ -29,12 +30,13 @@ class Resize:
     padding: tuple[int, int] = (0, 0)
     dtype: torch.dtype = torch.float32
     channels_last: bool = False
+    mode: str = "bilinear"
 
     def __str__(self) -> str:
         sizes = f"{self.channels} ch, {'x'.join(map(str, self.size))} to {'x'.join(map(str, self.to))}"
         layout = ["channels_last"] if self.channels_last else []
         padding = [f"padded by {'x'.join(map(str, self.padding))}"] if any(self.padding) else []
-        return ", ".join([sizes, *padding, *layout, str(self.dtype).removeprefix("torch.")])
+        return ", ".join([self.mode, sizes, *padding, *layout, str(self.dtype).removeprefix("torch.")])
 
     @functools.cached_property
     def image(self) -> Tensor:
@@ -46,16 +48,16 @@ class Resize:
 class _Ours(nn.Module):
     def __init__(self, problem: Resize) -> None:
         super().__init__()
-        self.to_size, self.padding = problem.to, problem.padding
+        self.to_size, self.padding, self.mode = problem.to, problem.padding, problem.mode
 
     def forward(self, image: Tensor) -> Tensor:
-        return upsample_bilinear2d(image, self.to_size, padding=self.padding)
+        return OPS[f"upsample_{self.mode}2d"](image, self.to_size, False, None, None, self.padding)
 
 
 class _Interpolate(_Ours):
     def forward(self, image: Tensor) -> Tensor:
         below, right = self.padding
-        resized = F.interpolate(image, size=self.to_size, mode="bilinear")
+        resized = F.interpolate(image, size=self.to_size, mode=self.mode)
         return F.pad(resized, (0, right, 0, below)) if below or right else resized
 
 
@@ -76,8 +78,8 @@ def _reference(problem: Resize) -> Tensor:
 
 
 SUITE = Suite(
-    name="upsample_bilinear2d",
-    description="bilinear resizing",
+    name="upsample2d",
+    description="resizing",
     reference=_reference,
     contenders=(
         Contender("ours-compiled", "ours", _contender(_Ours, "compiled", dynamic=False), compiled=True),
@@ -95,6 +97,9 @@ SUITE = Suite(
             ("ssd", Resize(3, (480, 640), (300, 300))),
             ("map", Resize(256, (50, 68), (100, 136), channels_last=True)),
             ("map-contiguous", Resize(256, (50, 68), (100, 136))),
+            ("map-bicubic", Resize(64, (64, 64), (128, 128), mode="bicubic")),
+            ("map-bicubic-channels-last", Resize(64, (64, 64), (128, 128), channels_last=True, mode="bicubic")),
+            ("image-bicubic", Resize(3, (480, 640), (224, 224), mode="bicubic")),
         )
     ),
 )

@@ -1,24 +1,25 @@
-"""upsample_bilinear2d as one C++ kernel: see cpp/upsample_bilinear2d.h."""
+"""upsample_bilinear2d and upsample_bicubic2d as one C++ kernel: see cpp/upsample2d.h."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 from .common.layout import layout_is_free, realize_image, writes_channels_last
 from .common.registry import Template, serve_all, template_for
 from .common.sizes import likely
-from .common.template import BlocksTemplate, size_in_cpp, sizes, struct, view
+from .common.template import BlocksTemplate, in_cpp, size_in_cpp, sizes, struct, view
 from .inductor.codegen import DTYPE_TO_CPP, CppTemplateKernel, V, ir
 
 _FEW_CHANNELS = 16  # less than a vector
+_TAPS = {"upsample_bilinear2d": "LinearTaps", "upsample_bicubic2d": "CubicTaps"}
 
 
 def _lower(
+    op: str,
     input: ir.TensorBox,
     output_size: Sequence[Any],
     align_corners: bool,
@@ -37,17 +38,17 @@ def _lower(
         image = realize_image(input)
     size = [*image.get_size()[:2], *(length + zeros for length, zeros in zip(output_size, padding))]
     scales = [0.0 if align_corners or scale is None else scale for scale in (scales_h, scales_w)]
-    return UpsampleBilinear2dTemplate(image, size, channels_last, output_size, align_corners, scales).output()
+    return Upsample2dTemplate(op, image, size, channels_last, output_size, align_corners, scales).output()
 
 
-class UpsampleBilinear2dTemplate(BlocksTemplate):
-    """See cpp/upsample_bilinear2d.h."""
+class Upsample2dTemplate(BlocksTemplate):
+    """See cpp/upsample2d.h."""
 
-    op = "upsample_bilinear2d"
-    header = "upsample_bilinear2d.h"
+    header = "upsample2d.h"
 
     def __init__(
         self,
+        op: str,
         image: ir.IRNode,
         size: Sequence[Any],
         channels_last: bool,
@@ -62,6 +63,7 @@ class UpsampleBilinear2dTemplate(BlocksTemplate):
             scales: of height and width; 0, where sizes count.
         """
         super().__init__([image], image.get_dtype(), size, channels_last)
+        self.op = op
         self.resized = list(resized)
         self.align_corners = align_corners
         self.scales = scales
@@ -72,7 +74,7 @@ class UpsampleBilinear2dTemplate(BlocksTemplate):
         *_, rows, columns = self.output_size(kernel)
         scale_height, scale_width = self.scales
         op = struct(
-            "UpsampleBilinear2d",
+            "Upsample2d",
             DTYPE_TO_CPP[self.dtype],
             input=view(kernel, image),
             **sizes(kernel, image, "batch", "channels", "height", "width"),
@@ -84,22 +86,23 @@ class UpsampleBilinear2dTemplate(BlocksTemplate):
             scale_height=scale_height,
             scale_width=scale_width,
         )
-        return f"inductor_vision::upsample_bilinear2d<{str(self.channels_last).lower()}>({op}, {store});"
+        arguments = f"inductor_vision::{_TAPS[self.op]}, {in_cpp(self.channels_last)}"
+        return f"inductor_vision::upsample2d<{arguments}>({op}, {store});"
 
 
-def _leaves(input: Tensor, output_size: Sequence[Any], *_: Any) -> str | None:
+def _leaves(op: str, input: Tensor, output_size: Sequence[Any], *_: Any) -> str | None:
+    if not input.is_floating_point():
+        return "integers are interpolated in fixed point"
+    if op == "upsample_bicubic2d":
+        return None
     height, width, old_height, old_width = map(likely, (*output_size, *input.shape[2:]))
     if height is None or width is None or old_height is None or old_width is None:
         return "data decide about its size"
     if height < old_height or width < old_width:
         return "only images that become larger were measured to be resized faster"
-    if not input.is_floating_point():
-        return "integers are interpolated in fixed point"
-    if input.dtype not in (torch.float32, torch.bfloat16):
-        return f"images in {input.dtype} were not measured to be resized faster"
-    if input.dtype == torch.float32 and suggest_memory_format(input) == torch.channels_last:
-        return f"channels_last images in {input.dtype} were measured not to become faster"
     return None
 
 
-template_for("upsample_bilinear2d", Template(serve_all, _lower, leaves=_leaves))
+for _op in _TAPS:
+    lower, leaves = (functools.partial(function, _op) for function in (_lower, _leaves))
+    template_for(_op, Template(serve_all, lower, leaves=leaves))
