@@ -42,6 +42,7 @@ def onnx_translation_table() -> dict[Any, Callable[..., Any]]:
         "nms": _nms,
         "upsample_bilinear2d": _upsample_bilinear2d,
         "heatmaps_to_keypoints": _heatmaps_to_keypoints,
+        "paste_masks": _paste_masks,
     }
     return {OPS[name].overload: translation for name, translation in translations.items()}
 
@@ -105,6 +106,30 @@ def _upsample_bilinear2d(input, output_size, align_corners, scales_h, scales_w, 
     mode = "align_corners" if align_corners else "half_pixel"
     resized = op.Resize(input, None, None, size, mode="linear", coordinate_transformation_mode=mode)
     return op.Pad(resized, op.Concat(op.Constant(value_ints=[0] * 6), *_numbers(op, padding), axis=0))
+
+
+def _paste_masks(masks, boxes, height, width):
+    from onnxscript import FLOAT, opset18 as op
+
+    def weights(axis, size, source):  # [N, source, size]
+        begin, last = (op.Gather(boxes, op.Constant(value_ints=[side]), axis=1) for side in (axis, axis + 2))
+        at = op.Range(op.Constant(value_int=0), op.Squeeze(*_numbers(op, [size])), op.Constant(value_int=1))
+        length = op.Max(op.Add(op.Sub(last, begin), op.Constant(value_int=1)), op.Constant(value_int=1))
+        scale = op.Div(op.Constant(value_float=float(source)), op.Cast(length, to=FLOAT.dtype))
+        half = op.Constant(value_float=0.5)
+        place = op.Sub(op.Mul(op.Add(op.Cast(op.Sub(at, begin), to=FLOAT.dtype), half), scale), half)
+        place = op.Clip(place, op.Constant(value_float=0.0), op.Constant(value_float=source - 1.0))
+        pixel = op.Constant(value_floats=[float(i) for i in range(source)])
+        one = op.Constant(value_ints=[1])
+        distance = op.Abs(op.Sub(op.Unsqueeze(place, one), op.Unsqueeze(pixel, one)))
+        inside = op.Cast(op.And(op.GreaterOrEqual(at, begin), op.LessOrEqual(at, last)), to=FLOAT.dtype)
+        weight = op.Max(op.Sub(op.Constant(value_float=1.0), distance), op.Constant(value_float=0.0))
+        return op.Mul(weight, op.Unsqueeze(inside, one))
+
+    columns = op.Unsqueeze(weights(0, width, masks.shape[3]), op.Constant(value_ints=[1]))
+    rows = op.Unsqueeze(weights(1, height, masks.shape[2]), op.Constant(value_ints=[1]))
+    lines = op.MatMul(op.Cast(masks, to=FLOAT.dtype), columns)
+    return op.CastLike(op.MatMul(op.Transpose(rows, perm=[0, 1, 3, 2]), lines), masks)
 
 
 def _numbers(op, numbers):

@@ -19,12 +19,14 @@ from inductor_vision import (
 )
 from inductor_vision.integrations.one_image import OneImage
 from inductor_vision.ops.heatmaps_to_keypoints import heatmaps_to_keypoints
+from inductor_vision.ops.paste_masks import paste_masks
 from inductor_vision.ops.upsample2d import upsample_bilinear2d
 from inductor_vision.tests.support.boxes import Boxes, nms_oracle
 from inductor_vision.tests.support.compare import assert_close
 from inductor_vision.tests.support.deform_conv2d import oracle as deformed, sample
 from inductor_vision.tests.support.detectors import assert_same_detections, small_detector
 from inductor_vision.tests.support.heatmaps_to_keypoints import Heatmaps, assert_keypoints
+from inductor_vision.tests.support.paste_masks import Case as Paste, oracle as pasted_masks
 from inductor_vision.tests.support.regions import pyramid, pyramid_oracle, roi_align_oracle, sample as sample_regions
 from inductor_vision.tests.support.upsample2d import Case, oracle as resized
 from torch import Tensor, nn
@@ -138,6 +140,16 @@ def test_heatmaps_to_keypoints():
         assert_keypoints((keypoints, values), *call.tensors())
 
 
+def test_paste_masks():
+    """For any number of masks, none too."""
+    example = Paste().tensors()
+    shapes = (({0: Dim.DYNAMIC}, {0: Dim.DYNAMIC}),)
+    program = export(Model(lambda masks, boxes: paste_masks(masks, boxes, (40, 50))), example, dynamic_shapes=shapes)
+    for case in (Paste(), Paste(boxes=Paste().boxes[:4]), Paste(boxes=())):
+        (pasted,) = run(program, case.tensors())
+        assert_close(pasted, pasted_masks(*case.positional), torch.float32)
+
+
 def suppress(boxes: Tensor, scores: Tensor, classes: Tensor) -> tuple[Tensor, ...]:
     return nms(boxes, scores, 0.3), batched_nms(boxes, scores, classes, 0.1)
 
@@ -181,7 +193,7 @@ def test_stock_functions_are_exported_as_torchvisions(torchvision):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["FCOS", "FasterRCNN", "KeypointRCNN"])
+@pytest.mark.parametrize("kind", ["FCOS", "FasterRCNN", "KeypointRCNN", "MaskRCNN"])
 def test_detectors_by_way_of_a_program(torchvision, kind):
     """torchvision's own Python keeps them from being exported."""
     accelerate_torchvision()
