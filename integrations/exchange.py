@@ -82,6 +82,13 @@ class Library:
         function.__code__ = _run_chosen.__code__.replace(co_name=function.__name__, co_names=(chosen,))
         function.__defaults__ = function.__kwdefaults__ = None  # those of what runs count
         function.__wrapped__ = stock  # type: ignore[attr-defined]  # functions take any attribute
+        _forget_parameters(function)
+
+
+def _forget_parameters(function: types.FunctionType) -> None:
+    """Dynamo remembers those of functions that it has traced, and would bind arguments as for the code before."""
+    dynamo = sys.modules.get("torch._dynamo.variables.functions")
+    getattr(dynamo, "_spec_cache", {}).pop(function, None)
 
 
 def _run_chosen(*args: Any, **kwargs: Any) -> Any:
