@@ -115,7 +115,7 @@ def export_detector(
     if importlib.util.find_spec("transformers") is not None:
         accelerate_transformers()
     install_for_tracing()
-    hide_long_sizes()
+    hide_long_sizes("export_detector")
     from .lowering.workarounds.unchecked_inputs import inputs_checked
     from .lowering.workarounds.unpacked_weights import weights_packed
 

@@ -13,9 +13,10 @@ def fuse_depthwise_separable() -> None:
     After this call ``torch.compile`` and AOTInductor look for a depthwise :class:`torch.nn.Conv2d` that is followed by
     a pointwise one (1 x 1, no stride), with or without a batch norm and an activation between them, as in MobileNets.
     They compute both as :func:`inductor_vision.depthwise_separable_conv2d`. In inference the same kernel computes the
-    pointwise convolution before them, if it is there for them alone, as in inverted residuals. Batch norms become part
-    of the weights, at compile time if these are constants (under freezing, and in packages). Results differ by
-    rounding. The models themselves and eager mode are not changed.
+    pointwise convolution before them, if it is there for them alone, as in inverted residuals, and estimated to gain
+    by it with the number of threads that torch has at that time. Batch norms become part of the weights, at compile
+    time if these are constants (under freezing, and in packages). Results differ by rounding. The models themselves and
+    eager mode are not changed.
 
     A pair is left alone if its batch norm is in training mode, it is not on the CPU, the operator does not have its
     activation, that is a PReLU with more than one slope, its intermediate result is used elsewhere too, the graph

@@ -23,8 +23,9 @@ def onnx_translation_table() -> dict[Any, Callable[..., Any]]:
     It translates the operators that ONNX has counterparts for: ``deform_conv2d`` (DeformConv, opset 19), ``roi_align``
     and ``multiscale_roi_align`` (RoiAlign, on each of several maps for all regions), ``nms`` and ``batched_nms``
     (NonMaxSuppression, in float32; classes must be integers, and boxes of different classes are moved apart, which
-    rounds them), how detectors resize images (Resize), and how Keypoint R-CNN searches its maps (Resize in a Loop). The
-    result for invalid boxes depends on the runtime.
+    rounds them), how detectors resize images (Resize), how Keypoint R-CNN searches its maps (Resize in a Loop), and how
+    Mask R-CNN pastes its masks (products with their weights, in float32; where a mask has a NaN, all of its image has).
+    The result for invalid boxes depends on the runtime.
 
     Stock torchvision functions need no table: given a model, ``torch.onnx.export`` exports them as torchvision's own
     operators, whether or not :func:`inductor_vision.accelerate_torchvision` was called. A program that ``torch.export``

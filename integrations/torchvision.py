@@ -84,7 +84,7 @@ def accelerate_torchvision() -> None:
         _exchange(function, replacement, in_compiled_code)
     _exchange("_meta_registrations.meta_nms", _fake_nms, always)
     install_for_tracing()
-    installer.hide_long_sizes()
+    installer.hide_long_sizes("accelerate_torchvision")
     schemas = {schema.partition("(")[0]: torch._C.parse_schema(f"torchvision::{schema}") for schema in _SCHEMAS}
     installer.accelerate_torchvision(
         [name for name in TORCHVISION if _TORCHVISION.is_as_tested(name, _declared_schema(name), schemas[name])]

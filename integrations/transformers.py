@@ -165,7 +165,7 @@ def accelerate_transformers(eager: bool | None = None) -> None:
         if _hook.waits_for(name):
             _exchange_in(module)
     install_for_tracing()
-    installer.hide_long_sizes()
+    installer.hide_long_sizes("accelerate_transformers")
 
 
 def _exchange_in(module: ModuleType) -> None:
@@ -242,9 +242,13 @@ class _HubRepository:
 
 
 def _register_for_hub(module: ModuleType) -> None:
-    if module.is_kernels_available():
-        repository = _HubRepository()
-        module.register_kernel_mapping({repository.layer_name: {"cpu": repository}})
+    """It runs inside of an import of transformers, which must not fail for it."""
+    try:
+        if module.is_kernels_available():
+            repository = _HubRepository()
+            module.register_kernel_mapping({repository.layer_name: {"cpu": repository}})
+    except Exception as error:  # whatever another version of transformers or kernels has there
+        _TRANSFORMERS.is_as_tested(f"{module.__name__}.register_kernel_mapping", repr(error), "to take a mapping")
 
 
 @functools.cache

@@ -92,7 +92,8 @@ def _backward(grad: Tensor, boxes: Tensor, size: Sequence[int]) -> Tensor:
     above, below_part, in_rows = _taps(boxes, 1, grad.shape[2], size[2], dtype)
     inside = grad[:, 0].to(dtype).where(in_rows.mT & in_columns, 0)  # [N, H, W]
     rows, columns = _weights(above, below_part, size[2]), _weights(left, right_part, size[3])  # [N, h, H], [N, w, W]
-    return (rows @ inside @ columns.mT)[:, None]
+    with torch.autocast(grad.device.type, enabled=False):  # as the forward, in float32 at least
+        return (rows @ inside @ columns.mT)[:, None]
 
 
 def _weights(low: Tensor, part: Tensor, source: int) -> Tensor:

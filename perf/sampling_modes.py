@@ -98,7 +98,7 @@ def _row(operator: str, problem: Any, threads: int, seconds: float) -> str:
         alone = (_apart(operator, problem, threads, seconds / len(_CONTENDERS), [name]) for name in _CONTENDERS)
         times = {name: time for measured in alone for name, time in (measured or {}).items()}
     others = [time for name, time in times.items() if name != _CONTENDERS[0]]
-    ratio = f"{min(others) / times[_CONTENDERS[0]]:.2f}" if others else "-"
+    ratio = f"{min(others) / times[_CONTENDERS[0]]:.2f}" if others and _CONTENDERS[0] in times else "-"
     shown = [f"{times[name]:.3g}" if name in times else "ends the process" for name in _CONTENDERS]
     return f"| {problem} | {' | '.join(shown)} | {ratio} |"
 

@@ -113,7 +113,7 @@ class MaskPasting {
 
     std::array<int64_t, 2> held{-1, -1};  // rows of the mask: two that are neighbours are both held
     const auto line = [&](int64_t at) {
-      acc_t* line = lines + at % 2 * length_;
+      acc_t* to = lines + at % 2 * length_;
       if (held[at % 2] != at) {
         held[at % 2] = at;
         const View4d<mask_t>& mask = op_.masks.view;
@@ -123,10 +123,10 @@ class MaskPasting {
           const Vec sum = weighted(weights, [&](int k) {
             return at::vec::gather<sizeof(acc_t)>(source, Vectorized<index_t>::loadu(index + k * length_ + i));
           });
-          sum.store(line + i);
+          sum.store(to + i);
         }
       }
-      return line;
+      return to;
     };
     for (int64_t at = begin; at < end; ++at) {
       const LinearTaps<acc_t> taps(rows, at - y.begin);

@@ -94,7 +94,7 @@ def _all_or_nothing() -> Iterator[None]:
     passes = {name: getattr(config, name) for name in hooks}
     tag = torch.compiler.config.cache_key_tag
     indexer = ir.View._dynamic_reshape_indexer
-    functions = {name: getattr(sizevars, name) for name in NAMES}
+    functions = {name: getattr(sizevars, name) for name in NAMES if hasattr(sizevars, name)}
     try:
         yield
         fast_random_decomps.cache_clear()  # it holds a copy of the table
@@ -159,18 +159,18 @@ def _serve_torchvision() -> None:
 _long_sizes = False
 
 
-def hide_long_sizes() -> None:
+def hide_long_sizes(caller: str) -> None:
     """Have Inductor compile models faster whose sizes are long formulas, as those of detectors are, of whichever
-    library; takes effect now, or once Inductor is imported."""
+    library; takes effect now, or once Inductor is imported. ``caller`` is what a user has called for it."""
     global _long_sizes
     if not _long_sizes:
         _long_sizes = True
-        _enter_later("hide_long_sizes", _hide_long_sizes)
+        _enter_later(caller, _hide_long_sizes)
 
 
 def _hide_long_sizes() -> None:
     if _long_sizes:
-        from ..workarounds import long_sizes  # imports sympy, which takes its time
+        from ..workarounds import long_sizes
 
         long_sizes.install()
 

@@ -34,7 +34,7 @@ class SkipConcatenations(GraphPass):
             if parts is None:
                 continue
             for part in list(split.users):
-                if not is_returned(part):
+                if not _is_returned(part):
                     part.replace_all_uses_with(parts[part.args[1]])
                     graph.erase_node(part)
             for unused in (split, split.args[0]):
@@ -65,9 +65,9 @@ def _value(size: Any) -> Any:
     return size.meta["val"] if isinstance(size, Node) else size
 
 
-def is_returned(node: Node) -> bool:
+def _is_returned(node: Node) -> bool:
     """Whether the memory of a node is part of what the graph returns: that must be no other tensor's."""
-    return any(user.op == "output" or (_is_view(user) and is_returned(user)) for user in node.users)
+    return any(user.op == "output" or (_is_view(user) and _is_returned(user)) for user in node.users)
 
 
 def _is_view(node: Node) -> bool:

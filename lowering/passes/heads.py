@@ -1,7 +1,7 @@
 """A graph pass that has small convolutions of one map computed as one.
 
 Detectors have two heads on each map: scores and boxes, 3 and 12 channels, or 4 and 1. Each reads all of the map, and
-computes whole vectors of channels, of which most are not there. With their constant weights one behind the other
+computes vectors of channels that are mostly padding. With their constant weights one behind the other
 
     conv(x, w1), conv(x, w2) = conv(x, cat(w1, w2)).split(channels, dim=1)
 
@@ -19,7 +19,6 @@ from torch.fx import Graph, Node
 from ...paths import record_path
 from ..common.graph_pass import GraphPass, call
 from ..inductor.tables import config
-from .concatenations import is_returned
 from .constants import constants_of
 from .names import layer_of
 
@@ -41,9 +40,11 @@ class JoinHeads(GraphPass):
             for conv in graph.find_nodes(op="call_function", target=_aten.convolution.default):
                 if _is_small(conv, constants):
                     heads.setdefault(_what_is_common(conv), []).append(conv)
-            for convolutions in heads.values():
-                if len(convolutions) > 1:
-                    _join(convolutions)
+            joined = [convolutions for convolutions in heads.values() if len(convolutions) > 1]
+            for convolutions in joined:
+                _join(convolutions)
+            if joined:
+                _let_views_copy(graph)
         except Exception as error:  # of whatever kind: after each replacement the graph is one that compiles
             record_path(OP, "left alone", f"the graph could not be looked at: {type(error).__name__}: {error}")
         graph.eliminate_dead_code()
@@ -54,8 +55,23 @@ def _is_small(conv: Node, constants: set[Node]) -> bool:
     input, weight, bias, _, _, _, transposed, _, groups = arguments
     if transposed or groups != 1 or input in constants or not {weight, bias} <= constants | {None}:
         return False
-    # What is returned must have memory of its own.
-    return conv.meta["val"].shape[1] <= _FEW_CHANNELS and not is_returned(conv)
+    return conv.meta["val"].shape[1] <= _FEW_CHANNELS and _is_read_by_value(conv)
+
+
+def _is_read_by_value(node: Node) -> bool:
+    """Whether nobody sees how a result lies in memory, which a part of another one does not alone.
+
+    What is returned must have memory of its own, and a copy of it the strides that it would have had.
+    """
+    for user in node.users:
+        if not isinstance(user.target, torch._ops.OpOverload) or user.target.namespace not in ("aten", "prims"):
+            return False
+        copies = user.target is _aten.clone.default and user.kwargs.get("memory_format") is None
+        if copies or user.target in (_aten.as_strided.default, _aten.as_strided_scatter.default):
+            return False
+        if user.target.is_view and not _is_read_by_value(user):
+            return False
+    return True
 
 
 def _what_is_common(conv: Node) -> tuple[Any, ...]:
@@ -85,6 +101,12 @@ def _join(convolutions: list[Node]) -> None:
     record_path(OP, "fused", f"{_names(convolutions)} as one, {begin} channels")
     for conv, part in zip(convolutions, parts):
         conv.replace_all_uses_with(part)
+
+
+def _let_views_copy(graph: Graph) -> None:
+    """Parts cannot be viewed in all ways in which what they stand for could. Freezing does the same a little later."""
+    for view in graph.find_nodes(op="call_function", target=_aten.view.default):
+        view.target = _aten.reshape.default
 
 
 def _compute_before(place: Node, constant: Node | None) -> None:

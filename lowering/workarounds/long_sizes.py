@@ -17,6 +17,7 @@ from unittest.mock import patch
 
 import sympy
 
+_REMEMBERED = 4096  # indices: more than a detector has
 NAMES = ("stride_at", "simplify_index_in_vec_range")  # of Inductor's functions
 
 
@@ -30,7 +31,7 @@ def _hide_sizes(index: sympy.Expr, loop: sympy.Symbol, symbols: dict[sympy.Expr,
 
 
 def _with_sizes_hidden(function: Callable[..., sympy.Expr]) -> Callable[..., sympy.Expr]:
-    @functools.lru_cache(None)
+    @functools.lru_cache(_REMEMBERED)
     def call(index: sympy.Expr, loop: sympy.Symbol, *args: Any) -> sympy.Expr:
         symbols: dict[sympy.Expr, sympy.Symbol] = {}
         result = function(_hide_sizes(index, loop, symbols), loop, *args)

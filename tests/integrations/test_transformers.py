@@ -242,6 +242,13 @@ class Hub(ModuleType):
         self.mapping.update(mapping)
 
 
+def test_another_kernels_hub_is_left_alone(accelerated, caplog):
+    """The import of it goes on."""
+    integration._exchange_in(ModuleType("transformers.integrations.hub_kernels"))
+    (record,) = caplog.records
+    assert "hub_kernels.register_kernel_mapping is left as it is" in record.getMessage()
+
+
 def test_kernels_hub(accelerated):
     """A module whose forward is that of the layer for the CPU, as kernelize() makes it, in eager mode and compiled."""
     from transformers.models.rf_detr.modeling_rf_detr import MultiScaleDeformableAttention

@@ -37,6 +37,7 @@ class Case:
     dilation: int = 1
     multiplier: int = 1
     batch: int = 2
+    stride: tuple[int, int] = (1, 1)
     bias: bool = True
     activations: tuple[str, str] = ("relu6", "hardswish")
     layout: str = "channels_last"
@@ -49,7 +50,7 @@ class Case:
         weights = normal(self.expanded, self.channels, 1, 1), normal(hidden, 1, *self.kernel)
         last = (normal(self.channels, hidden, 1, 1) / hidden**0.5).to(self.dtype)
         biases = [normal(n) if self.bias else None for n in (self.expanded, hidden, self.channels)]
-        geometry = [1, 1], list(self.padding), [self.dilation] * 2
+        geometry = list(self.stride), list(self.padding), [self.dilation] * 2
         return image, *weights, last, *biases, *geometry, *self.activations
 
 
@@ -60,6 +61,7 @@ CASES = [
     Case(5, 300, (4, 5), (5, 5), (2, 2)),
     Case(6, 7, (11, 3), (3, 1), (2, 0), dilation=2, multiplier=2),
     Case(6, 20, (6, 31), layout="contiguous", activations=("leaky_relu(0.2)", "leaky_relu(0.3)")),
+    Case(9, 33, (13, 10), stride=(2, 2)),
     Case(3, 16, batch=0),
     Case(19, 34, dtype=BF16),
 ]

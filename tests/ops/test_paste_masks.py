@@ -40,6 +40,18 @@ def test_gradients(size):
         torch.autograd.gradgradcheck(lambda masks: paste_masks(masks, boxes, case.image), masks)
 
 
+def test_gradients_under_autocast():
+    """Also where the backward pass is under it: no product is rounded to bfloat16."""
+    case = Case()
+    masks, boxes = case.tensors()
+    masks.requires_grad_()
+    pasted = paste_masks(masks, boxes, case.image)
+    (expected,) = torch.autograd.grad(pasted.sum(), masks, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        (result,) = torch.autograd.grad(pasted.sum(), masks)
+    assert torch.equal(result, expected)
+
+
 def test_gradients_are_of_what_is_inside():
     """Whatever is outside of boxes."""
     masks, boxes = Case().tensors()

@@ -116,12 +116,46 @@ def test_others_are_left_alone(name):
     check(module, [], len(module.heads))
 
 
+class Copied(Heads):
+    """Copies have the strides of what they are made of."""
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.stem(x).relu()
+        return self.heads[0](x).clone(), self.heads[1](x).clone()
+
+
+class Strided(Heads):
+    def forward(self, x: Tensor) -> Any:
+        x = self.stem(x).relu()
+        return self.heads[0](x).relu(), self.heads[1](x).as_strided((24, 20), (35, 1)).relu()
+
+
+@pytest.mark.parametrize("kind", [Returned, Copied, Strided])
 @torch.no_grad()
-def test_what_is_returned_is_left_alone():
-    module, x = Returned(nn.Conv2d(6, 3, 1), nn.Conv2d(6, 12, 1)), torch.randn(2, 6, 7, 5)
+def test_whose_memory_is_seen_is_left_alone(kind):
+    module, x = kind(nn.Conv2d(6, 3, 1), nn.Conv2d(6, 12, 1)), torch.randn(2, 6, 7, 5)
     traced = trace_and_run(module, x, config=FROZEN)
     assert traced.paths == []
     for result, right in zip(traced.result, module(x)):
+        assert_close(result, right, torch.float32)
+        assert result.stride() == right.stride()
+
+
+class Viewed(Heads):
+    """In ways in which a part of a larger result cannot be."""
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.stem(x).relu()
+        return self.heads[0](x).flatten(0, 1) + 1, self.heads[1](x).view(-1) + 1
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("unoptimized")
+def test_views_become_copies():
+    module, x = Viewed(nn.Conv2d(6, 3, 1), nn.Conv2d(6, 12, 1)), torch.randn(2, 6, 7, 5)
+    compiled = compile_and_run(module, x, config=FROZEN)
+    assert "15 channels" in str(compiled.paths)
+    for result, right in zip(compiled.result, module(x)):
         assert_close(result, right, torch.float32)
 
 
