@@ -47,10 +47,10 @@ def test_what_onnx_does_not_have_is_no_failure(tmp_path, monkeypatch):
     pytest.importorskip("onnxscript")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
-    class Heatmaps(torch.nn.Module):
-        def forward(self, maps):
-            return OPS["heatmaps_to_keypoints"](maps, torch.tensor([[0.0, 0.0, 9.0, 9.0]]))
+    class Overlaps(torch.nn.Module):
+        def forward(self, boxes):
+            return OPS["box_iou_rotated"](boxes, boxes)
 
-    with pytest.raises(Unavailable, match=r"ONNX has not all that it computes: .*heatmaps_to_keypoints"):
-        models.exported("heatmaps", Heatmaps(), torch.rand(1, 2, 7, 7))
+    with pytest.raises(Unavailable, match=r"ONNX has not all that it computes: .*box_iou_rotated"):
+        models.exported("overlaps", Overlaps(), torch.rand(3, 5))
     assert not list(models.cache_folder().iterdir())
