@@ -9,11 +9,9 @@ The way around: sizes are symbols there, with which the answers are the same.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
-from unittest.mock import patch
 
 import sympy
 
@@ -50,15 +48,3 @@ def install() -> None:
             hidden = _with_sizes_hidden(function)
             hidden.with_sizes = function  # type: ignore[attr-defined]  # functions take any attribute
             setattr(sizevars, name, hidden)
-
-
-@contextlib.contextmanager
-def not_installed() -> Iterator[None]:
-    """Within this context Inductor computes with sizes as they are."""
-    from ..inductor.tables import sizevars
-
-    with contextlib.ExitStack() as stack:
-        for name in NAMES:
-            function = getattr(sizevars, name)
-            stack.enter_context(patch.object(sizevars, name, getattr(function, "with_sizes", function)))
-        yield

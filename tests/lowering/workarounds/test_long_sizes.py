@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import sympy
 import torch._inductor.lowering  # noqa: F401  (first)
 from inductor_vision.lowering.workarounds import long_sizes
-from inductor_vision.lowering.workarounds.long_sizes import _hide_sizes, not_installed
+from inductor_vision.lowering.workarounds.long_sizes import _hide_sizes
 from inductor_vision.tests.support.oldest_torch import with_oldest_torch
 from sympy.core.cache import clear_cache
 from torch._inductor import sizevars
@@ -36,6 +39,13 @@ def installed(monkeypatch):
     for name in long_sizes.NAMES:
         monkeypatch.setattr(sizevars, name, getattr(sizevars, name))  # is undone
     long_sizes.install()
+
+
+@contextlib.contextmanager
+def not_installed() -> Iterator[None]:
+    """Within this context Inductor computes with sizes as they are."""
+    with patch.multiple(sizevars, **{name: getattr(sizevars, name).with_sizes for name in long_sizes.NAMES}):
+        yield
 
 
 @pytest.mark.parametrize("index", INDICES.values(), ids=INDICES)
