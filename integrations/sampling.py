@@ -13,7 +13,9 @@ def accelerate_sampling() -> None:
     dtype: :func:`torch.nn.functional.grid_sample` of images, and its gradients;
     :func:`torch.nn.functional.interpolate` of images with ``mode="bicubic"``, and with ``mode="bilinear"`` to larger
     sizes, both without ``antialias``. What was measured not to become faster is left to Inductor: gradients of bilinear
-    ``grid_sample`` of fewer than 8 channels in float32 and float64, and bilinear ``interpolate`` to smaller sizes.
+    ``grid_sample`` of fewer than 8 channels in float32 and float64, and bilinear ``interpolate`` to smaller sizes. Of
+    all modes, dtypes and memory formats a random sample was measured
+    (``python -m inductor_vision.perf.sampling_modes``).
     Values, borders and what becomes of NaN are aten's. Results differ by rounding. Eager mode, ``torch.export``, and
     what is compiled for other devices, stay as they are.
 
