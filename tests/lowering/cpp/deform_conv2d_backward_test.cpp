@@ -476,8 +476,6 @@ int main(int argc, char** argv) {
   check_type<double>("double", random_calls, figures);
   check_type<at::BFloat16>("bf16", random_calls, figures);
   check_type<at::Half>("fp16", random_calls, figures);
-  std::printf(
-      "lanes=%d calls=%" PRId64 " runs=%" PRId64 " error=%.2g\n", static_cast<int>(at::vec::Vectorized<float>::size()),
-      figures.calls, figures.runs, figures.error);
+  figures.print();
   return 0;
 }

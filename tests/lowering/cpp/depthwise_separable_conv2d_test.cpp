@@ -244,8 +244,6 @@ int main(int argc, char** argv) {
   check_type<double, Identity, Gelu>("double", random_calls, figures);
   check_type<at::BFloat16, Identity, Silu>("bf16", random_calls, figures);
   check_type<at::Half, Identity>("fp16", random_calls, figures);
-  std::printf(
-      "lanes=%d calls=%" PRId64 " runs=%" PRId64 " error=%.2g\n", static_cast<int>(at::vec::Vectorized<float>::size()),
-      figures.calls, figures.runs, figures.error);
+  figures.print();
   return 0;
 }

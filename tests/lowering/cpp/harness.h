@@ -10,7 +10,9 @@
 #include <c10/util/Half.h>
 
 #include <algorithm>
+#include <cinttypes>
 #include <cmath>
+#include <cstdio>
 #include <cstring>
 #include <limits>
 #include <memory>
@@ -271,6 +273,13 @@ struct Figures {
   int64_t runs = 0;
   int64_t rejected = 0;  // calls that were an error, as they should
   double error = 0;      // the largest, as a part of what is allowed
+
+  // As the last line of a program that has nothing to add.
+  void print() const {
+    std::printf(
+        "lanes=%d calls=%" PRId64 " runs=%" PRId64 " error=%.3g\n",
+        static_cast<int>(at::vec::Vectorized<float>::size()), calls, runs, error);
+  }
 };
 
 // Sums in double, and for each a bound of the magnitudes that were added.

@@ -159,8 +159,6 @@ int main(int argc, char** argv) {
   check_type<double>("double", calls, figures);
   check_type<at::BFloat16>("bf16", calls, figures);
   check_type<at::Half>("fp16", calls, figures);
-  std::printf(
-      "lanes=%d calls=%" PRId64 " runs=%" PRId64 " error=%.3g\n", static_cast<int>(at::vec::Vectorized<float>::size()),
-      figures.calls, figures.runs, figures.error);
+  figures.print();
   return 0;
 }

@@ -323,8 +323,6 @@ int main(int argc, char** argv) {
   check_type<2, 16, float>("float", random_calls, figures);
   check_type<4, 16, double>("double", random_calls, figures);
   check_type<4, 16, at::BFloat16>("bf16", random_calls, figures);
-  std::printf(
-      "lanes=%d calls=%" PRId64 " runs=%" PRId64 " error=%.2g\n", static_cast<int>(at::vec::Vectorized<float>::size()),
-      figures.calls, figures.runs, figures.error);
+  figures.print();
   return 0;
 }
